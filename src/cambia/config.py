@@ -1,0 +1,285 @@
+"""The machinery of configuration: one tree, three doors (Python objects, YAML, dotted flags).
+
+A section is a pydantic model or a plain dataclass; its fields are the configuration. Where a section
+may be one of a family (a trigger, a source, a tokenizer), its field is annotated with `Member`, and
+YAML picks the member by `type:`, either a short name from the family's registry or
+``"my_package.module:MyTrigger"``. Members are imported only when they are named.
+
+    >>> tree = load_yaml("experiment.yaml")
+    >>> tree = apply_overrides(tree, parse_flags(["--training.steps", "300"]))
+    >>> experiment = build(Experiment, tree, source="experiment.yaml")
+
+Unknown keys fail and name the nearest one. This file knows the machinery, never the fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import core_schema
+
+from cambia.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class FieldError(ConfigError):
+    """A problem at one place of the tree; `path` grows as it travels up."""
+
+    def __init__(self, path: Sequence[str | int], problem: str):
+        super().__init__(tuple(path), problem)
+        self.path, self.problem = tuple(path), problem
+
+    def __str__(self) -> str:
+        return f"{dotted(self.path)}: {self.problem}" if self.path else self.problem
+
+
+def dotted(path: Iterable[str | int]) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'steps'?"``, or the whole list where nothing is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.55)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+
+
+# ---- families: `type:` picks a member, lazily ----------------------------------------------------
+
+
+def resolve(name: str, registry: Mapping[str, str], family: str) -> type:
+    """The class behind a short name of `registry` or behind ``"module:Name"``."""
+    target = registry.get(name, name)
+    if ":" not in target:
+        raise ConfigError(
+            f"{name!r} is no {family}{did_you_mean(name, registry)} (your own: 'package.module:Name')"
+        )
+    module_name, _, attribute = target.partition(":")
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        # A missing module *inside* the user's file is another error, and theirs to see.
+        if error.name is None or not module_name.startswith(error.name):
+            raise
+        raise ConfigError(f"{target!r}: there is no module {module_name!r} on the Python path") from None
+    if attribute not in vars(module):
+        raise ConfigError(
+            f"{target!r}: module {module_name!r} has no {attribute!r}{did_you_mean(attribute, vars(module))}"
+        )
+    return getattr(module, attribute)
+
+
+def type_name(cls: type, registry: Mapping[str, str]) -> str:
+    """The short name under which `registry` holds a class, else its ``"module:Name"``."""
+    target = f"{cls.__module__}:{cls.__qualname__}"
+    return next((name for name, value in registry.items() if value == target), target)
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """Annotation of a field that holds one member of a family: ``Annotated[Trigger, Member(TRIGGERS, "trigger")]``.
+
+    A field whose annotation also allows None accepts None.
+    """
+
+    registry: Mapping[str, str]
+    family: str
+    default: str | None = None
+    """The member that is meant where `type:` is left out."""
+
+    def parse(self, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            if isinstance(value, str):
+                value = {"type": value}
+            elif value is None or isinstance(value, int | float | list | tuple):
+                raise ConfigError(f"expected a {self.family} as a mapping with type:, got {value!r}")
+            else:
+                return value  # a live object, by the Python door
+        fields = dict(value)
+        name = fields.pop("type", self.default)
+        if name is None:
+            raise FieldError(["type"], f"is missing; it picks the {self.family}: {', '.join(self.registry)}")
+        try:
+            cls = resolve(str(name), self.registry, self.family)
+        except ConfigError as error:
+            raise FieldError(["type"], str(error)) from None
+        return build(cls, fields)
+
+    def dump(self, value: Any) -> Any:
+        return None if value is None else {"type": type_name(type(value), self.registry), **dump(value)}
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            self.parse, serialization=core_schema.plain_serializer_function_ser_schema(self.dump)
+        )
+
+
+# ---- building and dumping ------------------------------------------------------------------------
+
+
+def build(cls: type[T], fields: Mapping[str, Any]) -> T:
+    """Make a section of the tree from plain values.
+
+    Raises:
+        FieldError: a key is unknown, a value of the wrong kind or out of range; it names the place.
+    """
+    renamed: Mapping[str, str] = getattr(cls, "OLD_SPELLINGS", {})
+    known = field_names(cls)
+    for key in fields:
+        if key in renamed:
+            raise FieldError([key], f"is called {renamed[key]!r} here (docs/origins.md maps old names)")
+        if key not in known:
+            raise FieldError([key], f"is not a setting of {cls.__name__}{did_you_mean(str(key), known)}")
+    try:
+        if known and not issubclass(cls, BaseModel) and not dataclasses.is_dataclass(cls):
+            return cls(**fields)  # someone's own class: its constructor is its configuration
+        return TypeAdapter(cls).validate_python(dict(fields))
+    except ValidationError as error:
+        raise _first_problem(error) from None
+
+
+def field_names(cls: type) -> list[str]:
+    """The keys that a section takes."""
+    if issubclass(cls, BaseModel):
+        return list(cls.model_fields)
+    if dataclasses.is_dataclass(cls):
+        return [field.name for field in dataclasses.fields(cls) if field.init]
+    return [name for name in inspect.signature(cls).parameters]
+
+
+def _first_problem(error: ValidationError) -> FieldError:
+    problem = error.errors()[0]
+    cause = problem.get("ctx", {}).get("error")
+    # pydantic names the tried type inside unions ("int", "list[int]"); a reader wants only the place.
+    path = [part for part in problem["loc"] if isinstance(part, int) or part.isidentifier()]
+    path = [part for part in path if part not in ("int", "float", "str", "bool", "none")]
+    if isinstance(cause, FieldError):
+        return FieldError([*path, *cause.path], cause.problem)
+    if isinstance(cause, ConfigError):
+        return FieldError(path, str(cause))
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return FieldError(path, "is not a setting here")
+    if problem["type"] in ("missing", "missing_argument"):
+        return FieldError(path, "is missing")
+    text = problem["msg"][:1].lower() + problem["msg"][1:]
+    return FieldError(path, f"{text}, got {problem['input']!r}")
+
+
+def dump(value: Any) -> dict[str, Any]:
+    """Plain values from which `build` makes the same section again."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if dataclasses.is_dataclass(value):
+        plain = TypeAdapter(type(value)).dump_python(value, mode="json")
+        return {name: plain[name] for name in field_names(type(value))}
+    raise ConfigError(f"a live {type(value).__name__} cannot be written to YAML and run again")
+
+
+# ---- YAML and flags ------------------------------------------------------------------------------
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file's mapping; every problem with it is one line that names the file."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file {path}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; expected a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds a {type(tree).__name__}; expected settings as `name: value` lines")
+    return tree
+
+
+def to_yaml(tree: Mapping[str, Any]) -> str:
+    """YAML in the order of the fields."""
+    return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+
+
+def parse_flags(tokens: Sequence[str]) -> dict[str, Any]:
+    """``["--a.b", "3", "--c=[1, 2]", "--d"]`` -> ``{"a.b": 3, "c": [1, 2], "d": True}``; values are YAML."""
+    flags: dict[str, Any] = {}
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--"):
+            raise ConfigError(f"{token!r} stands alone; settings are given as --any.field value")
+        name, has_value, text = token[2:].partition("=")
+        if not has_value:
+            text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        try:
+            flags[name.replace("-", "_")] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            flags[name.replace("-", "_")] = text
+    return flags
+
+
+def apply_overrides(tree: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the tree with dotted paths set; a number in a path is an index into a list.
+
+    Changing a member's `type` drops the old member's other settings.
+    """
+    result = _copy(tree)
+    # `type` first, so that settings given beside it belong to the new member.
+    for name in sorted(flags, key=lambda flag: not flag.endswith("type")):
+        _set(result, name.split("."), flags[name], name)
+    return result
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _set(node: Any, parts: list[str], value: Any, name: str) -> None:
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            key: Any = _index(part, node, name, dotted(parts[:depth]))
+        elif isinstance(node, dict):
+            key = part
+        else:
+            raise ConfigError(f"--{name}: {dotted(parts[:depth])} is a single value, it has no {part!r}")
+        if last:
+            if key == "type" and node.get("type") not in (None, value):
+                node.clear()
+            node[key] = value
+        else:
+            if isinstance(node, dict) and not isinstance(node.get(key), dict | list):
+                # A member given by its name alone ("tokenizer: bytes") becomes a mapping to hold more.
+                node[key] = {"type": node[key]} if isinstance(node.get(key), str) else {}
+            node = node[key]
+
+
+def _index(part: str, items: list[Any], name: str, place: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        upto = f"0 to {len(items) - 1}" if items else "none: the list is empty"
+        raise ConfigError(f"--{name}: {place} is a list, its entries are {upto}, got {part!r}")
+    return int(part)
+
+
+def explain(error: FieldError, *, source: str, flags: Mapping[str, Any]) -> ConfigError:
+    """The same error, saying whether a flag or which file brought the value in."""
+    place = dotted(error.path)
+    if any(place == flag or place.startswith(flag + ".") for flag in flags):
+        return ConfigError(f"--{place}: {error.problem}")
+    return ConfigError(f"{source}: {place}: {error.problem}" if place else f"{source}: {error.problem}")

@@ -1,0 +1,103 @@
+"""What crosses the floors: frozen records, and the one protocol that the loop asks.
+
+Signals go up from the training loop to whoever decides (triggers, controllers); Knobs come down.
+Nobody holds a reference to the trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One probe's value and the step at which it was measured, so that a reader can tell fresh from old."""
+
+    value: float
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """What is known after one optimizer step."""
+
+    step: int
+    """Optimizer steps done, 1 after the first."""
+    tokens: int = 0
+    """Training tokens seen so far."""
+    flops: float = 0.0
+    """Floating-point operations spent so far, by the shape that was current at each step."""
+    progress: float = 0.0
+    """The share of the planned run that is done, 0 to 1."""
+    loss: float | None = None
+    """Mean negative log-likelihood of this step's batch, nats per token, penalties excluded."""
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    """Global gradient norm before clipping."""
+    values: Mapping[str, Measured] = field(default_factory=dict)
+    """What probes said, by name: "validation_loss", a slice's loss, one's own."""
+
+    def fresh(self, name: str) -> float | None:
+        """The value of `name` if it was measured at this very step, else None."""
+        measured = self.values.get(name)
+        return measured.value if measured is not None and measured.step == self.step else None
+
+
+@dataclass(frozen=True, slots=True)
+class Knobs:
+    """What a controller sets; the loop applies it at one line."""
+
+    learning_rate_factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """What a batch trains. The plain one: every row, every parameter."""
+
+    train: bool = True
+    parts: tuple[str, ...] = ()
+    """Ids of the Parts that train; empty means the model's own parameters."""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """What was measured while allocating; it joins Signals."""
+
+
+@runtime_checkable
+class Allocator(Protocol):
+    """Decides what a batch trains. A state machine: it never trains."""
+
+    def allocate(self, batch: Any, signals: Signals) -> Allocation: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class GrowthEvent:
+    """One growth of a model: what was done, why, what it cost and whether it was exact."""
+
+    operators: tuple[dict[str, Any], ...]
+    """Each operator's name and fields, in the order in which they were applied."""
+    reason: str
+    parameters_before: int
+    parameters_after: int
+    flops_per_token_before: float
+    flops_per_token_after: float
+    exactness: str
+    """What the operators declared: "tolerance" (equal up to rounding) or "none" (a jump was asked for)."""
+    logit_error: float | None = None
+    """max |after - before| / max |before| of the logits on the check batch; None if there was none."""
+    loss_before: float | None = None
+    """Loss on the check batch right before, nats per token."""
+    loss_after: float | None = None
+    seconds: float = 0.0
+    step: int = 0
+    tokens: int = 0
+    config_changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Config fields that changed: name -> (before, after)."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for growth.jsonl."""
+        return asdict(self)

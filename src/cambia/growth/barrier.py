@@ -1,0 +1,236 @@
+"""`grow`: plan, build, swap, verify, commit; or everything as it was.
+
+Growth is a barrier between two training steps. All new tensors and all new optimizer state are built
+beside the old ones first. Then one swap puts them in. The model is run on a fixed batch; if it does not
+say what it said before, the swap is undone. Only then is everything that is kept per parameter handed
+over. Nothing here knows any operator.
+
+    >>> event = grow(model, WidenFFN(factor=1.5), optimizer=optimizer)
+    >>> event.parameters_before, event.parameters_after, event.logit_error
+    (1049216, 1245824, 0.0)
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cambia.errors import GrowthError
+from cambia.growth.carry import OptimizerHolder
+from cambia.growth.operators import Operator
+from cambia.growth.plan import GrowthPlan, describe, plan_growth
+from cambia.models.architectures import architecture_of, resize_layers
+from cambia.nn.param_map import Lineage
+from cambia.records import GrowthEvent
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+_COARSE = 3e-2  # bfloat16 and float16: other matrix shapes round in another order
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """One parameter of the grown model that is not simply the old one."""
+
+    name: str
+    lineage: Lineage
+    new: nn.Parameter
+    old: nn.Parameter | None
+    """The parameter it replaces; None if it is a new one."""
+    sibling: nn.Parameter
+    """The old parameter that it is trained like."""
+
+
+class Holder(Protocol):
+    """Something that keeps state per parameter: an optimizer, averaged weights, a Fisher matrix."""
+
+    def prepare(self, changes: Sequence[Change]) -> Callable[[], None]:
+        """Build the new state beside the old and return what puts it in place.
+
+        All that can fail happens here; the returned call only assigns.
+        """
+        ...
+
+
+def grow(
+    model: PreTrainedModel,
+    *operators: Operator,
+    optimizer: torch.optim.Optimizer | None = None,
+    holders: Sequence[Holder] = (),
+    check_batch: Tensor | None = None,
+    seed: int = 0,
+    reason: str = "asked for",
+    context: int = 1024,
+) -> GrowthEvent:
+    """Grow a live model in place, with its optimizer.
+
+    Args:
+        model: any model with an architecture table. Its parameters that grow are replaced by new ones.
+        operators: applied in order, as one event.
+        optimizer: its state goes along, and new parameters join the group of the old ones they resemble.
+        holders: whatever else keeps state per parameter.
+        check_batch: (B, T) token ids on which the model must say the same before and after; by default
+            32 random tokens.
+        seed: of new random weights; they depend on it and their name alone.
+        reason: for the record.
+        context: tokens per sequence, for the count of operations.
+
+    Returns:
+        What was done, what it cost, and how exact it was.
+
+    Raises:
+        GrowthError: illegal for this model, or not exact; model and optimizer are then as they were.
+    """
+    began = time.perf_counter()
+    plan = plan_growth(model, *operators, context=context)
+    batch = _random_batch(model, seed) if check_batch is None else check_batch
+    before = _logits(model, batch)
+
+    changes = _build(model, plan, seed)
+    everyone = [*holders, *([OptimizerHolder(optimizer)] if optimizer is not None else [])]
+    commits = [holder.prepare(changes) for holder in everyone]
+    undo = _swap(model, plan, changes)
+    try:
+        after = _logits(model, batch)
+        error = _relative_error(before, after)
+        if plan.contract.exactness == "tolerance" and not error <= TOLERANCE.get(model.dtype, _COARSE):
+            raise GrowthError(
+                f"{', '.join(map(str, operators))} changed the model's logits by {error:.1e} (relative); "
+                "it was rolled back. Ask for preserve=False where a jump is wanted; otherwise this is a bug"
+            )
+    except BaseException:
+        undo()
+        raise
+    for commit in commits:
+        commit()
+    return GrowthEvent(
+        operators=tuple(describe(operator) for operator in operators),
+        reason=reason,
+        parameters_before=plan.parameters_before,
+        parameters_after=plan.parameters_after,
+        flops_per_token_before=plan.flops_per_token_before,
+        flops_per_token_after=plan.flops_per_token_after,
+        exactness=plan.contract.exactness,
+        logit_error=error,
+        loss_before=_loss(before, batch),
+        loss_after=_loss(after, batch),
+        seconds=time.perf_counter() - began,
+        config_changes=plan.config_changes,
+    )
+
+
+def _build(model: PreTrainedModel, plan: GrowthPlan, seed: int) -> list[Change]:
+    """All new parameters, none of them in the model yet."""
+    old = dict(model.named_parameters())
+    changes = []
+    with torch.no_grad():
+        for name, lineage in plan.lineages.items():
+            if lineage.is_same:
+                continue
+            assert lineage.sibling is not None
+            source = old[lineage.origin] if lineage.origin is not None else None
+            sibling = old[lineage.sibling]
+            values = lineage.values(source, seed=seed).to(device=sibling.device, dtype=sibling.dtype)
+            new = nn.Parameter(values, requires_grad=sibling.requires_grad)
+            replaced = source if lineage.inherits else None
+            if replaced is not None and replaced.grad is not None:
+                new.grad = lineage.carry(replaced.grad, power=-1)
+            changes.append(Change(name, lineage, new, replaced, sibling))
+    return changes
+
+
+def _swap(model: PreTrainedModel, plan: GrowthPlan, changes: Sequence[Change]) -> Callable[[], None]:
+    """Put the new tensors in; returns what takes them out again."""
+    undo: list[Callable[[], None]] = []
+    config = vars(model.config)
+    kept_config = dict(config)
+    undo.append(lambda: _replace_dict(config, kept_config))
+
+    layers = list(plan.layers)
+    if layers != list(range(model.config.num_hidden_layers)):
+        path = architecture_of(model.config).layers
+        old_list = model.get_submodule(path)
+        undo.append(lambda: _set_submodule(model, path, old_list))
+        template = old_list.get_submodule("0")
+        resize_layers(model, layers, lambda _: _empty_copy(template, model))
+    # All modules share one config object: change it in place, so that all of them see it.
+    _replace_dict(config, vars(copy.deepcopy(plan.config)))
+
+    for change in changes:
+        parent, _, attribute = change.name.rpartition(".")
+        module = model.get_submodule(parent)
+        undo.append(_restore(module._parameters, attribute))
+        module._parameters[attribute] = change.new
+    model.tie_weights()
+
+    # The model on meta was built from the grown config: it knows what every size attribute must be.
+    grown = dict(plan.after.named_modules())
+    for name, module in model.named_modules():
+        for key, value in vars(grown[name]).items():
+            if type(value) in (int, float) and vars(module).get(key) != value:
+                undo.append(_restore(vars(module), key))
+                setattr(module, key, value)
+
+    def take_out() -> None:
+        for action in reversed(undo):
+            action()
+        model.tie_weights()
+
+    return take_out
+
+
+def _empty_copy(layer: nn.Module, model: PreTrainedModel) -> nn.Module:
+    """A layer with the same settings and hooks, whose parameters are about to be replaced.
+
+    Tensors and the shared config are not copied: `memo` tells deepcopy that they are copied already.
+    """
+    shared: list[Any] = [model.config, *layer.parameters(), *layer.buffers()]
+    return copy.deepcopy(layer, memo={id(item): item for item in shared})
+
+
+def _replace_dict(target: dict[str, Any], values: dict[str, Any]) -> None:
+    target.clear()
+    target.update(values)
+
+
+def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+def _restore(holder: dict[str, Any], key: str) -> Callable[[], None]:
+    old = holder[key]
+    return lambda: holder.__setitem__(key, old)
+
+
+def _random_batch(model: PreTrainedModel, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, model.config.vocab_size, (2, 16), generator=generator).to(model.device)
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    """(B, T, V), without dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        return model(input_ids=batch.to(model.device), use_cache=False).logits
+    finally:
+        model.train(was_training)
+
+
+def _relative_error(before: Tensor, after: Tensor) -> float:
+    scale = before.abs().max().item()
+    return (after - before).abs().max().item() / (scale or 1.0)
+
+
+def _loss(logits: Tensor, batch: Tensor) -> float:
+    """Mean negative log-likelihood of the check batch, nats per token."""
+    flat = logits[:, :-1].flatten(0, 1).float()  # (B (T - 1), V)
+    return nn.functional.cross_entropy(flat, batch[:, 1:].flatten().to(flat.device)).item()

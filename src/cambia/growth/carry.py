@@ -1,0 +1,93 @@
+"""What an optimizer remembers goes along when its parameters grow.
+
+Moments of old entries are kept bit by bit (or divided where growth multiplied the weight). New entries
+start with a first moment of zero. Their second moment is the mean of the old ones by default: with a
+zero there and a large step count Adam has no bias correction left, and the first updates would be many
+times larger than the learning rate says (up to 6.6 times for a steady gradient, measured).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from cambia.errors import GrowthError
+
+if TYPE_CHECKING:
+    from cambia.growth.barrier import Change
+
+STATE_POWERS = {
+    "exp_avg": -1,  # Adam's first moment
+    "momentum_buffer": -1,  # SGD, Muon
+    "exp_avg_sq": -2,  # Adam's second moment
+    "max_exp_avg_sq": -2,  # its maximum, with amsgrad
+}
+"""How a state behaves when the weight is multiplied by c: it is multiplied by c to this power."""
+
+
+class OptimizerHolder:
+    """Hands an optimizer's state over to grown parameters, and gives new ones a place in its groups.
+
+    Works inside the existing parameter groups: `add_param_group` would break learning-rate schedulers.
+
+    Args:
+        optimizer: any whose per-element state is named in `STATE_POWERS`.
+        new_second_moment: what second moments of new entries start with: "mean" of the old, or "zero".
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, *, new_second_moment: Literal["mean", "zero"] = "mean"
+    ):
+        self.optimizer = optimizer
+        self.new_second_moment = new_second_moment
+
+    def prepare(self, changes: Sequence[Change]) -> Callable[[], None]:
+        """Build the grown state; the returned call puts it in place.
+
+        Raises:
+            GrowthError: the optimizer lacks a parameter that grows, or keeps a state of unknown kind.
+        """
+        managed = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        grown: list[tuple[Change, dict[str, Any]]] = []
+        for change in changes:
+            if change.sibling.requires_grad and id(change.sibling) not in managed:
+                raise GrowthError(
+                    f"the optimizer does not train {change.name!r} or what it grows from: build it with all "
+                    "of model.parameters(), or freeze that parameter (requires_grad=False)"
+                )
+            if change.old is not None:
+                grown.append((change, self._grown_state(change)))
+        return lambda: self._commit(changes, grown)
+
+    def _grown_state(self, change: Change) -> dict[str, Any]:
+        assert change.old is not None
+        result: dict[str, Any] = {}
+        for key, value in self.optimizer.state.get(change.old, {}).items():
+            if not isinstance(value, Tensor) or value.shape != change.old.shape or value.dim() == 0:
+                result[key] = value  # the step count
+                continue
+            if key not in STATE_POWERS:
+                raise GrowthError(
+                    f"{type(self.optimizer).__name__} keeps {key!r} for each entry of a parameter and it is "
+                    f"not known how that grows; known are {', '.join(STATE_POWERS)}"
+                )
+            power = STATE_POWERS[key]
+            seeded = power == -2 and self.new_second_moment == "mean"
+            new = value.mean().item() if seeded else 0.0
+            result[key] = change.lineage.carry(value, power=power, new=new)
+        return result
+
+    def _commit(self, changes: Sequence[Change], grown: Sequence[tuple[Change, dict[str, Any]]]) -> None:
+        replaced = {id(change.old): change.new for change in changes if change.old is not None}
+        for group in self.optimizer.param_groups:
+            here = {id(p) for p in group["params"]}
+            born = [c.new for c in changes if c.old is None and id(c.sibling) in here]
+            group["params"] = [replaced.get(id(p), p) for p in group["params"]] + born
+        for change, state in grown:
+            assert change.old is not None
+            self.optimizer.state.pop(change.old, None)
+            if state:
+                self.optimizer.state[change.new] = state

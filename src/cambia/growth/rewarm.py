@@ -1,0 +1,138 @@
+"""Newborn slices start slowly: their own learning-rate warm-up, inside parameters that train at full rate.
+
+New units are random or zero while everything around them is in tune, so for some steps after their
+birth they move at a rising fraction of the learning rate and are not decayed; decay would only shrink
+readers that nobody hears yet. The old entries beside them train on unchanged. (SPARKLING,
+arXiv:2602.02472, re-warms the new part alone.)
+
+It works through two hooks of the optimizer, so it works in anybody's loop: before a step the newborn
+entries are put aside, after it they are moved only part of the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cambia.growth.barrier import Change
+
+
+@dataclass(eq=False)
+class _Newborn:
+    """The entries of one parameter that were born at one growth event."""
+
+    parameter: nn.Parameter
+    index: Tensor | None
+    """Flat positions of the new entries; None means all of them."""
+    age: int = 0
+    """Optimizer steps since birth."""
+    aside: Tensor | None = None
+
+    def entries(self) -> Tensor:
+        flat = self.parameter.detach().view(-1)
+        return flat.clone() if self.index is None else flat[self.index]
+
+
+class SliceWarmup:
+    """Warms up the learning rate of whatever growth adds to an optimizer's parameters.
+
+    Pass it to `grow` among the `holders`; it then follows its slices through later growth as well.
+
+    Args:
+        optimizer: the optimizer to hook into.
+        steps: optimizer steps until newborn entries move at the full rate; 0 switches it off.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, steps: int):
+        self.optimizer = optimizer
+        self.steps = steps
+        self.newborns: list[_Newborn] = []
+        optimizer.register_step_pre_hook(lambda *_: self._put_aside())
+        optimizer.register_step_post_hook(lambda *_: self._hold_back())
+
+    def prepare(self, changes: Sequence[Change]) -> Callable[[], None]:
+        """Follow the slices that are warming up and add the new ones."""
+        if not self.steps:
+            return lambda: None
+        by_old = {id(change.old): change for change in changes if change.old is not None}
+        followed = [self._followed(newborn, by_old.get(id(newborn.parameter))) for newborn in self.newborns]
+        born = []
+        for change in changes:
+            reference = change.new if change.old is None else change.old
+            mask = change.lineage.new_mask(reference.detach()).expand(change.new.shape)
+            if bool(mask.any()):
+                born.append(_Newborn(change.new, _positions(mask)))
+        return lambda: self.newborns.__setitem__(slice(None), followed + born)
+
+    def _followed(self, newborn: _Newborn, change: Change | None) -> _Newborn:
+        if change is None:
+            return newborn
+        assert change.old is not None
+        mask = torch.zeros_like(change.old.detach(), dtype=torch.float32)
+        if newborn.index is None:
+            mask.fill_(1.0)
+        else:
+            mask.view(-1)[newborn.index] = 1.0
+        carried = change.lineage.carry(mask, power=0).bool()
+        return _Newborn(change.new, _positions(carried), newborn.age)
+
+    @torch.no_grad()
+    def _put_aside(self) -> None:
+        for newborn in self.newborns:
+            newborn.aside = newborn.entries()
+
+    @torch.no_grad()
+    def _hold_back(self) -> None:
+        decay = self._decay_by_parameter()
+        for newborn in self.newborns:
+            assert newborn.aside is not None
+            share = (newborn.age + 1) / (self.steps + 1)
+            moved = newborn.entries() - newborn.aside
+            undecayed = moved + newborn.aside * decay.get(id(newborn.parameter), 0.0)
+            kept = newborn.aside.add_(undecayed, alpha=share)
+            flat = newborn.parameter.detach().view(-1)
+            if newborn.index is None:
+                flat.copy_(kept)
+            else:
+                flat[newborn.index] = kept
+            newborn.aside = None
+            newborn.age += 1
+        self.newborns = [newborn for newborn in self.newborns if newborn.age < self.steps]
+
+    def _decay_by_parameter(self) -> dict[int, float]:
+        """The share of a weight that one step's decoupled weight decay takes away, by parameter."""
+        if not self.newborns or not isinstance(self.optimizer, torch.optim.AdamW):
+            return {}
+        return {
+            id(parameter): float(group["lr"]) * float(group["weight_decay"])
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+        }
+
+    def state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """Slices by the name of their parameter, so that a rebuilt model can take them up."""
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        return {
+            "newborns": [
+                {"name": names[id(n.parameter)], "age": n.age, "index": n.index} for n in self.newborns
+            ]
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
+        parameters = dict(model.named_parameters())
+        self.newborns = [
+            _Newborn(
+                parameters[item["name"]],
+                None if item["index"] is None else item["index"].to(parameters[item["name"]].device),
+                item["age"],
+            )
+            for item in state["newborns"]
+        ]
+
+
+def _positions(mask: Tensor) -> Tensor | None:
+    return None if bool(mask.all()) else mask.reshape(-1).nonzero().squeeze(1)

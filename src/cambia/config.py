@@ -1,6 +1,6 @@
 """The machinery of configuration: one tree, three doors (Python objects, YAML, dotted flags).
 
-A section is a pydantic model or a plain dataclass; its fields are the configuration. Where a section
+A section is a plain dataclass; its fields are the configuration, and pydantic checks their values. Where a section
 may be one of a family (a trigger, a source, a tokenizer), its field is annotated with `Member`, and
 YAML picks the member by `type:`, either a short name from the family's registry or
 ``"my_package.module:MyTrigger"``. Members are imported only when they are named.
@@ -20,10 +20,10 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import core_schema
 
 from cambia.errors import ConfigError
@@ -127,7 +127,7 @@ class Member:
 
 
 def build(cls: type[T], fields: Mapping[str, Any]) -> T:
-    """Make a section of the tree from plain values.
+    """Make a section of the tree, a dataclass, from plain values; sections inside it are made first.
 
     Raises:
         FieldError: a key is unknown, a value of the wrong kind or out of range; it names the place.
@@ -139,18 +139,31 @@ def build(cls: type[T], fields: Mapping[str, Any]) -> T:
             raise FieldError([key], f"is called {renamed[key]!r} here (docs/origins.md maps old names)")
         if key not in known:
             raise FieldError([key], f"is not a setting of {cls.__name__}{did_you_mean(str(key), known)}")
+    if not dataclasses.is_dataclass(cls):
+        return cls(**fields)  # someone's own class: its constructor is its configuration
+    hints = get_type_hints(cls, include_extras=True)
+    ready = {key: _build_inside(hints[key], value, [key]) for key, value in fields.items()}
     try:
-        if known and not issubclass(cls, BaseModel) and not dataclasses.is_dataclass(cls):
-            return cls(**fields)  # someone's own class: its constructor is its configuration
-        return TypeAdapter(cls).validate_python(dict(fields))
+        return TypeAdapter(cls).validate_python(ready)
     except ValidationError as error:
         raise _first_problem(error) from None
 
 
+def _build_inside(annotation: Any, value: Any, path: list[str | int]) -> Any:
+    """Build the plain dataclasses among an annotation's types; pydantic alone would let typos through."""
+    if isinstance(value, list) and get_origin(annotation) is list:
+        (inner,) = get_args(annotation)
+        return [_build_inside(inner, item, [*path, i]) for i, item in enumerate(value)]
+    if isinstance(value, Mapping) and dataclasses.is_dataclass(annotation):
+        try:
+            return build(annotation, value)  # type: ignore[arg-type]
+        except FieldError as error:
+            raise FieldError([*path, *error.path], error.problem) from None
+    return value
+
+
 def field_names(cls: type) -> list[str]:
     """The keys that a section takes."""
-    if issubclass(cls, BaseModel):
-        return list(cls.model_fields)
     if dataclasses.is_dataclass(cls):
         return [field.name for field in dataclasses.fields(cls) if field.init]
     return [name for name in inspect.signature(cls).parameters]
@@ -176,8 +189,6 @@ def _first_problem(error: ValidationError) -> FieldError:
 
 def dump(value: Any) -> dict[str, Any]:
     """Plain values from which `build` makes the same section again."""
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
     if dataclasses.is_dataclass(value):
         plain = TypeAdapter(type(value)).dump_python(value, mode="json")
         return {name: plain[name] for name in field_names(type(value))}

@@ -4,7 +4,8 @@ A `Source` gives documents; `prepare` splits them by key, drops near-duplicate l
 and writes memory-mapped token files; `TrainBatches` and `evaluation_batches` read those; a `Stream`
 strings tasks together and replays earlier ones.
 
-    >>> from cambia.data import BytesTokenizer, EmbeddedSource, TrainBatches, build_tokenizer, prepare
+    >>> from cambia.data import BytesTokenizer, EmbeddedSource, TrainBatches, build_tokenizer
+    >>> from cambia.data.prepare import prepare
     >>> tokenizer = build_tokenizer(BytesTokenizer())
     >>> corpus = prepare(EmbeddedSource("english"), tokenizer, cache_dir="cache")
     >>> batches = TrainBatches(corpus.splits["train"], batch_size=8, sequence_length=256, seed=0)
@@ -12,6 +13,7 @@ strings tasks together and replays earlier ones.
     torch.Size([8, 256])
 
 Names are imported when they are first used. Sources and `prepare` need numpy only; batches need torch.
+`prepare` and `fetch` are the functions of the modules of those names: ``cambia.data.prepare.prepare``.
 """
 
 from __future__ import annotations
@@ -52,13 +54,9 @@ _HOME = {
     "Source": "cambia.data.sources",
     "Splits": "cambia.data.sources",
     "Filter": "cambia.data.filters",
-    "FETCHABLE": "cambia.data.fetch",
-    "fetch_public": "cambia.data.fetch",
     "Tokenizer": "cambia.data.tokenizers",
     "TokenizerConfig": "cambia.data.tokenizers",
     "build_tokenizer": "cambia.data.tokenizers",
-    "prepare": "cambia.data.prepare",
-    "train_texts": "cambia.data.prepare",
     "PreparedCorpus": "cambia.data.corpus",
     "TokenFile": "cambia.data.corpus",
     "Batch": "cambia.data.batches",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ from cambia.errors import ConfigError, DataError
 
 # Ranges of letters as regular-expression classes; enough to tell scripts apart, not languages.
 SCRIPTS = {
-    "latin": "A-Za-zªºÀ-ÖØ-öø-ɏḀ-ỿ",
+    "latin": r"A-Za-zªºÀ-ÖØ-öø-ɏ\u1e00-\u1eff",
     "greek": "Ͱ-Ͽἀ-῿",
     "cyrillic": "Ѐ-ԯ",
     "hebrew": "א-ת",
@@ -121,22 +121,26 @@ class RegexFilter(Filter):
     """Only documents in which this is found are kept."""
     drop_pattern: str | None = None
     """Documents in which this is found are dropped."""
-    _compiled: dict[str, re.Pattern[str]] = field(
-        default_factory=dict, init=False, repr=False, compare=False, hash=False
-    )
 
     def __post_init__(self) -> None:
-        for name in ("keep_pattern", "drop_pattern"):
-            pattern = getattr(self, name)
-            if pattern is None:
-                continue
-            try:
-                self._compiled[name] = re.compile(pattern, re.MULTILINE)
-            except re.error as error:
-                raise ConfigError(f"{name} {pattern!r} is not a regular expression: {error}") from None
+        _ = self._wanted, self._unwanted  # a broken pattern is refused now, not at the first document
+
+    @cached_property
+    def _wanted(self) -> re.Pattern[str] | None:
+        return _compile("keep_pattern", self.keep_pattern)
+
+    @cached_property
+    def _unwanted(self) -> re.Pattern[str] | None:
+        return _compile("drop_pattern", self.drop_pattern)
 
     def keep(self, text: str, row: Mapping[str, Any]) -> bool:
-        wanted, unwanted = self._compiled.get("keep_pattern"), self._compiled.get("drop_pattern")
-        if wanted is not None and not wanted.search(text):
+        if self._wanted is not None and not self._wanted.search(text):
             return False
-        return unwanted is None or not unwanted.search(text)
+        return self._unwanted is None or not self._unwanted.search(text)
+
+
+def _compile(name: str, pattern: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if pattern is None else re.compile(pattern, re.MULTILINE)
+    except re.error as error:
+        raise ConfigError(f"{name} {pattern!r} is not a regular expression: {error}") from None

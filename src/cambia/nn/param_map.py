@@ -184,6 +184,8 @@ class Lineage:
     """Its name before growth; None if it is all new."""
     maps: tuple[TensorMap, ...]
     """From the first map that has a source in the old model (or creates the tensor) to the last."""
+    sibling: str | None
+    """Name before growth of the parameter that it is trained like: itself, or what it resembles."""
 
     @property
     def is_same(self) -> bool:
@@ -193,11 +195,6 @@ class Lineage:
     def inherits(self) -> bool:
         """Whether it is the same parameter, so that optimizer state goes along."""
         return self.origin is not None and all(m.inherits for m in self.maps)
-
-    @property
-    def sibling(self) -> str | None:
-        """The old parameter that it is trained like."""
-        return self.origin or next((m.sibling for m in self.maps if m.sibling), None)
 
     def values(self, old: Tensor | None, *, seed: int) -> Tensor:
         """The tensor after all operators; random values depend on `seed` and the name alone."""
@@ -240,5 +237,16 @@ def lineages(steps: Sequence[ParamMap], names: Iterable[str]) -> dict[str, Linea
             origin = tensor_map.source
             if origin is None:
                 break
-        result[name] = Lineage(name, origin, tuple(reversed(maps)))
+        result[name] = Lineage(name, origin, tuple(reversed(maps)), _sibling(steps, name))
     return result
+
+
+def _sibling(steps: Sequence[ParamMap], name: str) -> str | None:
+    # A map names the sibling as it was called before that one step, so go back through all of them.
+    sibling: str | None = name
+    for step in reversed(steps):
+        if sibling is None:
+            break
+        tensor_map = step.tensors[sibling]
+        sibling = tensor_map.sibling or tensor_map.source
+    return sibling

@@ -1,0 +1,164 @@
+"""A prepared corpus: per split one memory-mapped file of tokens and where its documents begin.
+
+A split is ``eos d1 eos d2 eos ...``: every document stands between two end-of-text tokens, so each of
+its tokens can be predicted and its end as well. Bytes are counted beside tokens, which is what makes
+bits per byte exact for any tokenizer.
+
+    >>> file = corpus.splits["valid"].head(100_000)      # whole documents, for a quick evaluation
+    >>> file.num_documents, file.num_bytes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cambia.data.sources import SPLITS
+from cambia.data.tokenizers import Tokenizer
+from cambia.errors import DataError
+from cambia.files import read_json, verified
+
+SUMMARY = "corpus.json"
+
+
+def file_names(split: str) -> dict[str, str]:
+    """The names of a split's files: tokens, starts, bytes and, where part of it is not trained on, mask."""
+    return {
+        "tokens": f"{split}.tokens.bin",
+        "starts": f"{split}.starts.npy",
+        "bytes": f"{split}.bytes.npy",
+        "mask": f"{split}.mask.bin",
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFile:
+    """One split's tokens."""
+
+    tokens: np.ndarray
+    """All tokens, (N,), uint16 or uint32; the first is the end-of-text token."""
+    starts: np.ndarray
+    """Where each document begins, (documents,), int64, ascending."""
+    document_bytes: np.ndarray
+    """UTF-8 bytes of each document's text that is trained on, (documents,), int64."""
+    mask: np.ndarray | None = None
+    """1 where a token is trained on, (N,), uint8; None means everywhere."""
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of all text that is trained on."""
+        return int(self.document_bytes.sum())
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.starts)
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens, end-of-text tokens included."""
+        return len(self.tokens)
+
+    @property
+    def eos_id(self) -> int:
+        return int(self.tokens[0])
+
+    def head(self, max_bytes: int) -> TokenFile:
+        """The first whole documents that together have at most `max_bytes`, and at least one."""
+        fitting = int(np.searchsorted(np.cumsum(self.document_bytes), max_bytes, side="right"))
+        count = max(1, fitting)
+        if count >= self.num_documents:
+            return self
+        end = int(self.starts[count])  # just after the end-of-text token that closes the last one
+        mask = None if self.mask is None else self.mask[:end]
+        return TokenFile(self.tokens[:end], self.starts[:count], self.document_bytes[:count], mask)
+
+    @cached_property
+    def _cumulative_bytes(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.document_bytes)])
+
+    def bytes_before(self, positions: np.ndarray) -> np.ndarray:
+        """Bytes of text that the tokens before each position stand for, int64.
+
+        Within a document its bytes are spread evenly over its tokens, so a window's count is exact for
+        bytes and near for others, while windows that meet add up to the whole exactly.
+        """
+        if not self.num_documents:
+            return np.zeros(len(positions), dtype=np.int64)
+        index = np.searchsorted(self.starts, positions, side="right") - 1
+        inside = np.maximum(index, 0)
+        ends = np.append(self.starts[1:], self.num_tokens) - 1
+        length = (ends - self.starts)[inside]
+        done = np.minimum(positions - self.starts[inside], length)
+        part = self._cumulative_bytes[inside] + self.document_bytes[inside] * done // length
+        return np.where(index < 0, 0, part)
+
+    @staticmethod
+    def from_texts(texts: Iterable[str], tokenizer: Tokenizer) -> TokenFile:
+        """A split in memory, for text at hand; empty texts are left out.
+
+        Raises:
+            DataError: there is no text.
+        """
+        eos = np.array([tokenizer.eos_id], dtype=np.int64)
+        pieces, starts, sizes = [eos], [], []
+        position = 1
+        for text in texts:
+            ids = tokenizer.encode(text)
+            if len(ids):
+                pieces += [ids, eos]
+                starts.append(position)
+                sizes.append(len(text.encode("utf-8")))
+                position += len(ids) + 1
+        if not starts:
+            raise DataError("there is no text to score; expected at least one text that is not empty")
+        kind = token_dtype(tokenizer.vocab_size)
+        return TokenFile(np.concatenate(pieces).astype(kind), np.array(starts), np.array(sizes))
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The narrowest of uint16 and uint32 that holds every id."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedCorpus:
+    """A folder that `prepare` wrote."""
+
+    folder: Path
+    splits: dict[str, TokenFile]
+    """train, valid and test."""
+    summary: dict[str, Any]
+    """What corpus.json says: the configuration, and per split its counts and dropped duplicates."""
+
+    @property
+    def vocab_size(self) -> int:
+        return self.summary["vocab_size"]
+
+    @property
+    def fingerprint(self) -> str:
+        """The configuration's hash: equal fingerprints, equal tokens."""
+        return self.summary["fingerprint"]
+
+    @staticmethod
+    def open(folder: str | Path) -> PreparedCorpus:
+        """Open a prepared folder, every file checked against its SHA-256.
+
+        Raises:
+            CheckpointError: it is missing, altered or not whole.
+        """
+        folder = verified(folder)
+        summary = read_json(folder / SUMMARY)
+        kind = token_dtype(summary["vocab_size"])
+        return PreparedCorpus(folder, {split: _open_split(folder, split, kind) for split in SPLITS}, summary)
+
+
+def _open_split(folder: Path, split: str, kind: np.dtype[Any]) -> TokenFile:
+    names = {what: folder / name for what, name in file_names(split).items()}
+    mask = np.memmap(names["mask"], dtype=np.uint8, mode="r") if names["mask"].exists() else None
+    tokens = np.memmap(names["tokens"], dtype=kind, mode="r")
+    return TokenFile(tokens, np.load(names["starts"]), np.load(names["bytes"]), mask)

@@ -1,0 +1,13 @@
+"""Experiments: from settings to a run. The one place that knows every family.
+
+    >>> from cambia.experiment import read_experiment, train
+    >>> folder = train(read_experiment("first_growth", {"training.steps": 50}), name="short")
+"""
+
+from __future__ import annotations
+
+from cambia.experiment.build import load, train
+from cambia.experiment.estimate import Estimate, estimate
+from cambia.experiment.tree import Experiment, read_experiment, recipes
+
+__all__ = ["Estimate", "Experiment", "estimate", "load", "read_experiment", "recipes", "train"]

@@ -1,0 +1,368 @@
+"""From an `Experiment` to a run: data, tokenizer, model, optimizer, growth, and then the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from cambia import __version__, files, rundir
+from cambia.config import to_yaml
+from cambia.data.prepare import prepare, train_texts
+from cambia.data.sources import Splits
+from cambia.data.streams import Stream, Task
+from cambia.data.tokenizers import Tokenizer, build_tokenizer
+from cambia.errors import ConfigError, OutOfMemoryError, RunError
+from cambia.experiment.tree import Experiment, experiment_from, plain_tree, read_experiment
+from cambia.growth import GrowthEvent, GrowthManager
+from cambia.models.architectures import count_parameters
+from cambia.models.causal_lm import CambiaForCausalLM
+from cambia.rundir import RunReader, RunWriter
+from cambia.training import Trainer
+from cambia.training.checkpoint import load_model, load_state
+
+RESUMABLE = ("device", "threads", "optimizer.learning_rate", "training.on_nonfinite", "checkpoint.", "growth.enabled")
+"""Settings that may change when a run goes on; the others are what the run *is*."""
+
+
+def train(
+    experiment: str | Path | Experiment,
+    *,
+    name: str | None = None,
+    resume: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+) -> Path:
+    """Train an experiment, or go on with a run.
+
+    Args:
+        experiment: a recipe's name, a YAML file, or an `Experiment`; not looked at when resuming.
+        name: of the run. Left out, the experiment's own, numbered where that is taken.
+        resume: go on with the run `name`.
+        overrides: dotted settings.
+
+    Returns:
+        The run directory; its summary.json tells whether the run finished or was interrupted.
+
+    Raises:
+        CambiaError: whatever the user can repair.
+    """
+    flags = dict(overrides or {})
+    if resume:
+        folder, experiment = _resumed(name, flags)
+    else:
+        if not isinstance(experiment, Experiment):
+            experiment = read_experiment(experiment, flags)
+        elif flags:
+            experiment = experiment_from(plain_tree(experiment), source="experiment", flags=flags)
+        folder = rundir.runs_root() / name if name else _free_folder(experiment.name)
+    run = RunWriter(folder, resume=resume)
+    try:
+        with _one_line_when_out_of_memory(experiment):
+            _train(experiment, run)
+    finally:
+        run.close()
+    return folder
+
+
+def load(path: str | Path) -> PreTrainedModel:
+    """The model of a run (its latest checkpoint), of a checkpoint, or of a Hugging Face folder.
+
+    Raises:
+        CheckpointError, RunError: there is none.
+    """
+    return load_model(model_folder(path))
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder that holds the model of a run, a checkpoint, or a Hugging Face model."""
+    path = Path(path)
+    if (path / "config.json").exists() and any(path.glob("*.safetensors")):
+        return path
+    reader = RunReader(path)
+    saved = reader.checkpoints()
+    if not saved:
+        raise RunError(f"the run {reader.name!r} has no checkpoint yet; wait until it saved one")
+    return saved[0]
+
+
+# ---- putting a run together ----------------------------------------------------------------------
+
+
+@dataclass
+class Assembly:
+    """The parts of a run, put together."""
+
+    tokenizer: Tokenizer
+    stream: Stream
+    stage_steps: list[int]
+    trainer: Trainer
+    resumed: bool
+
+
+def _train(experiment: Experiment, run: RunWriter) -> None:
+    began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    run.recover()
+    parts = assemble(experiment, run)
+    tree = plain_tree(experiment)
+    run.write_config(tree, to_yaml(tree))
+    before = RunReader(run.folder).summary() or {}
+    base = {
+        **_provenance(experiment),
+        "name": run.folder.name,
+        "started": before.get("started", started),
+        "parameters_start": before.get("parameters_start", count_parameters(parts.trainer.model)),
+        **_data_summary(parts.stream),
+    }
+    finished = parts.trainer.train(parts.stream, run=run, stage_steps=parts.stage_steps)
+    progress = parts.trainer.progress
+    run.write_summary(
+        {
+            **base,
+            "status": "finished" if finished else "interrupted",
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "wall_seconds": round(before.get("wall_seconds", 0.0) + time.perf_counter() - began, 2),
+            "parameters_end": count_parameters(parts.trainer.model),
+            "steps": progress.step,
+            "tokens": progress.tokens,
+            "flops": progress.flops,
+            "skipped_steps": progress.skipped,
+            "optimizer_covers_all_parameters": _covers(parts.trainer),
+        }
+    )
+
+
+def assemble(experiment: Experiment, run: RunWriter) -> Assembly:
+    """Everything that the loop calls, fresh or as the run's latest checkpoint left it."""
+    if experiment.threads:
+        torch.set_num_threads(experiment.threads)
+    torch.manual_seed(experiment.seed)
+    device = find_device(experiment.device)
+    tokenizer, stream = open_stream(experiment)
+    latest = run.folder / rundir.LATEST
+    resumed = latest.exists()
+    if resumed:
+        model = load_model(latest)
+    else:
+        config = experiment.model.config(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id)
+        model = CambiaForCausalLM(config)
+    model = model.to(device)
+    model.train()
+    optimizer = experiment.optimizer.build(model)
+    growth = None
+    if experiment.growth.enabled and experiment.growth.rules:
+        growth = GrowthManager(
+            experiment.growth.rules,
+            model=model,
+            optimizer=optimizer,
+            check_batch=_check_batch(stream, experiment.training.sequence_length),
+            rewarm_steps=experiment.growth.rewarm_steps,
+            seed=experiment.seed,
+            context=experiment.training.sequence_length,
+        )
+    trainer = Trainer(
+        model,
+        optimizer=optimizer,
+        config=experiment.training,
+        evaluation=experiment.evaluation,
+        checkpoint=experiment.checkpoint,
+        growth=growth,
+        tokenizer=tokenizer.hf,
+    )
+    if resumed:
+        state = load_state(latest)
+        run.cut_logs(state["log_lengths"])
+        trainer.load_state_dict(state, [_event(line) for line in RunReader(run.folder).growth()])
+        stream.load_state_dict(state["stream"])
+    else:
+        run.cut_logs(dict.fromkeys(rundir.LOGS, 0))
+    return Assembly(tokenizer, stream, stage_steps(experiment, stream), trainer, resumed)
+
+
+def open_stream(experiment: Experiment) -> tuple[Tokenizer, Stream]:
+    """Tokenizer and prepared tasks; what is prepared already is only opened."""
+    data = experiment.data
+    sources = [task.source for task in data.tasks]
+    splits = Splits(valid_fraction=data.valid_fraction, test_fraction=data.test_fraction)
+    readers = [train_texts(source, splits) for source in sources]
+    tokenizer = build_tokenizer(experiment.tokenizer, texts=lambda: _in_turns([read() for read in readers]))
+    tasks = [
+        Task(
+            data.task_name(i),
+            prepare(
+                source,
+                tokenizer,
+                cache_dir=data.cache,
+                splits=splits,
+                drop_duplicates=data.drop_duplicates,
+            ),
+        )
+        for i, source in enumerate(sources)
+    ]
+    stream = Stream(
+        tasks,
+        batch_size=experiment.training.batch_size,
+        sequence_length=experiment.training.sequence_length,
+        seed=experiment.seed,
+        replay_fraction=experiment.replay.fraction,
+        replay_capacity=experiment.replay.capacity,
+    )
+    return tokenizer, stream
+
+
+def _in_turns(readers: Sequence[Iterator[str]]) -> Iterator[str]:
+    """One text of each in turn, so that a tokenizer that stops early has learned from every domain."""
+    for texts in itertools.zip_longest(*readers):
+        yield from (text for text in texts if text is not None)
+
+
+def stage_steps(experiment: Experiment, stream: Stream) -> list[int]:
+    """Optimizer steps of each task, from whichever length was given."""
+    training = experiment.training
+    per_batch = training.batch_size * training.sequence_length
+    result = []
+    for i, task in enumerate(experiment.data.tasks):
+        if task.steps or training.steps:
+            result.append(task.steps or training.steps)
+        elif training.tokens:
+            result.append(math.ceil(training.tokens / per_batch))
+        else:
+            tokens = len(stream.tasks[i].corpus.splits["train"].tokens)
+            result.append(max(1, math.ceil((training.epochs or 1.0) * tokens / per_batch)))
+    return result
+
+
+def find_device(name: str) -> torch.device:
+    """The device behind `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+
+    Raises:
+        ConfigError: it is not on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ConfigError(f"--device {name!r}: expected auto, cpu, cuda, cuda:N or mps")
+    device = torch.device(name)
+    there = {
+        "cpu": True,
+        "mps": torch.backends.mps.is_available(),
+        "cuda": (device.index or 0) < torch.cuda.device_count(),
+    }
+    if not there[device.type]:
+        raise ConfigError(f"--device {name}: there is none on this machine; `cambia doctor` lists devices")
+    return device
+
+
+def _check_batch(stream: Stream, sequence_length: int) -> torch.Tensor:
+    """(B, T) ids of validation text of the first task: the fixed batch on which growth is verified."""
+    tokens = stream.tasks[0].corpus.splits["valid"].tokens
+    length = min(sequence_length, 128, len(tokens))
+    rows = max(1, min(4, len(tokens) // length))
+    flat = torch.tensor(tokens[: rows * length].astype("int64"))
+    return flat.view(rows, length)
+
+
+def _event(line: dict[str, Any]) -> GrowthEvent:
+    known = {f.name for f in dataclasses.fields(GrowthEvent)}
+    values = {key: value for key, value in line.items() if key in known}
+    return GrowthEvent(**{**values, "operators": tuple(values["operators"])})
+
+
+# ---- names, records, and what can go wrong -------------------------------------------------------
+
+
+def _resumed(name: str | None, flags: Mapping[str, Any]) -> tuple[Path, Experiment]:
+    if name is None:
+        raise ConfigError("--resume needs the name of a run; `cambia runs list` shows them")
+    reader = RunReader(name)
+    fixed = [flag for flag in flags if not flag.startswith(RESUMABLE)]
+    if fixed:
+        raise ConfigError(
+            f"--{fixed[0]} cannot change while the run {reader.name!r} goes on: start a new run with it, "
+            f"or leave it out (these may change: {', '.join(RESUMABLE)})"
+        )
+    return reader.folder, experiment_from(reader.config(), source=str(reader.folder), flags=flags)
+
+
+def _free_folder(name: str) -> Path:
+    """The first of NAME, NAME-2, NAME-3... that is no run yet."""
+    root, number = rundir.runs_root(), 1
+    folder = root / name
+    while (folder / rundir.CONFIG_JSON).exists():
+        number += 1
+        folder = root / f"{name}-{number}"
+    return folder
+
+
+@contextmanager
+def _one_line_when_out_of_memory(experiment: Experiment) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).lower()
+        if not isinstance(error, MemoryError) and not any(
+            sign in text for sign in ("out of memory", "can't allocate memory", "not enough memory")
+        ):
+            raise
+        training = experiment.training
+        raise OutOfMemoryError(
+            f"out of memory with --training.batch_size {training.batch_size}, --training.accumulation "
+            f"{training.accumulation}, --training.sequence_length {training.sequence_length}: raise "
+            "accumulation, lower batch size or length, or set --training.gradient_checkpointing true"
+        ) from error
+
+
+def _covers(trainer: Trainer) -> bool:
+    managed = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    return all(id(p) in managed for p in trainer.model.parameters() if p.requires_grad)
+
+
+def _data_summary(stream: Stream) -> dict[str, Any]:
+    rows, notes = [], []
+    for task in stream.tasks:
+        splits = task.corpus.splits
+        rows.append(
+            {
+                "name": task.name,
+                **{f"{split}_bytes": file.num_bytes for split, file in splits.items()},
+                "documents": sum(file.num_documents for file in splits.values()),
+            }
+        )
+        fallback = task.corpus.summary["configuration"]["source"].get("fallback")
+        if fallback:
+            notes.append(f"{task.name}: {fallback}")
+    return {"tasks": [task.name for task in stream.tasks], "data": rows, "notes": notes}
+
+
+def _provenance(experiment: Experiment) -> dict[str, Any]:
+    return {
+        "cambia_version": __version__,
+        "format_version": files.FORMAT_VERSION,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": str(find_device(experiment.device)),
+            "platform": platform.platform(),
+        },
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }

@@ -1,0 +1,147 @@
+"""What a run would cost, before it is started: `cambia run --dry-run`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from cambia.errors import ConfigError
+from cambia.experiment.build import find_device, open_stream, stage_steps
+from cambia.experiment.tree import Experiment
+from cambia.growth import GrowthPlan, ScheduleTrigger, plan_growth
+from cambia.models.architectures import count_parameters, flops_per_token, on_meta
+from cambia.models.causal_lm import CambiaForCausalLM
+
+
+@dataclass
+class Phase:
+    """A stretch of the run at one size."""
+
+    what: str
+    """The start, or the growth that begins it."""
+    at_step: int | None
+    """None where only the data can tell when."""
+    parameters: int
+    flops_per_token: float
+    growth_bytes: int = 0
+    """Memory held only while growing."""
+    changes: dict[str, tuple] = field(default_factory=dict)
+    """Config fields that change: name -> (before, after)."""
+
+
+@dataclass
+class Estimate:
+    """Sizes, operations, memory and time of a run."""
+
+    stage_steps: list[int]
+    tokens: int
+    phases: list[Phase]
+    flops: float
+    memory_bytes: int
+    """Weights, gradients and optimizer state at the largest size, and a batch's activations, roughly."""
+    seconds: float
+    """Estimated from a few real steps here at the starting size; scoring and saving come on top."""
+
+
+def estimate(experiment: Experiment, *, timed_steps: int = 3) -> Estimate:
+    """Plan the whole run: growth on a model without memory, speed by a few real steps.
+
+    Rules whose trigger is not a schedule are planned once, at no known step.
+    """
+    device = find_device(experiment.device)
+    tokenizer, stream = open_stream(experiment)
+    steps = stage_steps(experiment, stream)
+    config = experiment.model.config(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id)
+    training = experiment.training
+    context, per_step = training.sequence_length, training.batch_size * training.sequence_length
+    small = on_meta(CambiaForCausalLM, config)
+    phases = [Phase("start", 0, count_parameters(small), flops_per_token(small, context))]
+    model = small
+    for at_step, rule_index in _growth_steps(experiment, steps, per_step):
+        plan = plan_growth(model, experiment.growth.rules[rule_index].then, context=context)
+        model = plan.after
+        phases.append(_phase(plan, at_step))
+    flops = _total_flops(phases, sum(steps), per_step)
+    largest = phases[-1].parameters
+    rate = _measured_flops_per_second(experiment, config, device, timed_steps)
+    return Estimate(
+        stage_steps=steps,
+        tokens=sum(steps) * per_step,
+        phases=phases,
+        flops=flops,
+        # Weights, gradients and two moments in float32; about 16 values per unit of width and layer.
+        memory_bytes=16 * largest + _activation_bytes(experiment, model.config),
+        seconds=flops / rate,
+    )
+
+
+def _growth_steps(experiment: Experiment, steps: list[int], per_step: int) -> list[tuple[int | None, int]]:
+    """(step, rule) of every growth that is known beforehand, in order; unknown steps last."""
+    if not experiment.growth.enabled:
+        return []
+    known: list[tuple[int, int]] = []
+    unknown: list[tuple[int | None, int]] = []
+    total = sum(steps)
+    for i, rule in enumerate(experiment.growth.rules):
+        trigger = rule.when
+        if not isinstance(trigger, ScheduleTrigger):
+            unknown.append((None, i))
+            continue
+        marks = (
+            trigger.at_steps
+            or [-(-tokens // per_step) for tokens in trigger.at_tokens or []]
+            or [round(fraction * total) for fraction in trigger.at_fractions or []]
+        )
+        known += [(mark, i) for mark in sorted(marks)[: rule.max_events] if mark <= total]
+    return [*sorted(known), *unknown]
+
+
+def _phase(plan: GrowthPlan, at_step: int | None) -> Phase:
+    return Phase(
+        what=", ".join(str(operator) for operator in plan.operators),
+        at_step=at_step,
+        parameters=plan.parameters_after,
+        flops_per_token=plan.flops_per_token_after,
+        growth_bytes=plan.extra_bytes(),
+        changes=dict(plan.config_changes),
+    )
+
+
+def _total_flops(phases: Sequence[Phase], total_steps: int, per_step: int) -> float:
+    known = [phase for phase in phases if phase.at_step is not None]
+    ends = [phase.at_step or 0 for phase in known[1:]] + [total_steps]
+    return sum(
+        (end - (phase.at_step or 0)) * per_step * phase.flops_per_token
+        for phase, end in zip(known, ends, strict=True)
+    )
+
+
+def _activation_bytes(experiment: Experiment, config) -> int:
+    training = experiment.training
+    rows = -(-training.batch_size // training.accumulation) * training.sequence_length
+    width = sum(config.ffn_size(i) * 3 + config.hidden_size * 8 for i in range(config.num_hidden_layers))
+    return 4 * rows * (width // (4 if training.gradient_checkpointing else 1) + 2 * config.vocab_size)
+
+
+def _measured_flops_per_second(experiment: Experiment, config, device: torch.device, steps: int) -> float:
+    training = experiment.training
+    model = CambiaForCausalLM(config).to(device)
+    optimizer = experiment.optimizer.build(model)
+    rows = max(1, training.batch_size // training.accumulation)
+    ids = torch.randint(0, config.vocab_size, (rows, training.sequence_length), device=device)
+    times = []
+    try:
+        for _ in range(steps + 1):
+            began = time.perf_counter()
+            model(input_ids=ids, labels=ids, use_cache=False, skip_logits=True).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - began)
+    except (MemoryError, RuntimeError) as error:
+        raise ConfigError(f"one batch does not run on {device}: {error}") from error
+    return ids.numel() * flops_per_token(model, training.sequence_length) / sorted(times[1:])[steps // 2]

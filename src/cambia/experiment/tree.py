@@ -1,0 +1,250 @@
+"""The Experiment tree: every setting of a run in one place.
+
+    >>> experiment = read_experiment("first_growth", {"training.steps": 100})
+    >>> experiment.model.hidden_size
+    128
+
+The same tree has three doors: these classes from Python, a YAML file, and dotted flags on the command
+line. The string under a field is its help. Sections that belong to a part of the library are that
+part's own dataclass.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Lt
+
+from cambia.config import (
+    FieldError,
+    Member,
+    apply_overrides,
+    build,
+    did_you_mean,
+    dump,
+    explain,
+    load_yaml,
+)
+from cambia.data import SOURCES, TOKENIZERS
+from cambia.data.sources import Source
+from cambia.data.tokenizers import BytesTokenizer, TokenizerConfig
+from cambia.errors import ConfigError
+from cambia.growth.rules import GrowthRule
+from cambia.models.config import CambiaConfig
+from cambia.training.optim import OPTIMIZERS, AdamW
+from cambia.training.settings import CheckpointConfig, EvaluationConfig, TrainingConfig
+
+
+@dataclass
+class TaskConfig:
+    """One task: a stretch of the stream with one source."""
+
+    source: Annotated[Source, Member(SOURCES, "source")]
+    """Where its text comes from."""
+    name: str | None = None
+    """What it is called in tables; the source's name where it is left out."""
+    steps: Annotated[int, Gt(0)] | None = None
+    """Optimizer steps on this task, instead of the length in `training`."""
+
+
+@dataclass
+class DataConfig:
+    """The text of a run."""
+
+    tasks: list[TaskConfig]
+    """In the order of training."""
+    valid_fraction: Annotated[float, Ge(0), Lt(1)] = 0.05
+    """Share of the documents for validation."""
+    test_fraction: Annotated[float, Ge(0), Lt(1)] = 0.05
+    """Share of the documents for the final scores."""
+    drop_duplicates: bool = False
+    """Drop lines of your own validation and test files that also stand in the training text (they are
+    reported in any case)."""
+    cache_dir: str | None = None
+    """Where prepared token files are kept; by default ~/.cache/cambia (or $CAMBIA_CACHE)."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ConfigError("tasks is empty; name at least one")
+        names = [self.task_name(i) for i in range(len(self.tasks))]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"two tasks have one name in {names}: give each its own name")
+
+    def task_name(self, index: int) -> str:
+        task = self.tasks[index]
+        return task.name or task.source.name or f"task{index}"
+
+    @property
+    def cache(self) -> Path:
+        default = os.environ.get("CAMBIA_CACHE", "~/.cache/cambia")
+        return Path(self.cache_dir or default).expanduser()
+
+
+@dataclass
+class NativeModel:
+    """The native growable model, from scratch. Its fields are those of `CambiaConfig`."""
+
+    hidden_size: Annotated[int, Gt(0)] = 128
+    """Width of the residual stream."""
+    intermediate_size: int | list[int] = 384
+    """Width of the feed-forward layers, one for all or one for each."""
+    num_hidden_layers: Annotated[int, Gt(0)] = 4
+    """Depth."""
+    num_attention_heads: int | list[int] = 4
+    """Query heads."""
+    num_key_value_heads: int | list[int] | None = None
+    """Key/value heads; as many as query heads where it is left out."""
+    head_dim: Annotated[int, Gt(0)] | None = None
+    """Size of a head; hidden_size / num_attention_heads where it is left out."""
+    tie_word_embeddings: bool = True
+    """One matrix for the embedding and the head."""
+    attention_bias: bool = False
+    """Biases in attention."""
+    mlp_bias: bool = False
+    """Biases in the feed-forward layers."""
+    attention_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Dropout on attention weights while training."""
+    rope_theta: Annotated[float, Gt(0)] = 10000.0
+    """Base of the rotary position embedding."""
+    rms_norm_eps: Annotated[float, Gt(0)] = 1e-5
+    """Epsilon of the norms."""
+    initializer_range: Annotated[float, Gt(0)] = 0.02
+    """Standard deviation of new weights."""
+    max_position_embeddings: Annotated[int, Gt(0)] = 2048
+    """Longest sequence."""
+
+    def config(self, *, vocab_size: int, eos_token_id: int) -> CambiaConfig:
+        """The model's config; the vocabulary is padded to a multiple of 8, which kernels like."""
+        values = dict(vars(self))
+        theta = values.pop("rope_theta")
+        return CambiaConfig(
+            vocab_size=-(-vocab_size // 8) * 8,
+            bos_token_id=eos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=eos_token_id,
+            rope_parameters={"rope_type": "default", "rope_theta": theta},
+            **values,
+        )
+
+
+MODELS: dict[str, str] = {"native": "cambia.experiment.tree:NativeModel"}
+
+
+@dataclass
+class ReplayConfig:
+    """Rows of earlier tasks mixed into every batch."""
+
+    fraction: Annotated[float, Ge(0), Lt(1)] = 0.1
+    """Share of each batch that is replayed from earlier tasks, once there are any; 0 switches it off."""
+    capacity: Annotated[int, Gt(0)] = 2000
+    """Sequences kept, a uniform sample of all that was seen (reservoir sampling)."""
+
+
+@dataclass
+class GrowthConfig:
+    """When, where and how much the model grows."""
+
+    enabled: bool = True
+    """False trains at the starting size."""
+    rules: list[GrowthRule] = field(default_factory=list)
+    """Each says when, then what, within which limits."""
+    rewarm_steps: Annotated[int, Ge(0)] = 50
+    """Steps in which newborn weights come up to the full learning rate."""
+
+
+@dataclass
+class Experiment:
+    """Everything that a run needs to know."""
+
+    data: DataConfig
+    """The text, task by task."""
+    name: str = "run"
+    """Name of the run directory."""
+    description: str = ""
+    """What it shows, in a sentence."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Of weights, order of the data, replay and growth."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    threads: Annotated[int, Gt(0)] | None = None
+    """CPU threads; all cores where it is left out. Results are equal bit by bit only at equal threads."""
+    tokenizer: Annotated[TokenizerConfig, Member(TOKENIZERS, "tokenizer")] = field(
+        default_factory=BytesTokenizer
+    )
+    """How text becomes tokens."""
+    model: Annotated[NativeModel, Member(MODELS, "model", default="native")] = field(
+        default_factory=NativeModel
+    )
+    """The model at the start."""
+    optimizer: Annotated[AdamW, Member(OPTIMIZERS, "optimizer", default="adamw")] = field(
+        default_factory=AdamW
+    )
+    """The optimizer."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        training = self.training
+        given = [n for n in ("steps", "tokens", "epochs") if getattr(training, n) is not None]
+        if len(given) > 1:
+            raise FieldError(["training"], f"takes one length, got {' and '.join(given)}: leave one out")
+        if not given and not all(task.steps for task in self.data.tasks):
+            raise FieldError(["training"], "has no length: give --training.steps, .tokens or .epochs")
+        if training.sequence_length > self.model.max_position_embeddings:
+            raise FieldError(
+                ["training", "sequence_length"],
+                f"{training.sequence_length} is longer than the model's max_position_embeddings "
+                f"{self.model.max_position_embeddings}: raise --model.max_position_embeddings",
+            )
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with Cambia, by name."""
+    folder = Path(str(resources.files("cambia") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_tree(experiment: str | Path) -> tuple[dict[str, Any], str]:
+    """The plain tree of a recipe (by name) or a YAML file, and what to call it in messages."""
+    known = recipes()
+    if str(experiment) in known:
+        return load_yaml(known[str(experiment)]), f"recipe {experiment}"
+    path = Path(experiment)
+    if path.suffix not in (".yaml", ".yml") and not path.exists():
+        raise ConfigError(
+            f"{str(experiment)!r} is neither a recipe nor a YAML file{did_you_mean(str(experiment), known)}"
+        )
+    return load_yaml(path), str(path)
+
+
+def read_experiment(experiment: str | Path, flags: Mapping[str, Any] | None = None) -> Experiment:
+    """Build an experiment from a recipe's name or a YAML file, with dotted overrides.
+
+    Raises:
+        ConfigError: something in it is unknown or out of range; the message names flag or file and place.
+    """
+    tree, source = read_tree(experiment)
+    return experiment_from(tree, source=source, flags=flags or {})
+
+
+def experiment_from(tree: Mapping[str, Any], *, source: str, flags: Mapping[str, Any]) -> Experiment:
+    """Build an experiment from a plain tree with dotted overrides."""
+    try:
+        return build(Experiment, apply_overrides(tree, flags))
+    except FieldError as error:
+        raise explain(error, source=source, flags=flags) from None
+
+
+def plain_tree(experiment: Experiment) -> dict[str, Any]:
+    """The tree as plain values: what config.yaml and config.json hold."""
+    return dump(experiment)
+
+

@@ -1,0 +1,44 @@
+"""Reporting: reads run directories and shows them to a person.
+
+    >>> run = load_run("first_growth")
+    >>> run.status, run.tokens, run.transfer_metrics().final_mean
+    ('finished', 393216, 2.31)
+    >>> write_report(run)
+    PosixPath('runs/first_growth/report.html')
+
+Everything here is imported when it is first used: matplotlib only to draw.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "Run": "cambia.reporting.run",
+    "load_run": "cambia.reporting.run",
+    "Check": "cambia.reporting.health",
+    "health": "cambia.reporting.health",
+    "print_summary": "cambia.reporting.terminal",
+    "write_report": "cambia.reporting.page",
+}
+
+__all__ = ["Check", "Run", "health", "load_run", "print_summary", "write_report"]
+
+if TYPE_CHECKING:
+    from cambia.reporting.health import Check as Check
+    from cambia.reporting.health import health as health
+    from cambia.reporting.page import write_report as write_report
+    from cambia.reporting.run import Run as Run
+    from cambia.reporting.run import load_run as load_run
+    from cambia.reporting.terminal import print_summary as print_summary
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'cambia.reporting' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

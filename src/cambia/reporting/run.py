@@ -1,0 +1,239 @@
+"""A run read back: what it did, as numbers.
+
+Everything comes from the run directory, so a run that is still going or that was killed can be read as
+well: rows cut short are left out, and what the summary does not say yet is taken from the logs.
+
+    >>> run = load_run("first_growth")
+    >>> run.metrics["loss"][-1], run.growth[0].parameters_after
+    (2.07, 1245824)
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from cambia import rundir
+from cambia.evaluation import TransferMetrics
+from cambia.evaluation import task_matrix as matrix_of
+from cambia.evaluation import transfer_metrics as transfer_of
+from cambia.records import GrowthEvent
+from cambia.rundir import RunReader
+
+Status = Literal["going", "finished", "interrupted"]
+
+_METRICS = (
+    "step",
+    "task",
+    "tokens",
+    "flops",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "validation_loss",
+    "validation_bits_per_byte",
+    "parameters",
+    "skipped",
+)
+_TIMING = ("step", "seconds", "tokens_per_second", "memory_bytes")
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The logged rows of one task, and the tokens over which it was trained."""
+
+    task: str
+    rows: slice
+    first_token: int
+    last_token: int
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run directory's content; read-only."""
+
+    name: str
+    folder: Path
+    status: Status
+    """going: a process is writing it · finished · interrupted: stopped or killed, and can be resumed."""
+    config: Mapping[str, Any]
+    config_yaml: str
+    """The text of config.yaml, which runs again."""
+    summary: Mapping[str, Any]
+    """What summary.json says; empty before it is written."""
+    metrics: Mapping[str, np.ndarray]
+    """Columns of metrics.csv, one entry per logged step; what was not measured is nan."""
+    timing: Mapping[str, np.ndarray]
+    """Columns of timing.csv."""
+    growth: tuple[GrowthEvent, ...]
+    """In the order in which the model grew."""
+    scores: tuple[Mapping[str, Any], ...]
+    """Rows of eval.csv."""
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks in the order of training, as far as they are known."""
+        named = self.summary.get("tasks") or [row["task_eval"] for row in self.scores]
+        return list(dict.fromkeys(str(name) for name in named or self.metrics["task"]))
+
+    @property
+    def splits(self) -> list[str]:
+        """Splits that have scores: "test" and "valid"."""
+        return sorted({str(row["split"]) for row in self.scores})
+
+    def task_matrix(self, split: str = "test") -> list[list[float]]:
+        """Bits per byte: a row per stage so far (row 0 untrained), a column per task.
+
+        A stage whose scores were cut short is left out.
+        """
+        rows = [row for row in self.scores if row["split"] == split and row["route"] == "own"]
+        scored = {(int(row["stage"]), str(row["task_eval"])) for row in rows}
+        whole = {stage for stage, _ in scored if all((stage, task) in scored for task in self.tasks)}
+        return matrix_of([row for row in rows if int(row["stage"]) in whole], split=split)[0]
+
+    def transfer_metrics(self, split: str = "test") -> TransferMetrics | None:
+        """What was learned and forgotten; None until every task was trained and scored."""
+        matrix, tasks = self.task_matrix(split), self.tasks
+        return transfer_of(matrix, tasks) if tasks and len(matrix) == len(tasks) + 1 else None
+
+    def stretches(self) -> list[Stretch]:
+        """The logged rows, task by task."""
+        names, tokens = self.metrics["task"], self.metrics["tokens"]
+        starts = [i for i in range(len(names)) if i == 0 or names[i] != names[i - 1]]
+        found: list[Stretch] = []
+        for start, end in zip(starts, [*starts[1:], len(names)], strict=True):
+            first = found[-1].last_token if found else 0
+            found.append(Stretch(str(names[start]), slice(start, end), first, int(tokens[end - 1])))
+        return found
+
+    # ---- totals: the summary's where it is there, else the logs' --------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done."""
+        return int(self._furthest("steps", "step"))
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens seen."""
+        return int(self._furthest("tokens", "tokens"))
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of training."""
+        return float(self._furthest("flops", "flops"))
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out because the loss was not finite."""
+        return int(self._furthest("skipped_steps", "skipped"))
+
+    @property
+    def parameters_start(self) -> int | None:
+        """Parameters of the untrained model."""
+        if self.growth:
+            return self.growth[0].parameters_before
+        return self._said_or_logged("parameters_start", 0)
+
+    @property
+    def parameters_end(self) -> int | None:
+        """Parameters of the model as it is now."""
+        if self.growth:
+            return self.growth[-1].parameters_after
+        return self._said_or_logged("parameters_end", -1)
+
+    @property
+    def wall_seconds(self) -> float | None:
+        """Time taken; while the run is not finished, an estimate from the logged steps."""
+        said = self.summary.get("wall_seconds")
+        if said is not None and self.status == "finished":
+            return float(said)
+        step, seconds = self.timing["step"], self.timing["seconds"]
+        logged = float(np.nansum(seconds * np.diff(step, prepend=0))) if len(step) else None
+        known = [float(value) for value in (said, logged) if value is not None]
+        return max(known) if known else None
+
+    @property
+    def report(self) -> Path:
+        """Where report.html is, or will be."""
+        return self.folder / rundir.REPORT
+
+    @property
+    def handle(self) -> str:
+        """What to call the run on the command line: its name, or its path where the name is not enough."""
+        by_name = rundir.runs_root() / self.name
+        known = by_name.exists() and by_name.resolve() == self.folder.resolve()
+        return shlex.quote(self.name if known else str(self.folder))
+
+    def _furthest(self, key: str, column: str) -> float:
+        # A summary can be older than the logs (interrupted, resumed, killed), and the logs than the
+        # summary (not every step is logged).
+        logged = self.metrics[column]
+        last = float(logged[-1]) if len(logged) and math.isfinite(logged[-1]) else 0.0
+        return max(last, float(self.summary.get(key) or 0))
+
+    def _said_or_logged(self, key: str, row: int) -> int | None:
+        if self.summary.get(key) is not None:
+            return int(self.summary[key])
+        logged = self.metrics["parameters"]
+        return int(logged[row]) if len(logged) and math.isfinite(logged[row]) else None
+
+
+def load_run(name: str | Path) -> Run:
+    """Read a run, finished or not.
+
+    Args:
+        name: of a run under `cambia.rundir.runs_root`, or its folder.
+
+    Raises:
+        RunError: there is no such run; the message names the nearest.
+        CheckpointError: its config.json or summary.json is broken.
+    """
+    reader = RunReader(name)
+    summary = reader.summary() or {}
+    yaml = reader.folder / rundir.CONFIG_YAML
+    return Run(
+        name=reader.name,
+        folder=reader.folder,
+        status=_status(reader, summary),
+        config=reader.config(),
+        config_yaml=yaml.read_text(encoding="utf-8") if yaml.exists() else "",
+        summary=summary,
+        metrics=_columns(reader.rows(rundir.METRICS), _METRICS),
+        timing=_columns(reader.rows(rundir.TIMING), _TIMING),
+        growth=tuple(_event(line) for line in reader.growth()),
+        scores=tuple(reader.rows(rundir.EVAL)),
+    )
+
+
+def _status(reader: RunReader, summary: Mapping[str, Any]) -> Status:
+    if summary.get("status") == "finished":
+        return "finished"
+    return "going" if reader.is_going() else "interrupted"
+
+
+def _event(line: Mapping[str, Any]) -> GrowthEvent:
+    return GrowthEvent(**{**line, "operators": tuple(line["operators"])})
+
+
+def _columns(rows: Sequence[Mapping[str, Any]], expected: Sequence[str]) -> dict[str, np.ndarray]:
+    """Each column as an array; one that is missing altogether is all nan."""
+    names = list(dict.fromkeys([*expected, *(rows[0] if rows else ())]))
+    found = {name: _column(name, [row.get(name) for row in rows]) for name in names}
+    for column in found.values():
+        column.setflags(write=False)
+    return found
+
+
+def _column(name: str, values: Sequence[Any]) -> np.ndarray:
+    if name == "task" or any(isinstance(value, str) for value in values):
+        return np.array(["" if value is None else str(value) for value in values], dtype=np.str_)
+    if values and all(isinstance(value, int) for value in values):
+        return np.array(values, dtype=np.int64)
+    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)

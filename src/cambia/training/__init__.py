@@ -1,0 +1,8 @@
+"""Training: the one loop, and what it needs."""
+
+from __future__ import annotations
+
+from cambia.training.settings import CheckpointConfig, EvaluationConfig, TrainingConfig
+from cambia.training.trainer import PlainAllocator, Trainer
+
+__all__ = ["CheckpointConfig", "EvaluationConfig", "PlainAllocator", "Trainer", "TrainingConfig"]

@@ -1,0 +1,121 @@
+"""What a checkpoint holds: a model folder that stock tools open, and beside it the state of the run.
+
+    latest/
+      config.json model.safetensors tokenizer.json ...    Hugging Face's own layout
+      state.json state.safetensors                        everything else: optimizer, random state,
+                                                          position in the data, triggers, log lengths
+      manifest.json                                       SHA-256 of each of these
+
+Only safetensors and JSON: opening a checkpoint runs no code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+import cambia.models.causal_lm  # noqa: F401 (registers the native model with the Auto classes)
+from cambia import files
+from cambia.errors import CheckpointError
+
+STATE_JSON, STATE_TENSORS = "state.json", "state.safetensors"
+_TENSOR = "__tensor__"
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    model: PreTrainedModel,
+    state: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Write a checkpoint atomically.
+
+    Args:
+        folder: replaced if it is there.
+        state: nested dictionaries and lists of tensors and plain values.
+    """
+    tensors: dict[str, Tensor] = {}
+    plain = _take_out_tensors(state, "", tensors)
+    transformers_logging.disable_progress_bar()
+    with files.atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        save_file(tensors, temporary / STATE_TENSORS)
+        files.write_json(temporary / STATE_JSON, plain)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint, after its files were checked against their hashes.
+
+    Raises:
+        CheckpointError: missing, cut short, altered, or of another version.
+    """
+    files.verified(folder)
+    tensors = load_file(folder / STATE_TENSORS)
+    return _put_in_tensors(files.read_json(folder / STATE_JSON), tensors)
+
+
+def load_model(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a checkpoint or of any Hugging Face model folder.
+
+    Raises:
+        CheckpointError: there is no model there that can be opened safely.
+    """
+    folder = Path(folder)
+    if (folder / files.MANIFEST).exists():
+        files.verified(folder)
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} has no config.json: it is no model folder")
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{folder} holds no .safetensors file: convert it with transformers, "
+            "`AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`, where you trust its source"
+        )
+    transformers_logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} cannot be opened as a model: {' '.join(str(error).split())}") from error
+
+
+def random_state() -> dict[str, Any]:
+    """The global random state of torch, of all devices in use."""
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _take_out_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        # A copy of its own: safetensors refuses tensors that share memory.
+        tensors[path] = value.detach().cpu().clone().contiguous()
+        return {_TENSOR: path}
+    if isinstance(value, Mapping):
+        return {str(key): _take_out_tensors(item, f"{path}/{key}", tensors) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_take_out_tensors(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
+    return value
+
+
+def _put_in_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if _TENSOR in value:
+            return tensors[value[_TENSOR]]
+        return {key: _put_in_tensors(item, tensors) for key, item in value.items()}
+    return [_put_in_tensors(item, tensors) for item in value] if isinstance(value, list) else value

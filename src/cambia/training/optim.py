@@ -1,0 +1,87 @@
+"""The optimizer: AdamW in two groups, and its state by parameter name.
+
+torch numbers an optimizer's state by position, which growth changes. Here it is kept by the name of the
+parameter, so a checkpoint can be read whatever order the groups have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge, Gt
+from torch import nn
+
+from cambia.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101). Vectors, norm gains and biases, are not decayed."""
+
+    learning_rate: Annotated[float, Gt(0)] = 3e-3
+    """The highest rate; the schedule multiplies it."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Memory of the first and second moment."""
+    eps: Annotated[float, Gt(0)] = 1e-8
+    weight_decay: Annotated[float, Ge(0)] = 0.1
+    """Decoupled decay of matrices."""
+    kernel: Literal["auto", "fused", "foreach", "loop"] = "auto"
+    """How it is computed; auto takes the fused one."""
+
+    def build(self, model: nn.Module) -> torch.optim.AdamW:
+        """An optimizer of all of the model's trainable parameters."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(
+            groups,
+            lr=self.learning_rate,
+            betas=self.betas,
+            eps=self.eps,
+            fused=self.kernel in ("auto", "fused"),
+            foreach=self.kernel == "foreach",
+        )
+
+
+OPTIMIZERS: dict[str, str] = {"adamw": "cambia.training.optim:AdamW"}
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """The state of each parameter by its name: ``{name: {"exp_avg": tensor, ...}}``."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: dict(state) for p, state in optimizer.state.items()}
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Give an optimizer of the same parameters its state back.
+
+    Raises:
+        CheckpointError: the state is of a model of another shape.
+    """
+    parameters = dict(model.named_parameters())
+    for name, values in state.items():
+        if name not in parameters:
+            raise CheckpointError(f"the checkpoint has optimizer state for {name!r}, which the model lacks")
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameters[name].shape:
+                raise CheckpointError(
+                    f"the checkpoint's {key} of {name!r} has shape {tuple(value.shape)}, the parameter "
+                    f"{tuple(parameters[name].shape)}: optimizer and model are from different steps"
+                )
+        parameter = parameters[name]
+        optimizer.state[parameter] = {
+            key: value.to(parameter.device) if isinstance(value, torch.Tensor) and value.dim() else value
+            for key, value in values.items()
+        }

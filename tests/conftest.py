@@ -1,0 +1,91 @@
+"""What tests share: tiny models of every growable family, seeds, threads and hypothesis settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+# Few examples, the same ones in every run; `--hypothesis-profile=search` looks further.
+settings.register_profile("quick", deadline=None, max_examples=15, derandomize=True, database=None)
+settings.register_profile("search", deadline=None, max_examples=300, database=None)
+settings.load_profile("quick")
+
+SIZES = {
+    "vocab_size": 31,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+EPSILON = 1e-3
+"""Of the norms: large, so that a growth that forgets it shows."""
+
+
+def tiny(
+    family: str = "llama",
+    dtype: torch.dtype | None = None,
+    *,
+    seed: int = 0,
+    **sizes: Any,
+) -> PreTrainedModel:
+    """A model of a growable family with a few thousand weights, none of them special.
+
+    All weights are disturbed, norm gains and biases too, so that nothing is one or zero by chance.
+
+    Args:
+        family: a model type of `ARCHITECTURES`.
+        dtype: of the weights; float32 by default.
+        sizes: config fields other than `SIZES`.
+    """
+    # Imported here, so that a test of plain files does not wait for torch.
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import cambia.models.causal_lm  # noqa: F401 (registers the native family)
+
+    config = AutoConfig.for_model(family, **{**SIZES, **sizes})
+    for name in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"):
+        if name in vars(config):
+            setattr(config, name, EPSILON)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).to(dtype or torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape).to(parameter))
+    return model
+
+
+@pytest.fixture(name="tiny", scope="session")
+def tiny_fixture() -> Callable[..., PreTrainedModel]:
+    """The function `tiny`."""
+    return tiny
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_threads() -> Iterator[None]:
+    """Tiny tensors are slower with many threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test begins with the same random state."""
+    import torch
+
+    torch.manual_seed(0)

@@ -59,7 +59,8 @@ def tiny(
             setattr(config, name, EPSILON)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config).to(dtype or torch.float32)
+        # Not `.to(dtype)`, which would round the rotary tables' frequencies as well.
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.2 * torch.randn(parameter.shape).to(parameter))

@@ -291,6 +291,7 @@ def _index(part: str, items: list[Any], name: str, place: str) -> int:
 def explain(error: FieldError, *, source: str, flags: Mapping[str, Any]) -> ConfigError:
     """The same error, saying whether a flag or which file brought the value in."""
     place = dotted(error.path)
-    if any(place == flag or place.startswith(flag + ".") for flag in flags):
-        return ConfigError(f"--{place}: {error.problem}")
-    return ConfigError(f"{source}: {place}: {error.problem}" if place else f"{source}: {error.problem}")
+    for flag in flags:
+        if place == flag or place.startswith(flag + ".") or (place and flag.startswith(place + ".")):
+            return ConfigError(f"--{flag}: {error}")
+    return ConfigError(f"{source}: {error}")

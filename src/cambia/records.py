@@ -93,11 +93,14 @@ class GrowthEvent:
     """Loss on the check batch right before, nats per token."""
     loss_after: float | None = None
     seconds: float = 0.0
+    """Wall time of the whole event."""
     step: int = 0
     tokens: int = 0
     config_changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     """Config fields that changed: name -> (before, after)."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for growth.jsonl."""
-        return asdict(self)
+        """Plain values for growth.jsonl; the clock is left out, so that equal runs write equal lines."""
+        values = asdict(self)
+        del values["seconds"]
+        return values

@@ -15,6 +15,7 @@ BANNER = "Copyright (c) 2024, The Authors of This"
 def test_normal_form_ignores_case_numbers_marks_and_space():
     assert normal_form(BANNER) == normal_form("  COPYRIGHT (C)  2031 -- the authors of this.\t")
     assert normal_form("a\n\n b_c ") == "a\n\nb c"
+    assert normal_form("self.__encoding") == normal_form("self.encoding")
 
 
 def test_short_lines_are_not_compared():

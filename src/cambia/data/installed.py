@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+Owner = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+"""What can have a docstring."""
+Reader = Callable[[str], Iterator[tuple[str, str]]]
+"""A file's text -> its documents as (what to add to the key, text)."""
 
 READER_VERSION = 1
 """Goes into a corpus's hash; raise it when a change here changes the text."""
@@ -27,6 +33,33 @@ _SKIPPED = (
     *("ops", "generated", "opset"),  # written by torch's generators
 )
 """Names of folders that are not entered."""
+_DISTRIBUTIONS = frozenset(
+    [
+        *(
+            "torch",
+            "numpy",
+            "transformers",
+            "tokenizers",
+            "safetensors",
+            "huggingface-hub",
+            "sympy",
+            "networkx",
+        ),
+        *("matplotlib", "pillow", "fonttools", "contourpy", "kiwisolver", "cycler", "pyparsing", "mpmath"),
+        *(
+            "pydantic",
+            "pydantic-core",
+            "annotated-types",
+            "typing-extensions",
+            "cyclopts",
+            "rich",
+            "pygments",
+        ),
+        *("pyyaml", "jinja2", "markupsafe", "fsspec", "filelock", "regex", "tqdm", "packaging", "attrs"),
+    ]
+)
+"""What is installed beside Cambia always: another package that the user adds later changes no corpus."""
+_LICENSE = re.compile(r"licen[cs]e|copying|notice|copyright", re.I)
 _GENERATED = re.compile(
     r"do not edit|@generated|auto-?generated|generated (by|from|file|automatically)", re.I
 )
@@ -40,7 +73,7 @@ class Places:
     packages: Mapping[str, Path]
     """Folders of installed packages, by package name."""
     metadata: tuple[Path, ...]
-    """The ``*.dist-info`` folders, by name."""
+    """The ``*.dist-info`` folders of what Cambia depends on, by name."""
     licenses: Path | None = None
     """The licenses that the system keeps for all its packages (Debian and its kin)."""
 
@@ -54,7 +87,8 @@ def places() -> Places:
         if spec is not None and spec.origin is not None:
             packages[name] = Path(spec.origin).parent
     roots = {Path(sysconfig.get_paths()["purelib"]), *(folder.parent for folder in packages.values())}
-    metadata = {folder.name: folder for root in roots for folder in root.glob("*.dist-info")}
+    folders = {folder.name: folder for root in roots for folder in root.glob("*.dist-info")}
+    metadata = {name: folder for name, folder in folders.items() if _distribution(name) in _DISTRIBUTIONS}
     licenses = Path("/usr/share/common-licenses")
     return Places(
         stdlib if (stdlib / "argparse.py").is_file() else None,
@@ -64,6 +98,11 @@ def places() -> Places:
     )
 
 
+def _distribution(folder: str) -> str:
+    """The normal name of a package, from its folder: "PyYAML-6.0.3.dist-info" is pyyaml's."""
+    return re.sub(r"[-_.]+", "-", folder.partition("-")[0]).lower()
+
+
 @dataclass(frozen=True)
 class TextFile:
     """A file and how to read its text."""
@@ -71,7 +110,9 @@ class TextFile:
     key: str
     """The file's name below its place: "stdlib/argparse.py"."""
     path: Path
-    reader: Callable[[str], Iterator[tuple[str, str]]]
+    size: int
+    """In bytes."""
+    reader: Reader
 
     def read(self) -> Iterator[tuple[str, str]]:
         """Documents of the file as (what to add to the key, text)."""
@@ -86,44 +127,37 @@ class TextFile:
 
 
 def _english(where: Places) -> list[list[TextFile]]:
-    topics = [] if where.stdlib is None else [where.stdlib / "pydoc_data" / "topics.py"]
-    reference = [TextFile("stdlib/pydoc_data/topics.py", path, _topics) for path in topics if path.is_file()]
-    readmes = [
-        TextFile(f"metadata/{folder.name}", folder / "METADATA", _readme)
-        for folder in where.metadata
-        if (folder / "METADATA").is_file()
-    ]
-    stdlib = _modules(where.stdlib, "stdlib", _docstrings)
-    packages = [_modules(where.packages.get(name), name, _docstrings) for name in _PACKAGES]
-    return [reference + readmes, stdlib, [file for files in packages for file in files]]
+    reference = [] if where.stdlib is None else [where.stdlib / "pydoc_data" / "topics.py"]
+    tiers = [_files(reference, "stdlib/pydoc_data", _topics)]
+    for folder in where.metadata:
+        tiers[0] += _files([folder / "METADATA"], f"metadata/{folder.name}", _readme)
+    tiers.append(_below(where.stdlib, "stdlib", (".py",), _docstrings))
+    tiers.append(
+        [file for name in _PACKAGES for file in _below(where.packages.get(name), name, (".py",), _docstrings)]
+    )
+    return tiers
 
 
 def _python(where: Places) -> list[list[TextFile]]:
     return [
-        _modules(where.stdlib, "stdlib", _code),
-        _modules(where.packages.get("torch"), "torch", _code),
+        _below(where.stdlib, "stdlib", (".py",), _code),
+        _below(where.packages.get("torch"), "torch", (".py",), _code),
     ]
 
 
 def _cpp(where: Places) -> list[list[TextFile]]:
-    if "torch" not in where.packages:
-        return []
-    return [_below(where.packages["torch"] / "include", "torch/include", (".h", ".hpp", ".cuh"), _code)]
+    torch = where.packages.get("torch")
+    return [_below(torch and torch / "include", "torch/include", (".h", ".hpp", ".cuh"), _code)]
 
 
 def _legal(where: Places) -> list[list[TextFile]]:
-    named = re.compile(r"licen[cs]e|copying|notice|copyright", re.I)
-    found = [
-        TextFile(f"licenses/{folder.name}/{path.relative_to(folder).as_posix()}", path, _prose)
-        for folder in where.metadata
-        for path in sorted(folder.rglob("*"))
-        if named.search(path.name) and path.is_file()
-    ]
-    if where.stdlib is not None and (where.stdlib / "LICENSE.txt").is_file():
-        found.append(TextFile("licenses/stdlib/LICENSE.txt", where.stdlib / "LICENSE.txt", _prose))
+    found = [] if where.stdlib is None else _files([where.stdlib / "LICENSE.txt"], "licenses/stdlib", _prose)
+    for folder in where.metadata:
+        named = sorted(path for path in folder.rglob("*") if _LICENSE.search(path.name))
+        for path in named:
+            found += _files([path], f"licenses/{path.parent.relative_to(folder.parent).as_posix()}", _prose)
     if where.licenses is not None:
-        system = sorted(path for path in where.licenses.iterdir() if path.is_file() and not path.is_symlink())
-        found += [TextFile(f"licenses/system/{path.name}", path, _prose) for path in system]
+        found += _files(sorted(where.licenses.iterdir()), "licenses/system", _prose)
     return [found]
 
 
@@ -135,25 +169,25 @@ DOMAINS: dict[str, Callable[[Places], list[list[TextFile]]]] = {
 }
 
 
-def _modules(
-    folder: Path | None, name: str, reader: Callable[[str], Iterator[tuple[str, str]]]
-) -> list[TextFile]:
-    return [] if folder is None else _below(folder, name, (".py",), reader)
+def _files(paths: Iterable[Path], place: str, reader: Reader) -> list[TextFile]:
+    """Those of the paths that are files; links lead to what another path gives already."""
+    plain = [path for path in paths if path.is_file() and not path.is_symlink()]
+    return [TextFile(f"{place}/{path.name}", path, path.stat().st_size, reader) for path in plain]
 
 
-def _below(
-    folder: Path, name: str, suffixes: tuple[str, ...], reader: Callable[[str], Iterator[tuple[str, str]]]
-) -> list[TextFile]:
-    found = []
-    # os.walk-like descent by hand, so that site-packages inside the standard library is never entered.
-    waiting = [folder]
+def _below(folder: Path | None, name: str, suffixes: tuple[str, ...], reader: Reader) -> list[TextFile]:
+    """Files below a folder; site-packages in the standard library and the like are not entered."""
+    found: list[TextFile] = []
+    waiting = [] if folder is None or not folder.is_dir() else [(name, str(folder))]
     while waiting:
-        for path in waiting.pop().iterdir():
-            if path.is_dir():
-                if path.name not in _SKIPPED:
-                    waiting.append(path)
-            elif path.suffix in suffixes and path.stat().st_size <= _MOST_BYTES:
-                found.append(TextFile(f"{name}/{path.relative_to(folder).as_posix()}", path, reader))
+        place, current = waiting.pop()
+        with os.scandir(current) as listing:
+            for entry in listing:
+                if entry.is_dir():
+                    if entry.name not in _SKIPPED:
+                        waiting.append((f"{place}/{entry.name}", entry.path))
+                elif entry.name.endswith(suffixes) and (size := entry.stat().st_size) <= _MOST_BYTES:
+                    found.append(TextFile(f"{place}/{entry.name}", Path(entry.path), size, reader))
     return found
 
 
@@ -182,14 +216,21 @@ def _docstrings(text: str) -> Iterator[tuple[str, str]]:
     quoted = sum(map(len, text.split('"""')[1::2]))
     if quoted < 0.15 * len(text) or _GENERATED.search(text, 0, 2000):
         return  # parsing is slow; modules with little to say are not worth it
-    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's code
         tree = ast.parse(text)
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, owners)]
+    found = [ast.get_docstring(node) for node in _owners(tree)]
     joined = "\n\n".join(docstring for docstring in found if docstring and len(docstring) >= 60)
     if joined:
         yield "", joined + "\n"
+
+
+def _owners(node: Owner) -> Iterator[Owner]:
+    """A module and the classes and functions defined in it, in their order."""
+    yield node
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _owners(child)
 
 
 def _topics(text: str) -> Iterator[tuple[str, str]]:

@@ -152,7 +152,8 @@ class _Preparation:
             if kept.text[kept.loss_from :].strip():
                 writer.add(kept)
         counts = writer.close()
-        return {**counts, "duplicate_lines_found": found, "duplicate_lines_dropped": found if drop else 0}
+        dropped = found if drop else 0
+        return {**counts, "duplicate_lines_dropped": dropped, "duplicate_lines_kept": found - dropped}
 
 
 def _refuse_empty(

@@ -82,12 +82,12 @@ class Tokenizer:
         found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in found]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of token ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
-        plain = [int(token) for token in ids]
+        plain = np.asarray(ids, dtype=np.int64)
         if self._is_bytes:
-            return bytes(token for token in plain if token < 256).decode("utf-8", errors="replace")
-        return self._backend.decode(plain, skip_special_tokens=True)
+            return plain[plain < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+        return self._backend.decode(plain.tolist(), skip_special_tokens=True)
 
     def save(self, folder: str | Path) -> None:
         """Write it the way transformers does; `AutoTokenizer` and `HfTokenizer` load it."""

@@ -66,13 +66,14 @@ class OptimizerHolder:
         assert change.old is not None
         result: dict[str, Any] = {}
         for key, value in self.optimizer.state.get(change.old, {}).items():
-            if not isinstance(value, Tensor) or value.shape != change.old.shape or value.dim() == 0:
+            if not isinstance(value, Tensor) or value.dim() == 0:
                 result[key] = value  # the step count
                 continue
-            if key not in STATE_POWERS:
+            if key not in STATE_POWERS or value.shape != change.old.shape:
                 raise GrowthError(
-                    f"{type(self.optimizer).__name__} keeps {key!r} for each entry of a parameter and it is "
-                    f"not known how that grows; known are {', '.join(STATE_POWERS)}"
+                    f"{type(self.optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a "
+                    f"parameter of shape {tuple(change.old.shape)} and it is not known how that grows; known, "
+                    f"in the parameter's own shape, are {', '.join(STATE_POWERS)}: use AdamW or SGD"
                 )
             power = STATE_POWERS[key]
             seeded = power == -2 and self.new_second_moment == "mean"

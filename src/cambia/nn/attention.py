@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
-from cambia.nn.fused import rotate
+from cambia.nn.fused import causal_attention, rotate
 
 # B batch, T time, S keys (cached ones and T new), C hidden size, H heads, K key/value heads, D head size
 
@@ -97,9 +97,12 @@ class CausalAttention(nn.Module):
             past_key_values: keys and values of earlier positions; the new ones are added to it.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
-        query = rotate(self.q_proj(x).view(heads), *rotary).transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
-        key = rotate(self.k_proj(x).view(heads), *rotary).transpose(1, 2)  # (B, K, T, D)
-        value = self.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, D)
+        query = rotate(self.q_proj(x).view(heads), *rotary)  # (B, T, H, D) -> (B, H, T, D)
+        key = rotate(self.k_proj(x).view(heads), *rotary)  # (B, K, T, D)
+        value = self.v_proj(x).view(heads)  # (B, K, T, D)
+        if past_key_values is None and attention_mask is None:
+            return self.o_proj(causal_attention(query, key, value, scale=self.scaling).flatten(2))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, K, S, D)
         mixed = self._attend(query, key, value, attention_mask)  # (B, H, T, D)

@@ -25,7 +25,9 @@ The hand-written gradients are differentiable once; a second derivative raises.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -141,6 +143,119 @@ class _Rotate(Function):
         cos, sin = ctx.saved_tensors
         # The inverse of a rotation turns back by the same angle.
         return torch.mul(dy, cos).addcmul_(swap_halves(dy), sin, value=-1), None, None
+
+
+# ---- causal attention ----------------------------------------------------------------------------
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+    """Softmax attention of every position to itself and its past.
+
+    `query` is (B, T, H, D), `key` and `value` (B, T, K, D) with K dividing H; returns (B, T, H, D).
+    """
+    if is_fusable(query) and query.device.type == "cpu":
+        return _CausalAttention.apply(query, key, value, scale)
+    return plain_causal_attention(query, key, value, scale=scale)
+
+
+def plain_causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+    """What `causal_attention` computes."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, H, T, D), (B, K, T, D)
+    gqa = key.shape[1] != query.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa).transpose(1, 2)
+
+
+class _CausalAttention(Function):
+    """Blocks of queries against all keys they may see, as batched matrix products.
+
+    The heads of a group share their keys, so their queries are stacked into one matrix (row t*R + r is head r
+    of the group at time t): G = B*K products of (n*R, D) by (D, j). Probabilities are computed again in
+    backward, so memory stays linear in T.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        ctx.batch, ctx.kv_heads, ctx.scale = key.shape[0], key.shape[2], scale
+        ctx.group = query.shape[2] // key.shape[2]
+        queries, keys, values = (_by_group(x, ctx.kv_heads) for x in (query, key, value))
+        ctx.save_for_backward(queries, keys, values)
+        mixed = torch.empty_like(queries)  # (G, T R, D)
+        for block in _blocks(queries, keys, ctx.group):
+            probs = block.probabilities(queries, keys, scale)
+            block.rows(mixed).copy_(torch.bmm(probs, block.seen(values)))
+        return _by_time(mixed, ctx.batch, ctx.kv_heads, ctx.group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dmixed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        queries, keys, values = ctx.saved_tensors
+        dmixed = _by_group(dmixed, ctx.kv_heads)
+        dqueries, dkeys, dvalues = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+        for block in _blocks(queries, keys, ctx.group):
+            probs = block.probabilities(queries, keys, ctx.scale)
+            block.seen(dvalues).baddbmm_(probs.transpose(1, 2), block.rows(dmixed))
+            dprobs = torch.bmm(block.rows(dmixed), block.seen(values).transpose(1, 2))
+            dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
+            block.rows(dqueries).copy_(torch.bmm(dscores, block.seen(keys)))
+            block.seen(dkeys).baddbmm_(dscores.transpose(1, 2), block.rows(queries), alpha=ctx.scale)
+        dqueries.mul_(ctx.scale)
+        return (
+            _by_time(dqueries, ctx.batch, ctx.kv_heads, ctx.group),
+            _by_time(dkeys, ctx.batch, ctx.kv_heads, 1),
+            _by_time(dvalues, ctx.batch, ctx.kv_heads, 1),
+            None,
+        )
+
+
+class _Block(NamedTuple):
+    """Queries `start` to `stop` of some groups, and the keys that they see."""
+
+    groups: slice
+    start: int
+    stop: int
+    group: int
+    future: Tensor
+    """(n R, n): minus infinity where a key of the block's own stretch lies in the future."""
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x[self.groups, self.start * self.group : self.stop * self.group]
+
+    def seen(self, x: Tensor) -> Tensor:
+        return x[self.groups, : self.stop]
+
+    def probabilities(self, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+        rows, seen = self.rows(queries), self.seen(keys)
+        scores = torch.bmm(rows, seen.transpose(1, 2)).mul_(scale)
+        scores[:, :, self.start :].add_(self.future)
+        return torch.softmax(scores, -1, out=scores)
+
+
+BLOCK_ROWS = 64
+BLOCK_BYTES = 2**22
+
+
+def _blocks(queries: Tensor, keys: Tensor, group: int) -> Iterator[_Block]:
+    count, length = keys.shape[:2]
+    size = min(BLOCK_ROWS, length)
+    future = torch.full((size, size), -math.inf, dtype=keys.dtype).triu_(1).repeat_interleave(group, 0)
+    at_once = max(1, BLOCK_BYTES // (size * group * length * keys.element_size()))
+    for first in range(0, count, at_once):
+        for start in range(0, length, size):
+            stop = min(start + size, length)
+            n = stop - start
+            yield _Block(slice(first, first + at_once), start, stop, group, future[: n * group, :n])
+
+
+def _by_group(x: Tensor, kv_heads: int) -> Tensor:
+    """(B, T, K R, D) -> (B K, T R, D)"""
+    b, t, h, d = x.shape
+    return x.view(b, t, kv_heads, h // kv_heads, d).transpose(1, 2).reshape(b * kv_heads, -1, d)
+
+
+def _by_time(x: Tensor, batch: int, kv_heads: int, group: int) -> Tensor:
+    """(B K, T R, D) -> (B, T, K R, D)"""
+    d = x.shape[-1]
+    return x.view(batch, kv_heads, -1, group, d).transpose(1, 2).reshape(batch, -1, kv_heads * group, d)
 
 
 # ---- SwiGLU --------------------------------------------------------------------------------------

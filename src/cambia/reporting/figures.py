@@ -18,7 +18,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from cambia.records import GrowthEvent
 from cambia.reporting import units
@@ -39,6 +39,8 @@ COLORS = {
 _SIZE = 8.0  # of letters, in points
 _WIDTH = 7.2  # inches; an SVG point is 1/72 inch, and the page stretches the picture to its column
 _MOST_POINTS = 1500
+_MOST_DOTS = 90
+_LETTERS = 95  # that stand side by side over the whole width
 
 
 # ---- the pictures --------------------------------------------------------------------------------
@@ -59,27 +61,34 @@ def loss_figure(run: Run) -> Figure | None:
         smoothed.append(_smooth(y))
         _line(axes, *_thinned(x, y), color="pale-leaf", width=0.6, label=raw)
         _line(axes, *_thinned(x, smoothed[-1]), color="leaf", width=1.7, label=smooth)
-    validation = run.metrics["validation_loss"]
-    keep = np.isfinite(validation)
-    if keep.any():
-        axes.plot(
-            tokens[keep],
-            validation[keep],
-            linestyle="none",
-            marker="o",
-            markersize=3.2,
-            markerfacecolor=COLORS["sky"],
-            markeredgewidth=0,
-            label="validation, task in training",
-            zorder=4,
-        )
+    validation = _draw_validation(axes, run)
     # A single exploded step must not press everything else flat: the smoothed line sets the scale.
-    shown = np.concatenate([*smoothed, validation[keep]])
+    shown = np.concatenate([*smoothed, validation])
     _limits(axes, float(np.nanmin(np.append(shown, loss[np.isfinite(loss)]))), float(shown.max()))
     axes.set_ylabel("loss (nats per token)")
     _tokens_axis(axes)
     _legend(figure, axes)
     return figure
+
+
+def _draw_validation(axes: Axes, run: Run) -> np.ndarray:
+    """Validation points; as a line where there are too many to tell apart. Returns their losses."""
+    tokens, loss = run.metrics["tokens"], run.metrics["validation_loss"]
+    keep = np.isfinite(loss)
+    crowded = keep.sum() > _MOST_DOTS
+    label = "validation, task in training"
+    for stretch in run.stretches():
+        here = keep[stretch.rows]
+        x, y = tokens[stretch.rows][here], loss[stretch.rows][here]
+        if not len(x):
+            continue
+        if crowded:
+            _line(axes, *_thinned(x, y), color="sky", width=1.1, label=label)
+        else:
+            dots = {"linestyle": "none", "marker": "o", "markersize": 3.2, "markeredgewidth": 0}
+            axes.plot(x, y, markerfacecolor=COLORS["sky"], label=label, zorder=4, **dots)
+        label = None
+    return loss[keep]
 
 
 def size_figure(run: Run) -> Figure | None:
@@ -135,13 +144,16 @@ def rate_figure(run: Run) -> Figure | None:
     panels[0].set_ylabel("learning rate")
     panels[0].set_ylim(0, (float(np.nanmax(rate)) or 1.0) * 1.15)
     if has_norm:
-        keep = np.isfinite(norm) & (norm > 0)
-        _line(panels[1], *_thinned(tokens[keep], norm[keep]), color="pale-leaf", width=0.6)
-        _line(panels[1], *_thinned(tokens[keep], _smooth(norm[keep])), color="leaf", width=1.7)
+        for stretch in run.stretches():
+            keep = np.isfinite(norm[stretch.rows]) & (norm[stretch.rows] > 0)
+            x, y = tokens[stretch.rows][keep], norm[stretch.rows][keep]
+            _line(panels[1], *_thinned(x, y), color="pale-leaf", width=0.6)
+            _line(panels[1], *_thinned(x, _smooth(y)), color="leaf", width=1.7)
         panels[1].set_ylabel("gradient norm\n(before clipping)")
         panels[1].set_yscale("log")
+        panels[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[1].yaxis.set_minor_locator(NullLocator())
         panels[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        panels[1].yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
     _tokens_axis(panels[-1])
     return figure
 
@@ -187,7 +199,10 @@ def jump_figure(run: Run) -> Figure | None:
         )
     axes.set_yticks(range(len(events)), [_event_name(i, event) for i, event in events])
     axes.set_ylim(len(events) - 0.4, -0.6)
-    axes.margins(x=0.12)
+    losses = [loss for _, event in events for loss in (event.loss_before, event.loss_after)]
+    # Never so close that a rounding error looks like a jump.
+    middle, reach = (min(losses) + max(losses)) / 2, max((max(losses) - min(losses)) / 2, 0.05)
+    axes.set_xlim(middle - 1.25 * reach, middle + 1.25 * reach)
     axes.ticklabel_format(axis="x", useOffset=False)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.grid(axis="y", visible=False)
@@ -228,19 +243,28 @@ def _dress(axes: Axes) -> None:
         label.set(color=COLORS["ink"], size=_SIZE)
 
 
+def task_labels(run: Run) -> list[str]:
+    """What stands above each task's stretch: their names, or their numbers where a name does not fit."""
+    stretches = run.stretches()
+    total = max(1, stretches[-1].last_token) if stretches else 1
+    room = [int(_LETTERS * (s.last_token - s.first_token) / total) for s in stretches]
+    if all(len(s.task) <= letters for s, letters in zip(stretches, room, strict=True)):
+        return [s.task for s in stretches]
+    numbers = [str(number) for number in range(1, len(stretches) + 1)]
+    return [number if len(number) <= letters else "" for number, letters in zip(numbers, room, strict=True)]
+
+
 def _marks(axes: Axes, run: Run, *, labels: bool, numbers: bool = True) -> None:
     """Every second task shaded, their names above, a vertical line at each growth."""
     stretches = run.stretches()
     total = max(1, stretches[-1].last_token)
-    for number, stretch in enumerate(stretches):
+    for number, (stretch, label) in enumerate(zip(stretches, task_labels(run), strict=True)):
         if number % 2 == 1:
             axes.axvspan(stretch.first_token, stretch.last_token, color=COLORS["band"], linewidth=0, zorder=0)
-        name = _fitting(stretch.task, (stretch.last_token - stretch.first_token) / total)
-        if labels and name:
-            middle = (stretch.first_token + stretch.last_token) / 2
+        if labels and label:
             axes.annotate(
-                name,
-                (middle, 1),
+                label,
+                ((stretch.first_token + stretch.last_token) / 2, 1),
                 xycoords=axes.get_xaxis_transform(),
                 xytext=(0, 3),
                 textcoords="offset points",
@@ -249,28 +273,24 @@ def _marks(axes: Axes, run: Run, *, labels: bool, numbers: bool = True) -> None:
                 color=COLORS["ink"],
             )
     for number, event in enumerate(run.growth):
-        label = "growth" if number == 0 else None
         axes.axvline(
-            event.tokens, color=COLORS["bark"], linewidth=1.1, linestyle=(0, (5, 2)), zorder=1.5, label=label
+            event.tokens,
+            color=COLORS["bark"],
+            linewidth=1.1,
+            linestyle=(0, (5, 2)),
+            zorder=1.5,
+            label="growth" if number == 0 else None,
         )
     if numbers:
         _number_growths(axes, run.growth, total)
     axes.set_xlim(0, total * 1.01)
 
 
-def _fitting(name: str, share: float) -> str:
-    """A task's name cut to the width of its stretch; empty where not even three letters fit."""
-    letters = int(share * 100)  # about as many as stand side by side over the whole width
-    if len(name) <= letters:
-        return name
-    return f"{name[: letters - 1]}…" if letters >= 4 else ""
-
-
 def _number_growths(axes: Axes, events: Sequence[GrowthEvent], total: float) -> None:
     """The events' numbers at the foot of their lines; events that stand too close share one label."""
     groups: list[list[int]] = []
     for index, event in enumerate(events):
-        if groups and event.tokens - events[groups[-1][0]].tokens < 0.035 * total:
+        if groups and event.tokens - events[groups[-1][-1]].tokens < 0.05 * total:
             groups[-1].append(index)
         else:
             groups.append([index])
@@ -278,7 +298,7 @@ def _number_growths(axes: Axes, events: Sequence[GrowthEvent], total: float) -> 
         text = f"{group[0] + 1}" if len(group) == 1 else f"{group[0] + 1}–{group[-1] + 1}"
         axes.annotate(
             text,
-            (events[group[0]].tokens, 0),
+            (events[group[-1]].tokens, 0),
             xycoords=axes.get_xaxis_transform(),
             xytext=(2.5, 2.5),
             textcoords="offset points",
@@ -288,7 +308,9 @@ def _number_growths(axes: Axes, events: Sequence[GrowthEvent], total: float) -> 
         )
 
 
-def _line(axes: Axes, x: np.ndarray, y: np.ndarray, *, color: str, width: float, label: str | None = None) -> None:
+def _line(
+    axes: Axes, x: np.ndarray, y: np.ndarray, *, color: str, width: float, label: str | None = None
+) -> None:
     # A line through one point cannot be seen; a dot can.
     marker = "o" if len(x) == 1 else None
     axes.plot(x, y, color=COLORS[color], linewidth=width, marker=marker, markersize=4, label=label)
@@ -330,13 +352,24 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Exponential moving average over about a twentieth of the values, without a bias at the start."""
-    keep = 1 - 1 / max(1.0, len(values) / 20)
-    total, weight, smoothed = 0.0, 0.0, np.empty(len(values))
-    for i, value in enumerate(values):
-        total, weight = keep * total + value, keep * weight + 1
-        smoothed[i] = total / weight
-    return smoothed
+    """A straight line fitted around each value, over about a twentieth of all, and read off at the value.
+
+    Unlike a trailing average it is not late where the loss falls steeply, nor ragged at the ends.
+    """
+    size = len(values)
+    place = np.arange(size)
+    radius = max(2, size // 40)
+    low, high = np.maximum(0, place - radius), np.minimum(size, place + radius + 1)
+
+    def mean(of: np.ndarray) -> np.ndarray:
+        sums = np.append(0.0, np.cumsum(of))
+        return (sums[high] - sums[low]) / (high - low)
+
+    x = place - size / 2
+    spread = mean(x * x) - mean(x) ** 2
+    shared = mean(x * values) - mean(x) * mean(values)
+    slope = np.divide(shared, spread, out=np.zeros(size), where=spread > 0)
+    return mean(values) + slope * (x - mean(x))
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,12 +9,300 @@ follows the reader's light or dark setting and prints well. Whatever comes from 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import shlex
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
+
 from cambia import files
-from cambia.reporting import figures, tables, units
+from cambia.reporting import units
+from cambia.reporting.figures import FIGURES, task_labels, to_svg
 from cambia.reporting.health import health
-from cambia.reporting.html import Html, escaped, tag
+from cambia.reporting.markup import Html, join, note, section, tag
 from cambia.reporting.run import Run
+from cambia.reporting.tables import data_table, growth_table, machine_facts, matrix_scale, matrix_table
+from cambia.rundir import CONFIG_YAML
+
+_RINGS = Html(
+    '<svg viewBox="0 0 32 32" aria-hidden="true" fill="none">'
+    '<circle cx="16" cy="16" r="15" fill="var(--band)" stroke="var(--bark)" stroke-width="2"/>'
+    '<circle cx="16" cy="16" r="11" stroke="var(--leaf)" stroke-width="2"/>'
+    '<circle cx="16" cy="16" r="7" stroke="var(--leaf)" stroke-width="1.4"/>'
+    '<circle cx="16" cy="16" r="3.4" stroke="var(--leaf)" stroke-width="1"/></svg>'
+)
+_NO_STEPS = "No step is logged yet, so there is nothing to draw."
+
+
+def write_report(run: Run) -> Path:
+    """Write the run's report.html and return its path."""
+    files.write_text(run.report, page(run))
+    return run.report
+
+
+def page(run: Run) -> str:
+    """The whole page."""
+    style = resources.files("cambia.reporting").joinpath("report.css").read_text(encoding="utf-8")
+    head = join(
+        [
+            Html('<meta charset="utf-8">'),
+            Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+            tag("title", f"{run.name} · Cambia"),
+            tag("style", Html(style)),
+        ]
+    )
+    parts = [
+        _tiles(run),
+        _health(run),
+        _matrix(run),
+        _loss(run),
+        _growth(run),
+        _size(run),
+        _rate(run),
+        _next(run),
+        _origin(run),
+        _configuration(run),
+    ]
+    version = run.summary.get("cambia_version")
+    footer = tag(
+        "footer", tag("p", f"Written by Cambia{f' {version}' if version else ''} from {run.folder}.")
+    )
+    body = tag("body", _header(run), tag("main", *parts), footer)
+    return f'<!doctype html>\n<html lang="en">\n{tag("head", head)}\n{body}\n</html>\n'
+
+
+# ---- the top -------------------------------------------------------------------------------------
+
+
+def _header(run: Run) -> Html:
+    steps = units.plural(run.steps, "step")
+    color, words = {
+        "finished": ("green", f"{units.plural(len(run.tasks), 'task')}, {steps}"),
+        "going": ("sky", f"Still going; this is how it stood after {steps}"),
+        "interrupted": ("amber", f"Stopped after {steps}"),
+    }[run.status]
+    grown = {0: "did not grow", 1: "grew once", 2: "grew twice"}.get(
+        len(run.growth), f"grew {len(run.growth)} times"
+    )
+    ahead = f" Go on with: cambia run --resume {run.handle}" if run.status == "interrupted" else ""
+    name = tag("div", tag("h1", run.name), note(f"{words}; the model {grown}.{ahead}"))
+    return tag(
+        "header", tag("div", _RINGS, name, tag("span", run.status, class_=f"badge {color}"), class_="title")
+    )
+
+
+def _tiles(run: Run) -> Html:
+    tiles: list[tuple[str, str]] = []
+    metrics = run.transfer_metrics(_split(run))
+    if metrics is not None:
+        untrained = np.mean(run.task_matrix(_split(run))[0])
+        tiles.append((f"{metrics.final_mean:.3f}", f"bits per byte at the end (untrained {untrained:.3f})"))
+        if len(metrics.tasks) > 1:
+            tiles.append((f"{np.mean(metrics.learned):.3f}", "bits per byte learned, mean of the tasks"))
+            tiles.append((f"{np.mean(metrics.forgotten):.3f}", "bits per byte forgotten, mean of the tasks"))
+    start, end = run.parameters_start, run.parameters_end
+    if start is not None and end is not None:
+        text = units.count(start) if start == end else f"{units.count(start)} → {units.count(end)}"
+        tiles.append((text, "parameters"))
+    tiles.append((units.count(run.tokens), "training tokens"))
+    tiles.append((units.flops(run.flops), "operations"))
+    if run.wall_seconds is not None:
+        about = "wall time" if run.status == "finished" else "wall time, about"
+        tiles.append((units.duration(run.wall_seconds), about))
+    columns = len(tiles) if len(tiles) <= 5 else (len(tiles) + 1) // 2
+    drawn = (tag("div", tag("b", big), tag("span", small), class_="tile") for big, small in tiles)
+    return tag("div", *drawn, class_="tiles", style=f"--columns:{columns}")
+
+
+def _health(run: Run) -> Html:
+    lines = [
+        tag(
+            "li",
+            tag("span", check.level, class_=f"level {check.level}"),
+            tag("span", check.question),
+            tag("span", check.sentence),
+        )
+        for check in health(run)
+    ]
+    return section("Health", tag("ul", *lines, class_="checks"))
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+
+def _split(run: Run) -> str:
+    return "test" if "test" in run.splits or not run.splits else run.splits[0]
+
+
+def _matrix(run: Run) -> Html:
+    title, split = "What it learned and what it kept", _split(run)
+    if not run.task_matrix(split):
+        return section(
+            title, note("No task is scored yet: the untrained model is scored before the first step.")
+        )
+    parts = [
+        tag(
+            "p",
+            f"Bits per byte on the {split} text of every task (columns), before training and after each task "
+            "(rows). Lower is better.",
+        ),
+        matrix_table(run, split),
+        matrix_scale(),
+    ]
+    if run.transfer_metrics(split) is None:
+        done = len(run.task_matrix(split)) - 1
+        parts.append(
+            note(f"{done} of {len(run.tasks)} tasks are done; learned and forgotten stand here when all are.")
+        )
+    else:
+        parts.append(
+            note(
+                "Learned: how far a task's loss fell from the untrained model to the end of its own training. "
+                "Forgotten: how far it stands at the end above its best since. The two belong together: a model "
+                "that learns nothing forgets nothing."
+            )
+        )
+    for other in run.splits:
+        if other != split and run.task_matrix(other):
+            words = {"valid": "validation"}.get(other, other)
+            parts.append(
+                tag("details", tag("summary", f"The same on the {words} text"), matrix_table(run, other))
+            )
+    return section(title, *parts, _bits_per_byte())
+
+
+def _bits_per_byte() -> Html:
+    return tag(
+        "details",
+        tag("summary", "What is a bit per byte?"),
+        tag(
+            "p",
+            "How many bits the model needs, on average, to write down one byte of text that it has not seen: the "
+            "negative log-likelihood of the text, in base 2, over its length in bytes. 8 means that it knows "
+            "nothing (a byte has 8 bits); good text compressors reach about 2 on English. Text has as many bytes "
+            "whatever tokenizer cuts it, so models with different tokenizers compare. Training loss is given in "
+            "nats per token, which depends on the tokenizer: nats per token, over the mean number of bytes in a "
+            "token, over 0.693 gives bits per byte.",
+        ),
+    )
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+def _picture(run: Run, name: str, title: str, empty: str, *caption: object) -> Html:
+    figure = FIGURES[name](run)
+    if figure is None:
+        return note(empty)
+    drawing = tag("div", Html(to_svg(figure, name, title)), class_="wide")
+    return tag("figure", drawing, tag("figcaption", *caption))
+
+
+def _task_words(run: Run) -> str:
+    names = [stretch.task for stretch in run.stretches()]
+    if len(names) < 2:
+        return ""
+    if task_labels(run) == names:
+        return "Shaded stretches and the names above them are tasks. "
+    numbered = ", ".join(f"{number} {name}" for number, name in enumerate(names, 1))
+    return f"Shaded stretches are tasks, by number: {numbered}. "
+
+
+def _loss(run: Run) -> Html:
+    caption = [_task_words(run)]
+    if run.growth:
+        caption.append("Dashed lines are growth events, numbered as in the table. ")
+    if not np.isfinite(run.metrics["validation_loss"]).any():
+        caption.append(
+            "There are no validation points: none was measured (--evaluation.every_steps sets it). "
+        )
+    title = "Training and validation loss over tokens"
+    return section("Loss", _picture(run, "loss", title, _NO_STEPS, *caption))
+
+
+def _growth(run: Run) -> Html:
+    if not run.growth:
+        return section(
+            "Growth",
+            note(
+                "The model did not grow: either the configuration has no growth rules, or none of them fired."
+            ),
+        )
+    picture = _picture(
+        run,
+        "jump",
+        "Loss on the check batch right before and after each growth",
+        "The loss on the check batch was not measured.",
+        "The same batch right before and right after each growth. Where growth is exact the dot lies inside its ring.",
+    )
+    return section(
+        "Growth",
+        tag("div", growth_table(run.growth), class_="growth"),
+        note("Logit error: the largest change of a logit on the check batch, relative to the largest logit."),
+        picture,
+    )
+
+
+def _size(run: Run) -> Html:
+    caption: list[object] = []
+    if run.growth and run.flops and run.tokens:
+        share = run.flops / (run.growth[-1].flops_per_token_after * run.tokens)
+        caption.append(
+            f"The run spent {share:.0%} of the operations that a model of the last size would have needed for the "
+            "same tokens."
+        )
+    return section(
+        "Size and cost",
+        _picture(run, "size", "Parameters and floating-point operations over tokens", _NO_STEPS, *caption),
+    )
+
+
+def _rate(run: Run) -> Html:
+    caption = "The rate as the schedule set it. "
+    if run.growth:
+        caption += (
+            "Newborn weights come up to it in a warm-up of their own after each growth, which is not drawn."
+        )
+    return section(
+        "Learning rate",
+        _picture(run, "rate", "Learning rate and gradient norm over tokens", _NO_STEPS, caption),
+    )
+
+
+# ---- the rest ------------------------------------------------------------------------------------
+
+
+def _next(run: Run) -> Html:
+    commands = [
+        ("Try it:", f'cambia generate {run.handle} --prompt "Once upon a time"'),
+        (
+            "Run the same again, under another name:",
+            f"cambia run {shlex.quote(str(run.folder / CONFIG_YAML))} --name another",
+        ),
+    ]
+    if run.status == "interrupted":
+        commands.insert(0, ("Go on where it stopped:", f"cambia run --resume {run.handle}"))
+    return section("Next", *(join([tag("p", what), tag("pre", command)]) for what, command in commands))
+
+
+def _origin(run: Run) -> Html:
+    notes = [str(line) for line in run.summary.get("notes") or []]
+    listed = [tag("h3", "Notes"), tag("ul", *(tag("li", line) for line in notes))] if notes else []
+    if not run.summary:
+        listed = [note("Versions, machine and data are in the summary, which is written when the run ends.")]
+    return section(
+        "Where it comes from",
+        tag("h3", "Data"),
+        data_table(run),
+        *listed,
+        tag("h3", "Machine"),
+        machine_facts(run),
+    )
+
+
+def _configuration(run: Run) -> Html:
+    text = run.config_yaml or "config.yaml is missing."
+    return section(
+        "Configuration",
+        tag("details", tag("summary", "config.yaml, complete; it runs again as it is"), tag("pre", text)),
+    )

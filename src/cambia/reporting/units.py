@@ -13,16 +13,12 @@ def count(number: float) -> str:
 
 def flops(number: float) -> str:
     """``3.1e15`` -> ``"3.1 PFLOP"``."""
-    return f"{_scaled(number, ('', ' k', ' M', ' G', ' T', ' P', ' E', ' Z', ' Y'))}FLOP".replace(
-        "FLOP", " FLOP" if abs(number) < 1000 else "FLOP"
-    )
+    return _scaled(number, (" ", " k", " M", " G", " T", " P", " E", " Z", " Y")) + "FLOP"
 
 
 def size(number_of_bytes: float) -> str:
     """``1500000`` -> ``"1.5 MB"``."""
-    if number_of_bytes < 1000:
-        return f"{number_of_bytes:.0f} bytes"
-    return _scaled(number_of_bytes, ("", " k", " M", " G", " T")) + "B"
+    return _scaled(number_of_bytes, (" ", " k", " M", " G", " T")) + "B"
 
 
 def _scaled(number: float, prefixes: Sequence[str]) -> str:
@@ -31,6 +27,11 @@ def _scaled(number: float, prefixes: Sequence[str]) -> str:
     while abs(number) >= 999.5 and place < len(prefixes) - 1:
         number, place = number / 1000, place + 1
     return f"{number:.3g}{prefixes[place]}"
+
+
+def plural(number: int, noun: str) -> str:
+    """``"1 step"``, ``"1,200 steps"``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def duration(seconds: float) -> str:
@@ -61,7 +62,10 @@ def operator(fields: Mapping[str, Any], *, full: bool = False) -> str:
     """An operator in a few words: ``"widen_ffn ×1.5"``; `full` adds every setting."""
     name = str(fields["type"]).rpartition(":")[2]
     amounts = {"factor": "×{}", "add": "+{}", "to": "to {}"}
-    words = [name, *(form.format(fields[key]) for key, form in amounts.items() if fields.get(key) is not None)]
+    words = [
+        name,
+        *(form.format(fields[key]) for key, form in amounts.items() if fields.get(key) is not None),
+    ]
     if full:
         words += [f"{key}={value}" for key, value in fields.items() if key not in ("type", *amounts)]
     return " ".join(words)

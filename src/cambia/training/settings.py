@@ -82,4 +82,6 @@ class Progress:
     flops: float = 0.0
     skipped: int = 0
     """Steps left out for a loss that was not finite."""
+    matrix_rows: int = 0
+    """Rows of the task matrix that are written; the first is of the untrained model."""
     best_bits_per_byte: float | None = None

@@ -111,7 +111,7 @@ class Trainer:
         """
         p, config = self.progress, self.config
         with Interrupts() as interrupts, Display(stream, stage_steps, p.step) as display:
-            if p.step == 0 and p.stage == 0:
+            if p.matrix_rows == 0:
                 self._score(stream, run, task_trained="none")
                 self.save(stream, run, rundir.LATEST)
             while p.stage < len(stream.tasks):
@@ -146,7 +146,8 @@ class Trainer:
 
                     # Records, and once in a while a checkpoint.
                     if self._due(config.log_every_steps) or events:
-                        self._log(run, stream, signals, batch, time.perf_counter() - began)
+                        self._log(run, stream, signals)
+                        self._log_clock(run, batch, time.perf_counter() - began, events)
                     display.stepped(signals)
                     if self._due(self.checkpoint.every_steps) or interrupts.requested:
                         self.save(stream, run, rundir.LATEST)
@@ -293,6 +294,7 @@ class Trainer:
                         "step": self.progress.step,
                     },
                 )
+        self.progress.matrix_rows += 1
         if self.progress.step:
             self._keep_best(means["valid"], stream, run)
 
@@ -302,7 +304,7 @@ class Trainer:
             self.progress.best_bits_per_byte = bits
             self.save(stream, run, rundir.BEST)
 
-    def _log(self, run: RunWriter, stream: Stream, signals: Signals, batch: Batch, seconds: float) -> None:
+    def _log(self, run: RunWriter, stream: Stream, signals: Signals) -> None:
         p = self.progress
         run.append_row(
             rundir.METRICS,
@@ -320,11 +322,14 @@ class Trainer:
                 "skipped": p.skipped,
             },
         )
+
+    def _log_clock(self, run: RunWriter, batch: Batch, seconds: float, events: list[GrowthEvent]) -> None:
         run.append_row(
             rundir.TIMING,
             {
-                "step": p.step,
+                "step": self.progress.step,
                 "seconds": round(seconds, 6),
+                "growth_seconds": round(sum(event.seconds for event in events), 6),
                 "tokens_per_second": round(batch.input_ids.numel() / seconds, 1),
                 "memory_bytes": _peak_memory(self.model.device),
             },

@@ -1,0 +1,55 @@
+"""Score a finished model: on the tasks of its run, or on text files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedModel
+
+from cambia.data.batches import evaluation_batches
+from cambia.data.corpus import TokenFile
+from cambia.data.textfiles import FilesSource
+from cambia.data.tokenizers import Tokenizer
+from cambia.errors import ConfigError
+from cambia.experiment.build import model_folder, open_stream
+from cambia.experiment.tree import experiment_from
+from cambia.probes import Likelihood, bits_per_byte
+from cambia.rundir import RunReader
+from cambia.training.checkpoint import load_model
+
+_BATCH = 16
+
+
+def score_run(run: str, split: str, max_bytes: int) -> dict[str, Likelihood]:
+    """Likelihood of each task's text under a run's latest model."""
+    if split not in ("valid", "test"):
+        raise ConfigError(f"--split {split!r}: expected valid or test")
+    reader = RunReader(run)
+    experiment = experiment_from(reader.config(), source=str(reader.folder), flags={})
+    model = load_model(model_folder(run))
+    _, stream = open_stream(experiment)
+    length = experiment.training.sequence_length
+    return {
+        task.name: _score(model, task.corpus.splits[split].head(max_bytes), length) for task in stream.tasks
+    }
+
+
+def score_files(model: str, files: Sequence[Path], max_bytes: int) -> dict[str, Likelihood]:
+    """Likelihood of each text file under a model."""
+    folder = model_folder(model)
+    loaded = load_model(folder)
+    tokenizer = Tokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    length = min(256, loaded.config.max_position_embeddings)
+    scores = {}
+    for file in files:
+        documents = FilesSource(path=str(file), limit_bytes=max_bytes).documents()
+        text = TokenFile.from_texts((document.text for document in documents), tokenizer)
+        scores[str(file)] = _score(loaded, text, length)
+    return scores
+
+
+def _score(model: PreTrainedModel, text: TokenFile, sequence_length: int) -> Likelihood:
+    return bits_per_byte(
+        model, evaluation_batches(text, batch_size=_BATCH, sequence_length=sequence_length)
+    )

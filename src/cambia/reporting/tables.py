@@ -1,0 +1,178 @@
+"""The tables of a report: the task matrix, growth events, data, machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from cambia.records import GrowthEvent
+from cambia.reporting import units
+from cambia.reporting.markup import Html, facts, join, note, table, tag
+from cambia.reporting.run import Run
+
+_DATA_NAMES = {
+    "name": "task",
+    "source": "source",
+    "documents": "documents",
+    "train_bytes": "training text",
+    "valid_bytes": "validation text",
+    "test_bytes": "test text",
+}
+_MACHINE = ("cpu", "cores", "threads", "device", "platform")
+
+
+# ---- the task matrix -----------------------------------------------------------------------------
+
+
+def matrix_table(run: Run, split: str) -> Html:
+    """The task matrix as a heat map that is a real table, with what was learned and forgotten beneath.
+
+    A cell is shaded by how far it is above the best of its column, half as dark for each half bit, so
+    that a small difference looks small. The column of a task that is still to come has no shade.
+    """
+    matrix, tasks = run.task_matrix(split), run.tasks
+    done = len(matrix) - 1
+    best = [min(row[j] for row in matrix) if j < done else -math.inf for j in range(len(tasks))]
+    rows = []
+    for stage, row in enumerate(matrix):
+        label = f"after {tasks[stage - 1]}" if stage else "untrained"
+        cells = [_cell(bits, bits - best[j], own=stage == j + 1) for j, bits in enumerate(row)]
+        rows.append(tag("tr", tag("th", label, scope="row"), *cells))
+    metrics = run.transfer_metrics(split)
+    if metrics is not None:
+        for label, values in (("learned", metrics.learned), ("forgotten", metrics.forgotten)):
+            cells = [tag("td", f"{value:.3f}", class_="said") for value in values]
+            rows.append(tag("tr", tag("th", label, scope="row"), *cells, class_=label))
+    kind = "matrix dense" if len(tasks) > 7 else "matrix"
+    head = tag("thead", tag("tr", tag("td"), *(tag("th", task, scope="col") for task in tasks)))
+    return tag("div", tag("table", head, tag("tbody", *rows), class_=kind), class_="wide")
+
+
+def _cell(bits: float, above_best: float, *, own: bool) -> Html:
+    return tag(
+        "td", f"{bits:.3f}", class_="cell own" if own else "cell", style=f"--share:{_share(above_best):.3f}"
+    )
+
+
+def _share(above_best: float) -> float:
+    return 2.0 ** (-above_best / 0.5)
+
+
+def matrix_scale() -> Html:
+    """What the shades mean."""
+    steps = (
+        (0.0, "best of its column"),
+        (0.25, "0.25 above"),
+        (0.5, "0.5 above"),
+        (1.0, "1 above"),
+        (3.0, "3 or more"),
+    )
+    marks = [tag("span", tag("i", style=f"--share:{_share(step):.3f}"), words) for step, words in steps]
+    own = tag("span", tag("i", class_="own"), "the task just trained")
+    return tag("p", *marks, own, class_="note scale")
+
+
+# ---- growth --------------------------------------------------------------------------------------
+
+
+def growth_table(events: tuple[GrowthEvent, ...]) -> Html:
+    """One row per growth event; the relative logit error stands above what was promised."""
+    head = ["", "step", "what and why", "parameters", "loss, same batch", "logit error"]
+    rows = [
+        [
+            number,
+            _two(f"{event.step:,}", f"{units.count(event.tokens)} tokens"),
+            _what(event),
+            _two(
+                f"{event.parameters_before:,} → {event.parameters_after:,}",
+                f"{units.count(event.flops_per_token_before)} → {units.flops(event.flops_per_token_after)}/token",
+            ),
+            _losses(event),
+            _two(units.error(event.logit_error), "a jump" if event.exactness == "none" else "exact"),
+        ]
+        for number, event in enumerate(events, 1)
+    ]
+    return table(head, rows, numbers=(0, 1, 3, 4, 5))
+
+
+def _two(line: str, small: str) -> Html:
+    return join([line, tag("div", small, class_="note")])
+
+
+def _what(event: GrowthEvent) -> Html:
+    words = [f"{name} {_short(old)} → {_short(new)}" for name, (old, new) in event.config_changes.items()]
+    small = [tag("div", line, class_="note") for line in (f"why: {event.reason}", ", ".join(words)) if line]
+    return tag("div", units.operators(event.operators, full=True), *small, class_="what")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
+def _losses(event: GrowthEvent) -> Html | str:
+    if event.loss_before is None or event.loss_after is None:
+        return "not measured"
+    jump = units.jump(event.loss_before, event.loss_after)
+    return _two(f"{event.loss_before:.4f} → {event.loss_after:.4f}", f"jump {jump}")
+
+
+# ---- data, machine, configuration ----------------------------------------------------------------
+
+
+def data_table(run: Run) -> Html:
+    """What text the tasks were made of."""
+    data: list[Mapping[str, Any]] = run.summary.get("data") or []
+    if not data:
+        return note("The summary does not describe the data (it is written when the run ends).")
+    keys = _ordered(_DATA_NAMES, {key for task in data for key in task})
+    rows = [[_amount(key, task.get(key)) for key in keys] for task in data]
+    right = [i for i, key in enumerate(keys) if all(isinstance(task.get(key), int) for task in data)]
+    return table([_DATA_NAMES.get(key, key.replace("_", " ")) for key in keys], rows, numbers=right)
+
+
+def _ordered(known: Iterable[str], given: Collection[str]) -> list[str]:
+    """The given names: first the known ones, in their order."""
+    first = [name for name in known if name in given]
+    return [*first, *sorted(set(given) - set(first))]
+
+
+def _amount(key: str, value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, int):
+        return units.size(value) if key.endswith("_bytes") else f"{value:,}"
+    return str(value)
+
+
+def machine_facts(run: Run) -> Html:
+    """Where, when and with what the run was made."""
+    summary = run.summary
+    versions = {"cambia": summary.get("cambia_version"), **(summary.get("versions") or {})}
+    machine = summary.get("machine") or {}
+    speed, memory = run.timing["tokens_per_second"], run.timing["memory_bytes"]
+    seconds = run.wall_seconds
+    about = "" if run.status == "finished" else "about "
+    return facts(
+        [
+            ("command", tag("code", summary["command"]) if summary.get("command") else None),
+            ("started", summary.get("started")),
+            ("finished", summary.get("finished")),
+            ("wall time", about + units.duration(seconds) if seconds is not None else None),
+            (
+                "speed",
+                f"{units.count(float(np.nanmedian(speed)))} tokens/s (median)" if _some(speed) else None,
+            ),
+            ("most memory", units.size(float(np.nanmax(memory))) if _some(memory) else None),
+            *((name, machine[name]) for name in _ordered(_MACHINE, machine)),
+            ("versions", ", ".join(f"{name} {versions[name]}" for name in versions if versions[name])),
+            ("folder", tag("code", run.folder)),
+        ]
+    )
+
+
+def _some(values: np.ndarray) -> bool:
+    return bool(np.isfinite(values).any())

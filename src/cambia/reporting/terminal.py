@@ -1,0 +1,122 @@
+"""What a person sees in the terminal when a run is done: the task matrix and the facts, in 80 columns.
+
+>>> print_summary(load_run("first_growth"), Console())
+"""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cambia.reporting import units
+from cambia.reporting.run import Run
+
+_WIDTH = 80
+_LONGEST_LABEL, _LONGEST_TASK = 24, 16
+_STATUS_STYLE = {"finished": "green", "going": "cyan", "interrupted": "yellow"}
+
+
+def print_summary(run: Run, console: Console) -> None:
+    """Print a run's results.
+
+    Args:
+        run: from `load_run`; it may still be going.
+        console: where to; no more than 80 columns of it are used.
+    """
+    console.print(
+        Text.assemble((run.name, "bold"), "  ", (run.status, _STATUS_STYLE[run.status])), soft_wrap=True
+    )
+    _print_matrix(run, console)
+    _print_growth(run, console)
+    _print_facts(run, console)
+
+
+def _print_matrix(run: Run, console: Console) -> None:
+    matrix, tasks = run.task_matrix(), run.tasks
+    if not matrix:
+        console.print("No task is scored yet.")
+        return
+    console.print("Bits per byte on test text, lower is better; [bold green]\\[ ][/] the task just trained")
+    metrics = run.transfer_metrics()
+    labels = ["untrained", *(f"after {task}" for task in tasks[: len(matrix) - 1])]
+    label_width = min(_LONGEST_LABEL, max(map(len, labels)))
+    task_width = min(_LONGEST_TASK, max(7, *map(len, tasks)))
+    abreast = (_WIDTH - label_width) // (
+        task_width + 3
+    )  # a column has a space left and right, and its border
+    for first in range(0, len(tasks), abreast):
+        chosen = range(first, min(first + abreast, len(tasks)))
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        table.add_column("", no_wrap=True, width=label_width)
+        for j in chosen:
+            table.add_column(Text(tasks[j]), justify="right", no_wrap=True, width=task_width)
+        for stage, (label, row) in enumerate(zip(labels, matrix, strict=True)):
+            last = stage == len(matrix) - 1 and metrics is not None
+            table.add_row(
+                Text(label), *(_score(row[j], own=stage == j + 1) for j in chosen), end_section=last
+            )
+        if metrics is not None:
+            table.add_row("learned", *(f"{metrics.learned[j]:.3f} " for j in chosen))
+            table.add_row("forgotten", *(f"{metrics.forgotten[j]:.3f} " for j in chosen))
+        console.print(table, width=min(_WIDTH, console.width))
+        console.print()
+    if metrics is None:
+        done = f"{len(matrix) - 1} of {len(tasks)} tasks are done"
+        console.print(f"{done}; learned and forgotten follow when all are.\n")
+
+
+def _score(bits: float, *, own: bool) -> Text:
+    # The brackets mark the diagonal where there is no color.
+    return Text(f"[{bits:.3f}]", style="bold green") if own else Text(f"{bits:.3f} ")
+
+
+def _print_growth(run: Run, console: Console) -> None:
+    if not run.growth:
+        console.print("The model did not grow.\n")
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("step", justify="right", no_wrap=True)
+    table.add_column("growth", no_wrap=True, max_width=20, overflow="ellipsis")
+    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("loss, same batch", justify="right", no_wrap=True)
+    table.add_column("error", justify="right", no_wrap=True)
+    for event in run.growth:
+        losses = "not measured"
+        if event.loss_before is not None and event.loss_after is not None:
+            losses = f"{event.loss_before:.4f} → {event.loss_after:.4f}"
+        table.add_row(
+            f"{event.step:,}",
+            Text(units.operators(event.operators)),
+            f"{units.count(event.parameters_before)} → {units.count(event.parameters_after)}",
+            losses,
+            units.error(event.logit_error),
+        )
+    console.print(table, width=min(_WIDTH, console.width))
+    console.print("[dim]error: largest change of a logit, relative to the largest logit[/]\n")
+
+
+def _print_facts(run: Run, console: Console) -> None:
+    start, end = run.parameters_start, run.parameters_end
+    facts = []
+    if start is not None and end is not None:
+        facts.append(("parameters", f"{start:,}" if start == end else f"{start:,} → {end:,}"))
+    facts.append(
+        ("trained", f"{units.plural(run.steps, 'step')}, {run.tokens:,} tokens, {units.flops(run.flops)}")
+    )
+    if run.skipped_steps:
+        facts.append(
+            ("skipped", f"{units.plural(run.skipped_steps, 'step')}, for a loss that was not finite")
+        )
+    if run.wall_seconds is not None:
+        about = "" if run.status == "finished" else "about "
+        facts.append(("wall time", about + units.duration(run.wall_seconds)))
+    report = str(run.report) if run.report.exists() else f"cambia report {run.handle}   (not written yet)"
+    facts.append(("report", report))
+    facts.append(("try it", f'cambia generate {run.handle} --prompt "Once upon a time"'))
+    if run.status == "interrupted":
+        facts.append(("go on", f"cambia run --resume {run.handle}"))
+    for name, value in facts:
+        # No wrapping: a path or a command that is broken in two cannot be copied.
+        console.print(Text.assemble((f"{name:<11}", "dim"), value), soft_wrap=True)

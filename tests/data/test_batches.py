@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cambia.data import BpeTokenizer, TokenFile, TrainBatches, build_tokenizer, evaluation_batches
+from cambia.errors import ConfigError, DataError
+
+TEXTS = ["the cat sat on the mat", "", "naïve Straße", "漢字 and more", "x", "the dog and the cat"]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return build_tokenizer(BpeTokenizer(vocab_size=270), texts=lambda: TEXTS)
+
+
+def numbered(length):
+    """A file whose tokens are their own positions, so that a window shows where it was cut."""
+    tokens = np.arange(length, dtype=np.uint32)
+    return TokenFile(tokens, np.array([1]), np.array([length - 2]))
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    texts=st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=8),
+    batch_size=st.integers(1, 4),
+    length=st.integers(1, 12),
+)
+def test_evaluation_predicts_each_token_once_and_counts_all_bytes(
+    byte_tokenizer, bpe, texts, batch_size, length
+):
+    for tokenizer in (byte_tokenizer, bpe):
+        file = TokenFile.from_texts(texts, tokenizer)
+        batches = [*evaluation_batches(file, batch_size=batch_size, sequence_length=length)]
+        targets = torch.cat([batch.targets.flatten() for batch in batches])
+        inputs = torch.cat([batch.input_ids.flatten() for batch in batches])
+        on = targets != -100
+        assert targets[on].tolist() == file.tokens[1:].tolist()
+        assert inputs[on].tolist() == file.tokens[:-1].tolist()
+        assert (inputs[~on][1:] == tokenizer.eos_id).all()
+        assert all(
+            batch.input_ids.shape == batch.targets.shape == (len(batch.targets), length) for batch in batches
+        )
+        assert max(len(batch.targets) for batch in batches) <= batch_size
+        assert (
+            sum(batch.num_bytes for batch in batches) == file.num_bytes == sum(len(t.encode()) for t in texts)
+        )
+
+
+def test_bytes_of_a_window_are_exact_for_bytes(byte_tokenizer):
+    file = TokenFile.from_texts(TEXTS, byte_tokenizer)
+    for batch in evaluation_batches(file, batch_size=1, sequence_length=5):
+        assert batch.num_bytes == int(((batch.targets >= 0) & (batch.targets < 256)).sum())
+
+
+def test_masked_tokens_are_no_targets():
+    file = numbered(9)
+    mask = np.array([1, 0, 0, 0, 1, 1, 1, 1, 1], dtype=np.uint8)
+    masked = TokenFile(file.tokens, file.starts, file.document_bytes, mask)
+    [batch] = evaluation_batches(masked, batch_size=2, sequence_length=4)
+    assert batch.targets.tolist() == [[-100, -100, -100, 4], [5, 6, 7, 8]]
+
+
+@settings(deadline=None, max_examples=60)
+@given(length=st.integers(3, 200), width=st.integers(1, 20), seed=st.integers(0, 5))
+def test_an_epoch_visits_windows_that_share_only_their_ends(length, width, seed):
+    if length < width + 1:
+        with pytest.raises(DataError, match="sequence_length"):
+            TrainBatches(numbered(length), batch_size=1, sequence_length=width, seed=seed)
+        return
+    batches = TrainBatches(numbered(length), batch_size=1, sequence_length=width, seed=seed)
+    for _ in range(2):
+        windows = [next(batches) for _ in range(batches.windows_per_epoch)]
+        starts = sorted(int(batch.input_ids[0, 0]) for batch in windows)
+        assert all(b - a == width for a, b in itertools.pairwise(starts))
+        assert starts[0] < width or len(starts) == 1
+        for batch in windows:
+            assert (batch.targets == batch.input_ids + 1).all()
+            assert int(batch.targets.max()) < length
+    assert batches.windows_per_epoch >= (length - width) // width
+
+
+def test_epochs_differ_in_order_and_offset_and_seeds_too():
+    batches = TrainBatches(numbered(4000), batch_size=1, sequence_length=32, seed=0)
+    size = batches.windows_per_epoch
+    orders = [[int(next(batches).input_ids[0, 0]) for _ in range(size)] for _ in range(3)]
+    assert len({order[0] % 32 for order in orders}) > 1
+    assert orders[0] != orders[1] != orders[2]
+    again = TrainBatches(numbered(4000), batch_size=1, sequence_length=32, seed=0)
+    assert [int(next(again).input_ids[0, 0]) for _ in range(size)] == orders[0]
+    other = TrainBatches(numbered(4000), batch_size=1, sequence_length=32, seed=1)
+    assert [int(next(other).input_ids[0, 0]) for _ in range(size)] != orders[0]
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 7, 20])
+def test_resuming_is_invisible_even_across_epochs(stop):
+    def fresh():
+        return TrainBatches(numbered(100), batch_size=3, sequence_length=10, seed=5)
+
+    whole = fresh()
+    expected = [next(whole) for _ in range(40)]
+    first = fresh()
+    for _ in range(stop):
+        next(first)
+    second = fresh()
+    second.load_state_dict(first.state_dict())
+    for batch in expected[stop:]:
+        resumed = next(second)
+        assert torch.equal(resumed.input_ids, batch.input_ids)
+        assert resumed.num_bytes == batch.num_bytes
+
+
+def test_batches_carry_their_shape_type_and_source():
+    batches = TrainBatches(numbered(100), batch_size=4, sequence_length=8, seed=0, source="python")
+    batch = next(iter(batches))
+    assert batch.input_ids.shape == batch.targets.shape == (4, 8)
+    assert batch.input_ids.dtype == batch.targets.dtype == torch.int64
+    assert (batch.source, batch.num_bytes) == ("python", 32)
+    assert batches.next(rows=2).input_ids.shape == (2, 8)
+
+
+def test_what_cannot_be_batched_is_refused(byte_tokenizer):
+    with pytest.raises(DataError, match=r"too short for a window of 65.*--training\.sequence_length"):
+        TrainBatches(numbered(20), batch_size=1, sequence_length=64, seed=0, source="notes")
+    with pytest.raises(ConfigError, match="at least 1"):
+        TrainBatches(numbered(20), batch_size=0, sequence_length=4, seed=0)
+    with pytest.raises(DataError, match="no text to score"):
+        TokenFile.from_texts([""], byte_tokenizer)
+    empty = TokenFile(
+        np.array([256], dtype=np.uint16), np.array([], dtype=np.int64), np.array([], dtype=np.int64)
+    )
+    with pytest.raises(DataError, match="no text to evaluate"):
+        next(evaluation_batches(empty, batch_size=1, sequence_length=4))

@@ -1,0 +1,355 @@
+"""Law 3: what the optimizer knew of the old entries it knows afterwards, and nothing leaves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from cambia.errors import GrowthError
+from cambia.growth import AddLayers, Contract, Operator, WidenFFN, grow, plan_growth
+from cambia.growth.carry import OptimizerHolder
+from cambia.growth.operators import Shape, Step
+from cambia.models.architectures import layer_ids
+from cambia.nn.param_map import AxisMap, ParamMap, TensorMap
+from tests.conftest import tiny
+from tests.laws.examples import EVERY, FAMILIES, logits, loss_of, parameters
+
+POWERS = {"exp_avg": -1, "momentum_buffer": -1, "exp_avg_sq": -2, "max_exp_avg_sq": -2}
+KINDS: dict[str, Callable[[Any], Optimizer]] = {
+    "adamw": lambda groups: AdamW(groups, lr=1e-2, foreach=False, fused=False),
+    "adamw foreach": lambda groups: AdamW(groups, lr=1e-2, foreach=True),
+    "adamw fused": lambda groups: AdamW(groups, lr=1e-2, fused=True),
+    "adamw amsgrad": lambda groups: AdamW(groups, lr=1e-2, amsgrad=True),
+    "adam": lambda groups: Adam(groups, lr=1e-2),
+    "sgd": lambda groups: SGD(groups, lr=1e-2, momentum=0.9),
+    "sgd foreach": lambda groups: SGD(groups, lr=1e-2, momentum=0.9, foreach=True),
+    "sgd without momentum": lambda groups: SGD(groups, lr=1e-2),
+}
+OPERATORS = (WidenFFN(add=3), AddLayers(add=1, where="interpose"))
+
+
+def in_groups(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Matrices, decayed, and vectors, not."""
+    everything = list(model.parameters())
+    return [
+        {"params": [p for p in everything if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in everything if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def train(model: PreTrainedModel, optimizer: Optimizer, steps: int = 3) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+
+
+def remembered(model: PreTrainedModel, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """A copy of the state of every parameter, by name."""
+    return {
+        name: {
+            key: value.clone() if isinstance(value, Tensor) else value
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+        for name, parameter in model.named_parameters()
+    }
+
+
+def positions(lineage: Any, old: Tensor) -> Tensor:
+    """For each entry afterwards the flat position of the old one that it is, -1 where it is new."""
+    numbered = torch.arange(old.numel(), dtype=torch.float64).view(old.shape)
+    return lineage.carry(numbered, power=0, new=-1.0).long()
+
+
+def check_everything_is_remembered(model: PreTrainedModel, optimizer: Optimizer, *operators: Operator) -> None:
+    """Grow and compare every entry of every state with what it was."""
+    plan = plan_growth(model, *operators)
+    old = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    before = remembered(model, optimizer)
+    grow(model, *operators, optimizer=optimizer)
+    after = remembered(model, optimizer)
+
+    for name, parameter in model.named_parameters():
+        lineage = plan.lineages[name]
+        if not lineage.inherits:
+            assert after[name] == {}, f"{name} is new and starts without a past"
+            continue
+        assert after[name].keys() == before[lineage.origin].keys()
+        place = positions(lineage, old[lineage.origin])
+        is_old = place >= 0
+        assert torch.equal(parameter[is_old], old[lineage.origin].flatten()[place[is_old]])
+        for key, value in before[lineage.origin].items():
+            if key not in POWERS or value is None:
+                assert after[name][key] == value
+                continue
+            assert torch.equal(after[name][key][is_old], value.flatten()[place[is_old]])
+            new = after[name][key][~is_old]
+            assert torch.equal(new, torch.full_like(new, value.mean().item() if POWERS[key] == -2 else 0.0))
+
+
+def check_everybody_is_in_one_group(model: PreTrainedModel, optimizer: Optimizer) -> None:
+    members = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(members) == len(set(members))
+    assert set(members) == {id(parameter) for parameter in model.parameters()}
+    assert {id(parameter) for parameter in optimizer.state} <= set(members)
+
+
+@pytest.mark.parametrize(("family", "operator"), parameters(EVERY))
+def test_moments_of_old_entries_are_bit_equal(family: str, operator: Operator) -> None:
+    model = tiny(family, attention_bias=True, mlp_bias=True)
+    optimizer = KINDS["adamw"](in_groups(model))
+    train(model, optimizer)
+    check_everything_is_remembered(model, optimizer, operator)
+    check_everybody_is_in_one_group(model, optimizer)
+    train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_optimizer_goes_on(kind: str, family: str) -> None:
+    model = tiny(family, attention_bias=True, tie_word_embeddings=True)
+    optimizer = KINDS[kind](in_groups(model))
+    train(model, optimizer)
+    for _ in range(2):
+        check_everything_is_remembered(model, optimizer, *OPERATORS)
+        check_everybody_is_in_one_group(model, optimizer)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        train(model, optimizer, 2)
+        assert all(
+            not torch.equal(parameter, old) for parameter, old in zip(model.parameters(), before, strict=True)
+        )
+
+
+def test_before_the_first_step_there_is_nothing_to_remember() -> None:
+    model = tiny()
+    optimizer = KINDS["adamw"](in_groups(model))
+    grow(model, *OPERATORS, optimizer=optimizer)
+    assert not optimizer.state
+    check_everybody_is_in_one_group(model, optimizer)
+    train(model, optimizer)
+
+
+def test_a_step_count_goes_on() -> None:
+    model = tiny()
+    optimizer = KINDS["adamw"](in_groups(model))
+    train(model, optimizer, 5)
+    grow(model, *OPERATORS, optimizer=optimizer)
+    steps = {name: state["step"].item() for name, state in remembered(model, optimizer).items() if state}
+    born = layer_ids(model.config).index(2)
+    assert set(steps.values()) == {5.0}
+    assert not any(name.startswith(f"model.layers.{born}.") for name in steps)
+    train(model, optimizer, 1)
+    assert {state["step"].item() for state in optimizer.state.values()} == {6.0, 1.0}
+
+
+@pytest.mark.parametrize("where", ["append", "interpose", "stack", "middle"])
+def test_new_parameters_join_the_group_of_what_they_resemble(where: Any) -> None:
+    model = tiny(num_hidden_layers=3)
+    groups = [{"params": list(layer.parameters()), "lr": 0.1 * (i + 1)} for i, layer in enumerate(model.model.layers)]
+    inside = {id(p) for group in groups for p in group["params"]}
+    groups.append({"params": [p for p in model.parameters() if id(p) not in inside], "lr": 1.0})
+    optimizer = AdamW(groups)
+    train(model, optimizer, 1)
+
+    # Two growths in one event: the second names what it resembles as it was called in between.
+    operators = (AddLayers(add=2, where="interpose"), AddLayers(add=4, where=where, initial="random"))
+    plan = plan_growth(model, *operators)
+    grow(model, *operators, optimizer=optimizer)
+    check_everybody_is_in_one_group(model, optimizer)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for i, place in enumerate(plan.layers):
+        found = {rates[id(p)] for p in model.model.layers[i].parameters()}
+        assert len(found) == 1, "a layer trains at one rate"
+        if place is not None:
+            assert found == {0.1 * (place + 1)}
+
+
+def test_a_learning_rate_scheduler_keeps_working() -> None:
+    model = tiny()
+    optimizer = KINDS["adamw"](in_groups(model))
+    scheduler = LambdaLR(optimizer, lambda step: 1.0 / (step + 1))
+    for step in range(4):
+        if step == 2:
+            grow(model, *OPERATORS, optimizer=optimizer)
+            assert len(optimizer.param_groups) == 2
+        assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(1e-2 / (step + 1))] * 2
+        train(model, optimizer, 1)
+        scheduler.step()
+
+
+# ---- growth that multiplies ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rescale(Operator):
+    """Every FFN's input half four times as loud, its output a quarter: exact, bit by bit."""
+
+    contract = Contract(exactness="tolerance", alive_within=1)
+
+    def step(self, shape: Shape) -> Step:
+        tensors = {}
+        for name, size in shape.shapes.items():
+            tensors[name] = TensorMap(name)
+            for part, dim, factor in (("up_proj.weight", 0, 4.0), ("down_proj.weight", 1, 0.25)):
+                if name.endswith(part):
+                    index = torch.arange(size[dim])
+                    scale = torch.full((size[dim],), factor, dtype=torch.float64)
+                    tensors[name] = TensorMap(name, {dim: AxisMap(index, scale)})
+        return Step(shape.copied_config(), ParamMap(tensors), list(range(shape.num_layers)))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw fused", "adamw amsgrad", "sgd"])
+def test_moments_follow_a_multiplied_weight(kind: str) -> None:
+    model = tiny()
+    optimizer = KINDS[kind](in_groups(model))
+    train(model, optimizer)
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    expected_logits, before = logits(model), remembered(model, optimizer)
+    grow(model, Rescale(), optimizer=optimizer)
+    after = remembered(model, optimizer)
+    assert torch.equal(logits(model), expected_logits)
+    for name, parameter in model.named_parameters():
+        factor = 4.0 if "up_proj" in name else 0.25 if "down_proj" in name else 1.0
+        assert torch.equal(parameter, weights[name] * factor)
+        for key, value in before[name].items():
+            if key in POWERS:
+                assert torch.equal(after[name][key], value * factor ** POWERS[key])
+
+
+def test_a_multiplied_gradient_is_what_the_multiplied_moments_expect() -> None:
+    """The reason for m / c and v / c^2: after growth the gradient itself is divided by c."""
+    model = tiny(dtype=torch.float64)
+    loss_of(model).backward()
+    carried = {}
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    grow(model, Rescale())
+    for name, parameter in model.named_parameters():
+        carried[name] = parameter.grad.clone()
+        parameter.grad = None
+    loss_of(model).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(carried[name], parameter.grad, rtol=1e-9, atol=1e-12)
+    name = "model.layers.0.mlp.up_proj.weight"
+    torch.testing.assert_close(carried[name], before[name] / 4)
+
+
+# ---- new entries ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["mean", "zero"])
+def test_new_second_moments_follow_the_policy(policy: Any) -> None:
+    model = tiny()
+    optimizer = KINDS["adamw"](in_groups(model))
+    train(model, optimizer)
+    old = remembered(model, optimizer)
+    grow(model, WidenFFN(add=3), holders=[OptimizerHolder(optimizer, new_second_moment=policy)])
+    for name, state in remembered(model, optimizer).items():
+        if "gate_proj" in name:
+            mean = old[name]["exp_avg_sq"].mean().item()
+            assert mean > 0
+            expected = torch.full((3, 24), mean if policy == "mean" else 0.0)
+            assert torch.equal(state["exp_avg_sq"][20:], expected)
+            assert torch.equal(state["exp_avg"][20:], torch.zeros(3, 24))
+
+
+@pytest.mark.parametrize(("policy", "lowest", "highest"), [("zero", 5.0, 8.0), ("mean", 0.9, 1.1)])
+def test_zero_second_moments_make_the_first_updates_large(
+    policy: Any, lowest: float, highest: float
+) -> None:
+    """A zero with a large step count has no bias correction left; the mean of the old ones has no need of it."""
+    model = tiny(num_hidden_layers=1)
+    rate = 1e-4
+    optimizer = AdamW(model.parameters(), lr=rate, betas=(0.9, 0.999), weight_decay=0.0)
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.tensor(100_000.0),
+            "exp_avg": torch.ones_like(parameter),
+            "exp_avg_sq": torch.ones_like(parameter),
+        }
+    grow(model, WidenFFN(add=3), holders=[OptimizerHolder(optimizer, new_second_moment=policy)])
+    weight = model.model.layers[0].mlp.gate_proj.weight
+    peak = 0.0
+    for _ in range(40):
+        before = weight[20:].detach().clone()
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        peak = max(peak, ((before - weight[20:]).abs().max() / rate).item())
+    assert lowest < peak < highest
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+class Counting(SGD):
+    """Keeps how often each entry moved, which nobody knows how to grow."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["moves"] = state.get("moves", torch.zeros_like(parameter)) + 1
+        return super().step(closure)
+
+
+def everything(model: PreTrainedModel, optimizer: Optimizer) -> list[Any]:
+    """What must be untouched: identities, values, config, groups, state."""
+    return [
+        [(name, id(p), p.tolist()) for name, p in model.named_parameters()],
+        model.config.to_dict(),
+        [[id(p) for p in group["params"]] for group in optimizer.param_groups],
+        [(id(p), {k: (id(v), str(v)) for k, v in state.items()}) for p, state in optimizer.state.items()],
+        [id(layer) for layer in model.model.layers],
+    ]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: Counting(params, lr=0.1),
+        lambda params: torch.optim.Rprop(params),
+        lambda params: torch.optim.Adafactor(params),
+    ],
+    ids=["one's own", "Rprop", "Adafactor"],
+)
+def test_state_of_unknown_kind_is_refused_and_nothing_happened(make: Callable[[Any], Optimizer]) -> None:
+    model = tiny()
+    optimizer = make(model.parameters())
+    train(model, optimizer)
+    before = everything(model, optimizer)
+    with pytest.raises(GrowthError, match="not known how that grows"):
+        grow(model, *OPERATORS, optimizer=optimizer)
+    assert everything(model, optimizer) == before
+    train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("operator", [WidenFFN(add=3), AddLayers(add=1)])
+def test_an_optimizer_that_lacks_what_grows_is_refused(operator: Operator) -> None:
+    model = tiny()
+    optimizer = AdamW([p for name, p in model.named_parameters() if "down_proj" not in name])
+    train(model, optimizer, 1)
+    before = everything(model, optimizer)
+    with pytest.raises(GrowthError, match=r"does not train 'model\.layers\.\d\.mlp\.down_proj\.weight'"):
+        grow(model, operator, optimizer=optimizer)
+    assert everything(model, optimizer) == before
+
+
+def test_a_frozen_parameter_need_not_be_in_the_optimizer() -> None:
+    model = tiny()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("down_proj" not in name)
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
+    train(model, optimizer, 1)
+    grow(model, *OPERATORS, optimizer=optimizer)
+    members = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("down_proj" not in name)
+        assert (id(parameter) in members) == parameter.requires_grad

@@ -1,0 +1,155 @@
+"""Law 5: a run killed at any moment and resumed equals the uninterrupted one, bit for bit.
+
+Each life of the run is a process of its own, forked from a server that has imported the library, and
+ends by SIGKILL: after a step, in the middle of a log row, while a checkpoint is written, between the two
+renames that put it in place, right after growth, or at a random time.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+TREE = {
+    "data": {
+        "tasks": [
+            {"name": "counting", "source": {"type": "generated", "task": "counting", "limit_bytes": 60_000}},
+            {"name": "copy", "source": {"type": "generated", "task": "copy", "limit_bytes": 60_000}},
+        ]
+    },
+    "model": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "training": {"steps": 9, "batch_size": 6, "sequence_length": 32, "accumulation": 2},
+    "replay": {"fraction": 0.3, "capacity": 20},
+    "growth": {
+        "rewarm_steps": 4,
+        "rules": [
+            {"when": {"type": "schedule", "at_steps": [4]}, "then": {"type": "widen_ffn", "add": 8}},
+            {"when": {"type": "schedule", "at_steps": [7, 12]}, "then": {"type": "add_layers", "add": 1}},
+            {
+                "when": {"type": "plateau", "patience": 1, "min_improvement": 9.0},
+                "then": {"type": "widen_ffn", "factor": 1.3},
+                "max_events": 1,
+                "cooldown_steps": 3,
+            },
+        ],
+    },
+    "evaluation": {"every_steps": 4, "max_bytes": 2000},
+    "checkpoint": {"every_steps": 3, "named_every_steps": 5, "keep": 2},
+    "threads": 1,
+}
+
+
+def live(name: str, root: str, death: tuple[str, int] | None) -> None:
+    """One life: start or resume the run, and die where `death` says, the n-th time it comes by."""
+    os.environ["CAMBIA_RUNS"], os.environ["CAMBIA_CACHE"] = root, f"{root}/cache"
+    from cambia import files
+    from cambia.experiment import train
+    from cambia.experiment.tree import experiment_from
+    from cambia.rundir import RunWriter
+    from cambia.training.trainer import Trainer
+
+    places = {
+        "after a step": (Trainer, "_step"),
+        "after a log row": (Trainer, "_log"),
+        "after growth": (RunWriter, "append_json"),
+        "writing a checkpoint": (files, "_seal"),
+        "after a checkpoint": (Trainer, "save"),
+        "after a score": (Trainer, "score"),
+    }
+    if death and death[0] in places:
+        die_after(*places[death[0]], death[1])
+    elif death and death[0] == "between the renames":
+        die_after(files.os, "rename", death[1])  # type: ignore[attr-defined]
+    resume = (Path(root) / name / "config.json").exists()
+    train(experiment_from(TREE, source="test", flags={}), name=name, resume=resume)
+
+
+def die_after(owner: object, attribute: str, times: int) -> None:
+    original = getattr(owner, attribute)
+    left = [times]
+
+    def dying(*args, **kwargs):  # type: ignore[no-untyped-def]
+        result = original(*args, **kwargs)
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, attribute, dying)
+
+
+@pytest.fixture(scope="module")
+def server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cambia.experiment"])
+    return context
+
+
+def be_born(server, name: str, root: Path, death: tuple[str, int] | None):
+    process = server.Process(target=live, args=(name, str(root), death))
+    process.start()
+    return process
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    left, right = load_file(one), load_file(other)
+    return left.keys() == right.keys() and all(left[k].equal(right[k]) for k in left)
+
+
+def check_equal(reference: Path, killed: Path) -> None:
+    for log in ("metrics.csv", "eval.csv", "growth.jsonl"):
+        assert (killed / log).read_bytes() == (reference / log).read_bytes(), log
+    folders = sorted(p.name for p in reference.iterdir() if p.is_dir())
+    assert sorted(p.name for p in killed.iterdir() if p.is_dir()) == folders
+    assert {"latest", "best", "ckpt_task0", "ckpt_task1", "ckpt_step10", "ckpt_step15"} <= set(folders)
+    for folder in folders:
+        assert same_tensors(reference / folder / "model.safetensors", killed / folder / "model.safetensors")
+        assert same_tensors(reference / folder / "state.safetensors", killed / folder / "state.safetensors")
+        one, other = (json.loads((run / folder / "state.json").read_text()) for run in (reference, killed))
+        for state in (one, other):
+            del state["log_lengths"]["timing.csv"]
+        assert one == other
+
+
+DEATHS = [
+    ("after a score", 2),  # before the first checkpoint
+    ("after a step", 2),
+    ("after growth", 1),
+    ("writing a checkpoint", 2),
+    ("after a log row", 3),
+    ("between the renames", 3),
+    ("after a checkpoint", 2),
+    ("after growth", 1),
+    ("between the renames", 4),
+    ("writing a checkpoint", 4),
+]
+
+
+@pytest.mark.parametrize("kind", ["chosen", pytest.param("random", marks=pytest.mark.slow)])
+def test_a_killed_run_equals_the_uninterrupted_one(server, tmp_path, kind):
+    be_born(server, "warm", tmp_path, None).join()  # starts the server, prepares the data
+    began = time.monotonic()
+    be_born(server, "reference", tmp_path, None).join()
+    whole = time.monotonic() - began
+    assert json.loads((tmp_path / "reference/summary.json").read_text())["status"] == "finished"
+
+    chance = random.Random(5)
+    kills = 0
+    for death in DEATHS:
+        process = be_born(server, "killed", tmp_path, death if kind == "chosen" else None)
+        if kind == "random":
+            time.sleep(chance.uniform(0.05, 0.5) * whole)
+            process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+    assert kills >= (8 if kind == "chosen" else 2), "most lives must have been cut short"
+    be_born(server, "killed", tmp_path, None).join()
+    check_equal(tmp_path / "reference", tmp_path / "killed")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -28,12 +29,12 @@ app.command(data_app)
 Settings = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 
 
-def main() -> NoReturn:
-    """The `cambia` command."""
+def main(words: Sequence[str] | None = None) -> NoReturn:
+    """The `cambia` command; `words` are what stands behind it on the command line."""
     # Progress bars of other libraries would stand between ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        code = app(exit_on_error=False, print_error=False, result_action="return_value")
+        code = app(sys.argv[1:] if words is None else words, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         _fail(f"{error} (`cambia --help` lists commands, `cambia COMMAND --help` their options)")
     except CambiaError as error:

@@ -46,6 +46,17 @@ def runs_root() -> Path:
     return Path(os.environ.get("CAMBIA_RUNS", "runs"))
 
 
+def run_folder(name: str) -> Path:
+    """The folder of the run of that name, which need not exist.
+
+    Raises:
+        ConfigError: the name cannot be a folder's name.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"--name {name!r} cannot name a run: use letters, digits, '.', '_' and '-'")
+    return runs_root() / name
+
+
 def find_run(name: str | Path) -> Path:
     """The folder of a run, by its name under `runs_root` or by its path.
 
@@ -85,15 +96,10 @@ class RunWriter:
 
     Raises:
         RunError: the name is taken, or another process is writing the run.
-        ConfigError: the name cannot be a folder's name.
     """
 
     def __init__(self, folder: str | Path, *, resume: bool = False):
         self.folder = Path(folder)
-        if not _NAME.fullmatch(self.folder.name):
-            raise ConfigError(
-                f"--name {self.folder.name!r} cannot name a run: use letters, digits, '.', '_' and '-'"
-            )
         taken = (self.folder / CONFIG_JSON).exists()
         if taken and not resume:
             raise RunError(

@@ -12,7 +12,7 @@ from cambia.data.installed import Places
 from cambia.data.prepare import prepare
 from cambia.data.sources import Splits
 
-LIMIT = {"english": 1_100_000}  # enough to reach the docstrings behind the language reference
+LIMIT = {"english": 1_000_000}  # enough to reach the docstrings behind the language reference
 
 
 def source(domain):

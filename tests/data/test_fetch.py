@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.server
 import io
@@ -82,6 +83,13 @@ def test_a_file_is_fetched_once_and_then_read(mirror, tmp_path, monkeypatch):
     assert source.describe()["reads"]["files"]["train"][0]["sha256"] == hashlib.sha256(STORY).hexdigest()
 
 
+def test_a_packed_file_that_is_there_is_not_fetched_again(mirror, tmp_path):
+    (tmp_path / "story").mkdir()
+    packed = tmp_path / "story" / "input.txt.gz"
+    packed.write_bytes(gzip.compress(STORY))
+    assert fetch("story", into=tmp_path, base_url="http://127.0.0.1:1") == [packed]
+
+
 def test_rows_are_read_as_the_set_says(mirror, tmp_path, monkeypatch):
     fetch("rows", into=tmp_path, base_url=mirror)
     monkeypatch.setenv("CAMBIA_DATA", str(tmp_path))
@@ -136,8 +144,6 @@ def test_every_known_set_is_complete():
 
 @pytest.mark.parametrize("name", ["tiny-shakespeare", "humaneval", "gsm8k", "gsm8k-test"])
 def test_sets_on_this_machine_are_the_ones_expected(corpora, name):
-    import gzip
-
     public = FETCHABLE[name]
     path = corpora / public.files[0]
     raw = (

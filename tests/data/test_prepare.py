@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -66,6 +67,16 @@ def test_equal_configurations_share_a_folder_and_do_the_work_once(
     again = prepare(book, byte_tokenizer, cache_dir=tmp_path / "cache")
     assert again.folder == first.folder
     assert (again.splits["train"].tokens == first.splits["train"].tokens).all()
+
+
+def test_of_several_at_once_one_does_the_work(book, tmp_path, byte_tokenizer, monkeypatch):
+    read = []
+    documents = FilesSource.documents
+    monkeypatch.setattr(FilesSource, "documents", lambda self: read.append(1) or documents(self))
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(prepare, book, byte_tokenizer, cache_dir=tmp_path / "cache") for _ in range(4)]
+    assert len({job.result().folder for job in jobs}) == 1
+    assert read == [1]
 
 
 def test_another_configuration_gets_another_folder(book, tmp_path, byte_tokenizer):

@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,9 +128,13 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
     seconds = []
     for _ in range(5):
-        began = time.perf_counter()
+        # The processor's time, not the clock's: other programs on the machine are not the package's fault.
+        began = os.times()
         subprocess.run([sys.executable, "-m", "cambia", "--help"], env=environment, capture_output=True, check=True)
-        seconds.append(time.perf_counter() - began)
+        ended = os.times()
+        seconds.append(
+            ended.children_user - began.children_user + ended.children_system - began.children_system
+        )
     assert min(seconds) < 0.3
     command = [sys.executable, "-X", "importtime", "-m", "cambia", "--help"]
     told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr

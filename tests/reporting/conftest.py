@@ -47,7 +47,7 @@ class Synthetic:
         parameters, flops, total = 1_049_216, 0.0, len(self.tasks) * self.steps
         grown = 0
         self.score(run, 0, 0, "none")
-        for step in range(1, min(total, self.stop_at or total) + 1):
+        for step in range(1, (total if self.stop_at is None else self.stop_at) + 1):
             stage, stage_step = divmod(step - 1, self.steps)
             flops += _PER_STEP * 6.2 * parameters
             if grown < len(self.growth_steps) and step == self.growth_steps[grown]:
@@ -226,7 +226,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def make_run(runs: Path) -> Iterator[Callable[..., Path]]:
-    """``make_run("name", steps=20, ...)`` writes a run and returns its folder; ``going=True`` leaves it open."""
+    """``make_run("name", steps=20, ...)`` writes a run; ``going=True`` leaves it open."""
     open_runs: list[RunWriter] = []
 
     def make(name: str = "rings", *, going: bool = False, **settings: Any) -> Path:

@@ -81,6 +81,11 @@ class TokenFile:
     def _cumulative_bytes(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.document_bytes)])
 
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        """Tokens of each document, its end-of-text token left out."""
+        return np.append(self.starts[1:], self.num_tokens) - 1 - self.starts
+
     def bytes_before(self, positions: np.ndarray) -> np.ndarray:
         """Bytes of text that the tokens before each position stand for, int64.
 
@@ -91,8 +96,7 @@ class TokenFile:
             return np.zeros(len(positions), dtype=np.int64)
         index = np.searchsorted(self.starts, positions, side="right") - 1
         inside = np.maximum(index, 0)
-        ends = np.append(self.starts[1:], self.num_tokens) - 1
-        length = (ends - self.starts)[inside]
+        length = self._lengths[inside]
         done = np.minimum(positions - self.starts[inside], length)
         part = self._cumulative_bytes[inside] + self.document_bytes[inside] * done // length
         return np.where(index < 0, 0, part)

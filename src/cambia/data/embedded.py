@@ -79,10 +79,8 @@ class EmbeddedSource(Source):
         tiers = self._tiers()
         if tiers is None:
             generated = self._fallback()
-            return {
-                "fallback": f"generated text ({generated.task}) in place of {self.domain}, which is not on this machine",
-                "generated": generated.describe(),
-            }
+            note = f"generated text ({generated.task}) in place of {self.domain}: none on this machine"
+            return {"fallback": note, "generated": generated.describe()}
         listing = sorted((file.key, file.size) for tier in tiers for file in tier)
         return {
             "fallback": None,

@@ -162,9 +162,10 @@ def fetch(name: str, *, into: str | Path, base_url: str | None = None) -> list[P
         StorageFullError: the disk is full; nothing half-written is left.
     """
     public = public_file(name)
+    present = [_present(into, file) for file in public.files]
+    if None not in present:
+        return [path for path in present if path is not None]
     targets = [Path(into) / file for file in public.files]
-    if all(target.exists() for target in targets):
-        return targets
     filename = public.url.rpartition("/")[2]
     url = public.url if base_url is None else f"{base_url.rstrip('/')}/{filename}"
     with one_line_when_full(into):
@@ -179,6 +180,11 @@ def fetch(name: str, *, into: str | Path, base_url: str | None = None) -> list[P
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source, target)
     return targets
+
+
+def _present(root: str | Path, file: str) -> Path | None:
+    """A set's file as it lies there, plain or packed; None if it does not."""
+    return next((path for path in (Path(root, file), Path(root, file + ".gz")) if path.exists()), None)
 
 
 def _download(url: str, path: Path, sha256: str) -> None:
@@ -227,7 +233,7 @@ class FetchSource(Source):
             )
         public = public_file(self.dataset)
         for file in public.files:
-            if not (Path(root, file).exists() or Path(root, file + ".gz").exists()):
+            if _present(root, file) is None:
                 raise DataError(
                     f"there is no {file} under CAMBIA_DATA={root}: "
                     f"`cambia data fetch {self.dataset}` brings it"

@@ -28,7 +28,7 @@ from cambia.files import sha256_file
 
 TEXT_SUFFIXES = (
     *(".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".tokens", ".html", ".xml", ".csv", ".sql"),
-    *(".py", ".pyi", ".ipynb", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".rs", ".go", ".java"),
+    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".rs", ".go", ".java"),
     *(".js", ".ts", ".sh", ".lua", ".jl", ".r", ".scala", ".kt", ".swift", ".rb", ".pl", ".php"),
     *(".yaml", ".yml", ".toml"),
 )

@@ -69,7 +69,7 @@ def train(
             experiment = read_experiment(experiment, flags)
         elif flags:
             experiment = experiment_from(plain_tree(experiment), source="experiment", flags=flags)
-        folder = rundir.runs_root() / name if name else _free_folder(experiment.name)
+        folder = rundir.run_folder(name) if name else _free_folder(experiment.name)
     run = RunWriter(folder, resume=resume)
     try:
         with _one_line_when_out_of_memory(experiment):
@@ -300,11 +300,11 @@ def _resumed(name: str | None, flags: Mapping[str, Any]) -> tuple[Path, Experime
 
 def _free_folder(name: str) -> Path:
     """The first of NAME, NAME-2, NAME-3... that is no run yet."""
-    root, number = rundir.runs_root(), 1
-    folder = root / name
+    number = 1
+    folder = rundir.run_folder(name)
     while (folder / rundir.CONFIG_JSON).exists():
         number += 1
-        folder = root / f"{name}-{number}"
+        folder = rundir.run_folder(f"{name}-{number}")
     return folder
 
 

@@ -26,7 +26,7 @@ from cambia.errors import GrowthError
 from cambia.growth.carry import OptimizerHolder
 from cambia.growth.operators import Operator
 from cambia.growth.plan import GrowthPlan, describe, plan_growth
-from cambia.models.architectures import architecture_of, resize_layers
+from cambia.models.architectures import architecture_of, on_meta, resize_layers
 from cambia.nn.param_map import Lineage
 from cambia.records import GrowthEvent
 
@@ -95,8 +95,9 @@ def grow(
     changes = _build(model, plan, seed)
     everyone = [*holders, *([OptimizerHolder(optimizer)] if optimizer is not None else [])]
     commits = [holder.prepare(changes) for holder in everyone]
-    undo = _swap(model, plan, changes)
+    undo: list[Callable[[], None]] = [model.tie_weights]
     try:
+        _swap(model, plan, changes, undo)
         after = _logits(model, batch)
         error = _relative_error(before, after)
         if plan.contract.exactness == "tolerance" and not error <= TOLERANCE.get(model.dtype, _COARSE):
@@ -105,7 +106,8 @@ def grow(
                 "it was rolled back. Ask for preserve=False where a jump is wanted; otherwise this is a bug"
             )
     except BaseException:
-        undo()
+        for action in reversed(undo):
+            action()
         raise
     for commit in commits:
         commit()
@@ -145,20 +147,23 @@ def _build(model: PreTrainedModel, plan: GrowthPlan, seed: int) -> list[Change]:
     return changes
 
 
-def _swap(model: PreTrainedModel, plan: GrowthPlan, changes: Sequence[Change]) -> Callable[[], None]:
-    """Put the new tensors in; returns what takes them out again."""
-    undo: list[Callable[[], None]] = []
+def _swap(
+    model: PreTrainedModel, plan: GrowthPlan, changes: Sequence[Change], undo: list[Callable[[], None]]
+) -> None:
+    """Put the new tensors in; `undo` gets what takes them out again, last first."""
     config = vars(model.config)
     kept_config = dict(config)
     undo.append(lambda: _replace_dict(config, kept_config))
 
+    born = _settings_by_module(model)
     layers = list(plan.layers)
     if layers != list(range(model.config.num_hidden_layers)):
         path = architecture_of(model.config).layers
         old_list = model.get_submodule(path)
         undo.append(lambda: _set_submodule(model, path, old_list))
         template = old_list.get_submodule("0")
-        resize_layers(model, layers, lambda _: _empty_copy(template, model))
+        resize_layers(model, layers, lambda _: _empty_copy(template, model, born))
+        model.get_submodule(path).training = old_list.training
     # All modules share one config object: change it in place, so that all of them see it.
     _replace_dict(config, vars(copy.deepcopy(plan.config)))
 
@@ -172,26 +177,39 @@ def _swap(model: PreTrainedModel, plan: GrowthPlan, changes: Sequence[Change]) -
     # The model on meta was built from the grown config: it knows what every size attribute must be.
     grown = dict(plan.after.named_modules())
     for name, module in model.named_modules():
-        for key, value in vars(grown[name]).items():
-            if type(value) in (int, float) and vars(module).get(key) != value:
+        for key, before in born.get(id(module), {}).items():
+            value = vars(grown[name])[key]
+            if value != before:
                 undo.append(_restore(vars(module), key))
                 setattr(module, key, value)
 
-    def take_out() -> None:
-        for action in reversed(undo):
-            action()
-        model.tie_weights()
 
-    return take_out
+def _settings_by_module(model: PreTrainedModel) -> dict[int, dict[str, int | float]]:
+    """The numbers that the config, and nobody since, has set on each module, by the module's identity.
+
+    Growth changes these where the grown config says otherwise, and leaves alone what somebody set by hand.
+    """
+    made = dict(on_meta(type(model), model.config).named_modules())
+    return {
+        id(module): {key: value for key, value in vars(made[name]).items() if type(value) in (int, float)}
+        for name, module in model.named_modules()
+        if name in made
+    }
 
 
-def _empty_copy(layer: nn.Module, model: PreTrainedModel) -> nn.Module:
+def _empty_copy(
+    layer: nn.Module, model: PreTrainedModel, born: dict[int, dict[str, int | float]]
+) -> nn.Module:
     """A layer with the same settings and hooks, whose parameters are about to be replaced.
 
     Tensors and the shared config are not copied: `memo` tells deepcopy that they are copied already.
     """
     shared: list[Any] = [model.config, *layer.parameters(), *layer.buffers()]
-    return copy.deepcopy(layer, memo={id(item): item for item in shared})
+    new = copy.deepcopy(layer, memo={id(item): item for item in shared})
+    for module, original in zip(new.modules(), layer.modules(), strict=True):
+        if id(original) in born:
+            born[id(module)] = born[id(original)]
+    return new
 
 
 def _replace_dict(target: dict[str, Any], values: dict[str, Any]) -> None:
@@ -217,12 +235,13 @@ def _random_batch(model: PreTrainedModel, seed: int) -> Tensor:
 @torch.no_grad()
 def _logits(model: PreTrainedModel, batch: Tensor) -> Tensor:
     """(B, T, V), without dropout."""
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         return model(input_ids=batch.to(model.device), use_cache=False).logits
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
 
 
 def _relative_error(before: Tensor, after: Tensor) -> float:

@@ -166,96 +166,104 @@ def plain_causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: 
 
 
 class _CausalAttention(Function):
-    """Blocks of queries against all keys they may see, as batched matrix products.
+    """Blocks of queries against the keys they may see, as batched matrix products that fit in the cache.
 
-    The heads of a group share their keys, so their queries are stacked into one matrix (row t*R + r is head r
-    of the group at time t): G = B*K products of (n*R, D) by (D, j). Probabilities are computed again in
-    backward, so memory stays linear in T.
+    The R = H/K heads of a group share their keys, so their queries are stacked into one matrix per group
+    (row t*R + r is head r at time t), and there are G = B*K groups. Memory stays linear in T: backward
+    computes the probabilities again, as in FlashAttention (Dao et al. 2022, https://arxiv.org/abs/2205.14135).
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        ctx.batch, ctx.kv_heads, ctx.scale = key.shape[0], key.shape[2], scale
-        ctx.group = query.shape[2] // key.shape[2]
-        queries, keys, values = (_by_group(x, ctx.kv_heads) for x in (query, key, value))
+        ctx.batch, ctx.scale = key.shape[0], scale
+        ctx.shared = query.shape[2] // key.shape[2]
+        queries = _by_group(query, ctx.shared) * scale  # (G, T R, D)
+        keys, values = _by_group(key, 1), _by_group(value, 1)  # (G, T, D)
         ctx.save_for_backward(queries, keys, values)
-        mixed = torch.empty_like(queries)  # (G, T R, D)
-        for block in _blocks(queries, keys, ctx.group):
-            probs = block.probabilities(queries, keys, scale)
-            block.rows(mixed).copy_(torch.bmm(probs, block.seen(values)))
-        return _by_time(mixed, ctx.batch, ctx.kv_heads, ctx.group)
+        mixed = torch.empty_like(queries)
+        blocks = _Blocks.of(queries, keys)
+        for q, k, v, out in blocks.split(queries, keys, values, mixed):
+            for rows, seen in blocks:
+                probs = blocks.probabilities(q[:, rows], k[:, seen])  # (g, n R, j)
+                out[:, rows] = torch.bmm(probs, v[:, seen])
+        return _by_time(mixed, ctx.batch, ctx.shared)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dmixed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         queries, keys, values = ctx.saved_tensors
-        dmixed = _by_group(dmixed, ctx.kv_heads)
         dqueries, dkeys, dvalues = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-        for block in _blocks(queries, keys, ctx.group):
-            probs = block.probabilities(queries, keys, ctx.scale)
-            block.seen(dvalues).baddbmm_(probs.transpose(1, 2), block.rows(dmixed))
-            dprobs = torch.bmm(block.rows(dmixed), block.seen(values).transpose(1, 2))
-            dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
-            block.rows(dqueries).copy_(torch.bmm(dscores, block.seen(keys)))
-            block.seen(dkeys).baddbmm_(dscores.transpose(1, 2), block.rows(queries), alpha=ctx.scale)
+        blocks = _Blocks.of(queries, keys)
+        given = (queries, keys, values, _by_group(dmixed, ctx.shared))
+        for q, k, v, dout, dq, dk, dv in blocks.split(*given, dqueries, dkeys, dvalues):
+            for rows, seen in blocks:
+                probs = blocks.probabilities(q[:, rows], k[:, seen])
+                dv[:, seen] += torch.bmm(probs.transpose(1, 2), dout[:, rows])
+                dprobs = torch.bmm(dout[:, rows], v[:, seen].transpose(1, 2))
+                dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
+                dq[:, rows] = torch.bmm(dscores, k[:, seen])
+                dk[:, seen] += torch.bmm(dscores.transpose(1, 2), q[:, rows])
         dqueries.mul_(ctx.scale)
         return (
-            _by_time(dqueries, ctx.batch, ctx.kv_heads, ctx.group),
-            _by_time(dkeys, ctx.batch, ctx.kv_heads, 1),
-            _by_time(dvalues, ctx.batch, ctx.kv_heads, 1),
+            _by_time(dqueries, ctx.batch, ctx.shared),
+            _by_time(dkeys, ctx.batch, 1),
+            _by_time(dvalues, ctx.batch, 1),
             None,
         )
 
 
-class _Block(NamedTuple):
-    """Queries `start` to `stop` of some groups, and the keys that they see."""
+class _Blocks(NamedTuple):
+    """How the work is cut: iterating gives (rows of queries, keys that they see) from the first to the last."""
 
-    groups: slice
-    start: int
-    stop: int
-    group: int
+    length: int
+    rows: int
+    """Positions in a block."""
+    shared: int
+    """Query heads per key head."""
+    groups: int
+    """Groups worked on at once."""
     future: Tensor
-    """(n R, n): minus infinity where a key of the block's own stretch lies in the future."""
+    """(n R, n), minus infinity where a key comes after the query, within the last n keys that a block sees."""
+    scratch: Tensor
+    """Memory for one block's scores, since fresh memory costs more than the arithmetic on it."""
 
-    def rows(self, x: Tensor) -> Tensor:
-        return x[self.groups, self.start * self.group : self.stop * self.group]
+    @classmethod
+    def of(cls, queries: Tensor, keys: Tensor) -> _Blocks:
+        groups, length = keys.shape[:2]
+        shared = queries.shape[1] // length
+        rows = min(32, length)
+        future = torch.full((rows, rows), -math.inf, dtype=keys.dtype).triu_(1).repeat_interleave(shared, 0)
+        per_group = rows * shared * length
+        at_once = min(groups, max(1, 2**21 // (per_group * keys.element_size())))
+        return cls(length, rows, shared, at_once, future, keys.new_empty(at_once * per_group))
 
-    def seen(self, x: Tensor) -> Tensor:
-        return x[self.groups, : self.stop]
+    def split(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The tensors, some groups at a time."""
+        return zip(*(tensor.split(self.groups) for tensor in tensors), strict=True)
 
-    def probabilities(self, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-        rows, seen = self.rows(queries), self.seen(keys)
-        scores = torch.bmm(rows, seen.transpose(1, 2)).mul_(scale)
-        scores[:, :, self.start :].add_(self.future)
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        for start in range(0, self.length, self.rows):
+            stop = min(start + self.rows, self.length)
+            yield slice(start * self.shared, stop * self.shared), slice(0, stop)
+
+    def probabilities(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Softmax of (g, n R, D) queries over their (g, j, D) keys; lives until the next call."""
+        shape = (*queries.shape[:2], keys.shape[1])
+        scores = self.scratch[: math.prod(shape)].view(shape)
+        torch.bmm(queries, keys.transpose(1, 2), out=scores)
+        new = queries.shape[1] // self.shared
+        scores[:, :, -new:] += self.future[: queries.shape[1], :new]
         return torch.softmax(scores, -1, out=scores)
 
 
-BLOCK_ROWS = 64
-BLOCK_BYTES = 2**22
-
-
-def _blocks(queries: Tensor, keys: Tensor, group: int) -> Iterator[_Block]:
-    count, length = keys.shape[:2]
-    size = min(BLOCK_ROWS, length)
-    future = torch.full((size, size), -math.inf, dtype=keys.dtype).triu_(1).repeat_interleave(group, 0)
-    at_once = max(1, BLOCK_BYTES // (size * group * length * keys.element_size()))
-    for first in range(0, count, at_once):
-        for start in range(0, length, size):
-            stop = min(start + size, length)
-            n = stop - start
-            yield _Block(slice(first, first + at_once), start, stop, group, future[: n * group, :n])
-
-
-def _by_group(x: Tensor, kv_heads: int) -> Tensor:
+def _by_group(x: Tensor, shared: int) -> Tensor:
     """(B, T, K R, D) -> (B K, T R, D)"""
-    b, t, h, d = x.shape
-    return x.view(b, t, kv_heads, h // kv_heads, d).transpose(1, 2).reshape(b * kv_heads, -1, d)
+    return x.unflatten(2, (-1, shared)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
-def _by_time(x: Tensor, batch: int, kv_heads: int, group: int) -> Tensor:
+def _by_time(x: Tensor, batch: int, shared: int) -> Tensor:
     """(B K, T R, D) -> (B, T, K R, D)"""
-    d = x.shape[-1]
-    return x.view(batch, kv_heads, -1, group, d).transpose(1, 2).reshape(batch, -1, kv_heads * group, d)
+    return x.unflatten(1, (-1, shared)).unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
 
 
 # ---- SwiGLU --------------------------------------------------------------------------------------

@@ -9,19 +9,21 @@ light page and the dark one, and text stays text, in the page's own font.
 
 from __future__ import annotations
 
-import html
 import io
-import re
+import warnings
 from collections.abc import Callable, Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from numpy.typing import ArrayLike
 
 from cambia.records import GrowthEvent
-from cambia.reporting import units
+from cambia.reporting import svg, units
+from cambia.reporting.curves import corners, smoothed, thinned
 from cambia.reporting.run import Run
 
 COLORS = {
@@ -38,7 +40,6 @@ COLORS = {
 
 _SIZE = 8.0  # of letters, in points
 _WIDTH = 7.2  # inches; an SVG point is 1/72 inch, and the page stretches the picture to its column
-_MOST_POINTS = 1500
 _MOST_DOTS = 90
 _LETTERS = 95  # that stand side by side over the whole width
 
@@ -53,18 +54,20 @@ def loss_figure(run: Run) -> Figure | None:
         return None
     figure, axes = _figure(3.3)
     _marks(axes, run, labels=True)
-    smoothed = []
-    for number, stretch in enumerate(run.stretches()):
+    raw, smooth = [], []
+    for stretch in run.stretches():
         keep = np.isfinite(loss[stretch.rows])
         x, y = tokens[stretch.rows][keep], loss[stretch.rows][keep]
-        raw, smooth = ("each logged step", "smoothed") if number == 0 else (None, None)
-        smoothed.append(_smooth(y))
-        _line(axes, *_thinned(x, y), color="pale-leaf", width=0.6, label=raw)
-        _line(axes, *_thinned(x, smoothed[-1]), color="leaf", width=1.7, label=smooth)
+        raw += [_line(axes, *thinned(x, y), color="pale-leaf", width=0.6)]
+        smooth += [_line(axes, *thinned(x, smoothed(y)), color="leaf", width=1.7)]
     validation = _draw_validation(axes, run)
     # A single exploded step must not press everything else flat: the smoothed line sets the scale.
-    shown = np.concatenate([*smoothed, validation])
-    _limits(axes, float(np.nanmin(np.append(shown, loss[np.isfinite(loss)]))), float(shown.max()))
+    finite = loss[np.isfinite(loss)]
+    high = max(float(np.max(line.get_ydata(), initial=-np.inf)) for line in smooth)
+    _limits(axes, float(finite.min()), float(np.max(validation, initial=high)))
+    above = int((finite > axes.get_ylim()[1]).sum())
+    raw[0].set_label(f"each logged step ({above:,} above the axis)" if above else "each logged step")
+    smooth[0].set_label("smoothed")
     axes.set_ylabel("loss (nats per token)")
     _tokens_axis(axes)
     _legend(figure, axes)
@@ -83,10 +86,9 @@ def _draw_validation(axes: Axes, run: Run) -> np.ndarray:
         if not len(x):
             continue
         if crowded:
-            _line(axes, *_thinned(x, y), color="sky", width=1.1, label=label)
+            _line(axes, *thinned(x, y), color="sky", width=1.1, label=label)
         else:
-            dots = {"linestyle": "none", "marker": "o", "markersize": 3.2, "markeredgewidth": 0}
-            axes.plot(x, y, markerfacecolor=COLORS["sky"], label=label, zorder=4, **dots)
+            _dots(axes, x, y, color="sky", size=3.2, label=label)
         label = None
     return loss[keep]
 
@@ -104,7 +106,7 @@ def size_figure(run: Run) -> Figure | None:
     x = np.append(0, tokens)
     start = run.parameters_start if run.parameters_start is not None else run.metrics["parameters"][0]
     # A row holds what the model is after its step: the step line stands at the old size until then.
-    _steps(upper, *_corners(x, np.append(start, run.metrics["parameters"])))
+    _steps(upper, *corners(x, np.append(start, run.metrics["parameters"])))
     upper.set_ylabel("parameters")
     upper.yaxis.set_major_formatter(FuncFormatter(lambda value, _: units.count(value)))
     upper.set_ylim(0, float(np.nanmax(run.metrics["parameters"])) * 1.15)
@@ -118,7 +120,7 @@ def size_figure(run: Run) -> Figure | None:
             linestyle=(0, (4, 3)),
             label="had it had its last size from the start",
         )
-    _line(lower, *_thinned(x, np.append(0.0, run.metrics["flops"])), color="leaf", width=1.7, label="spent")
+    _line(lower, *thinned(x, np.append(0.0, run.metrics["flops"])), color="leaf", width=1.7, label="spent")
     lower.set_ylabel("operations (FLOP)")
     lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: units.flops(value) if value else "0"))
     lower.set_ylim(bottom=0)
@@ -140,15 +142,15 @@ def rate_figure(run: Run) -> Figure | None:
         _dress(axes)
         _marks(axes, run, labels=axes is panels[0], numbers=axes is panels[-1])
     keep = np.isfinite(rate)
-    _line(panels[0], *_thinned(tokens[keep], rate[keep]), color="leaf", width=1.7)
+    _line(panels[0], *thinned(tokens[keep], rate[keep]), color="leaf", width=1.7)
     panels[0].set_ylabel("learning rate")
     panels[0].set_ylim(0, (float(np.nanmax(rate)) or 1.0) * 1.15)
     if has_norm:
         for stretch in run.stretches():
             keep = np.isfinite(norm[stretch.rows]) & (norm[stretch.rows] > 0)
             x, y = tokens[stretch.rows][keep], norm[stretch.rows][keep]
-            _line(panels[1], *_thinned(x, y), color="pale-leaf", width=0.6)
-            _line(panels[1], *_thinned(x, _smooth(y)), color="leaf", width=1.7)
+            _line(panels[1], *thinned(x, y), color="pale-leaf", width=0.6)
+            _line(panels[1], *thinned(x, smoothed(y)), color="leaf", width=1.7)
         panels[1].set_ylabel("gradient norm\n(before clipping)")
         panels[1].set_yscale("log")
         panels[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -160,48 +162,34 @@ def rate_figure(run: Run) -> Figure | None:
 
 def jump_figure(run: Run) -> Figure | None:
     """Loss on the check batch right before and after each growth, with the jump; None without growth."""
-    events = [(i, e) for i, e in enumerate(run.growth, 1) if None not in (e.loss_before, e.loss_after)]
-    if not events:
+    names, pairs = [], []
+    for number, event in enumerate(run.growth, 1):
+        if event.loss_before is not None and event.loss_after is not None:
+            names.append(_event_name(number, event))
+            pairs.append((event.loss_before, event.loss_after))
+    if not pairs:
         return None
-    figure, axes = _figure(0.85 + 0.42 * len(events))
-    for row, (_, event) in enumerate(events):
-        pair = [event.loss_before, event.loss_after]
-        axes.plot(pair, [row, row], color=COLORS["bark"], linewidth=1.5, zorder=2)
-        ring = {"linestyle": "none", "marker": "o", "zorder": 3}
-        first = row == 0
-        axes.plot(
-            pair[:1],
-            [row],
-            markersize=9,
-            markerfacecolor="none",
-            markeredgecolor=COLORS["sky"],
-            markeredgewidth=1.4,
-            label="before" if first else None,
-            **ring,
-        )
-        axes.plot(
-            pair[1:],
-            [row],
-            markersize=4.5,
-            markerfacecolor=COLORS["bark"],
-            markeredgewidth=0,
-            label="after" if first else None,
-            **ring,
-        )
-        axes.text(
-            1.02,
-            row,
-            f"jump {units.jump(event.loss_before, event.loss_after)}",
-            transform=axes.get_yaxis_transform(),
+    figure, axes = _figure(0.85 + 0.42 * len(pairs))
+    for row, (before, after) in enumerate(pairs):
+        axes.plot([before, after], [row, row], color=COLORS["bark"], linewidth=1.5, zorder=2)
+        axes.annotate(
+            f"jump {units.jump(before, after)}",
+            (1, row),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(8, 0),
+            textcoords="offset points",
             va="center",
             size=_SIZE,
             color=COLORS["ink"],
         )
-    axes.set_yticks(range(len(events)), [_event_name(i, event) for i, event in events])
-    axes.set_ylim(len(events) - 0.4, -0.6)
-    losses = [loss for _, event in events for loss in (event.loss_before, event.loss_after)]
+    rows = range(len(pairs))
+    _dots(axes, [before for before, _ in pairs], rows, color="sky", size=9, hollow=True, label="before")
+    _dots(axes, [after for _, after in pairs], rows, color="bark", size=4.5, label="after")
+    axes.set_yticks(rows, names)
+    axes.set_ylim(len(pairs) - 0.4, -0.6)
     # Never so close that a rounding error looks like a jump.
-    middle, reach = (min(losses) + max(losses)) / 2, max((max(losses) - min(losses)) / 2, 0.05)
+    low, high = min(map(min, pairs)), max(map(max, pairs))
+    middle, reach = (low + high) / 2, max((high - low) / 2, 0.05)
     axes.set_xlim(middle - 1.25 * reach, middle + 1.25 * reach)
     axes.ticklabel_format(axis="x", useOffset=False)
     axes.xaxis.set_major_locator(MaxNLocator(6))
@@ -271,6 +259,7 @@ def _marks(axes: Axes, run: Run, *, labels: bool, numbers: bool = True) -> None:
                 ha="center",
                 size=_SIZE,
                 color=COLORS["ink"],
+                parse_math=False,
             )
     for number, event in enumerate(run.growth):
         axes.axvline(
@@ -295,7 +284,7 @@ def _number_growths(axes: Axes, events: Sequence[GrowthEvent], total: float) -> 
         else:
             groups.append([index])
     for group in groups:
-        text = f"{group[0] + 1}" if len(group) == 1 else f"{group[0] + 1}–{group[-1] + 1}"
+        text = f"{group[0] + 1}" if len(group) == 1 else f"{group[0] + 1}-{group[-1] + 1}"
         axes.annotate(
             text,
             (events[group[-1]].tokens, 0),
@@ -310,21 +299,39 @@ def _number_growths(axes: Axes, events: Sequence[GrowthEvent], total: float) -> 
 
 def _line(
     axes: Axes, x: np.ndarray, y: np.ndarray, *, color: str, width: float, label: str | None = None
-) -> None:
+) -> Line2D:
     # A line through one point cannot be seen; a dot can.
     marker = "o" if len(x) == 1 else None
-    axes.plot(x, y, color=COLORS[color], linewidth=width, marker=marker, markersize=4, label=label)
+    (line,) = axes.plot(x, y, color=COLORS[color], linewidth=width, marker=marker, markersize=4, label=label)
+    return line
+
+
+def _dots(
+    axes: Axes,
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    color: str,
+    size: float,
+    hollow: bool = False,
+    label: str | None = None,
+) -> None:
+    axes.plot(
+        x,
+        y,
+        linestyle="none",
+        marker="o",
+        markersize=size,
+        markerfacecolor="none" if hollow else COLORS[color],
+        markeredgecolor=COLORS[color],
+        markeredgewidth=1.4 if hollow else 0,
+        label=label,
+        zorder=4,
+    )
 
 
 def _steps(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
     axes.plot(x, y, color=COLORS["leaf"], linewidth=1.7, drawstyle="steps-post")
-
-
-def _corners(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Only the points of a step line where it changes, and its ends."""
-    keep = np.append(True, y[1:] != y[:-1])
-    keep[-1] = True
-    return x[keep], y[keep]
 
 
 def _limits(axes: Axes, low: float, high: float) -> None:
@@ -351,36 +358,6 @@ def _legend(figure: Figure, axes: Axes) -> None:
     )
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """A straight line fitted around each value, over about a twentieth of all, and read off at the value.
-
-    Unlike a trailing average it is not late where the loss falls steeply, nor ragged at the ends.
-    """
-    size = len(values)
-    place = np.arange(size)
-    radius = max(2, size // 40)
-    low, high = np.maximum(0, place - radius), np.minimum(size, place + radius + 1)
-
-    def mean(of: np.ndarray) -> np.ndarray:
-        sums = np.append(0.0, np.cumsum(of))
-        return (sums[high] - sums[low]) / (high - low)
-
-    x = place - size / 2
-    spread = mean(x * x) - mean(x) ** 2
-    shared = mean(x * values) - mean(x) * mean(values)
-    slope = np.divide(shared, spread, out=np.zeros(size), where=spread > 0)
-    return mean(values) + slope * (x - mean(x))
-
-
-def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most `_MOST_POINTS`: of each bucket its lowest and its highest, so that no spike is lost."""
-    if len(x) <= _MOST_POINTS:
-        return x, y
-    buckets = np.array_split(np.arange(len(x)), _MOST_POINTS // 2)
-    keep = np.unique([pick for b in buckets for pick in (b[np.argmin(y[b])], b[np.argmax(y[b])])])
-    return x[keep], y[keep]
-
-
 # ---- rendering -----------------------------------------------------------------------------------
 
 
@@ -393,28 +370,12 @@ def to_svg(figure: Figure, name: str, title: str) -> str:
     """
     buffer = io.StringIO()
     # Text as text, in the page's font; ids that depend on the content alone.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": name})
+        # matplotlib's own font only measures the text: the browser has the letters that it lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return _themed(_embedded(buffer.getvalue(), name, title))
-
-
-def _embedded(svg: str, name: str, title: str) -> str:
-    body = svg[svg.index("<svg") :]
-    body = re.sub(r"\s*<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = body.replace("xlink:href=", "href=")
-    body = re.sub(r'\bid="', f'id="{name}-', body)
-    body = body.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
-    box = re.search(r'viewBox="[^"]+"', body)
-    assert box is not None
-    inside = body[body.index(">", body.index("<svg")) + 1 :]
-    return f'<svg {box.group()} role="img" aria-label="{html.escape(title)}">{inside.strip()}'
-
-
-def _themed(svg: str) -> str:
-    for name, color in COLORS.items():
-        svg = svg.replace(color, f"var(--{name})")
-    return svg
+    return svg.embedded(buffer.getvalue(), name, title=title, variables=COLORS)
 
 
 FIGURES: dict[str, Callable[[Run], Figure | None]] = {

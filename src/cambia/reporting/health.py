@@ -1,4 +1,4 @@
-"""Is a run well? A few questions, each answered green, amber or red with one sentence that says what to do."""
+"""Is a run well? Questions, each answered green, amber or red with a sentence that says what to do."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def _falling(run: Run) -> Check:
         return Check(
             question,
             "amber",
-            f"Too few steps are logged to tell (a task needs {_FEWEST}): train longer, or log more often with "
-            "--training.log_every_steps.",
+            f"Too few steps are logged to tell (a task needs {_FEWEST}): train longer, or log more often "
+            "with --training.log_every_steps.",
         )
     rising = [(s.task, first, last) for s, first, last, noise in judged if last - first > noise]
     if rising:
@@ -65,11 +65,12 @@ def _falling(run: Run) -> Check:
         return Check(
             question,
             "amber",
-            f"Hardly: in {task!r} the training loss went from {first:.3f} to {last:.3f} nats per token, which is "
-            "within its noise. Train longer, or try another --optimizer.learning_rate.",
+            f"Hardly: in {task!r} the training loss went from {first:.3f} to {last:.3f} nats per token, "
+            "which is within its noise. Train longer, or try another --optimizer.learning_rate.",
         )
     stretch, first, last, _ = judged[-1]
-    where = f"in all {len(judged)} tasks; in {stretch.task!r} it went" if len(judged) > 1 else "it went"
+    every = "both" if len(judged) == 2 else f"all {len(judged)}"
+    where = f"in {every} tasks; in {stretch.task!r} it went" if len(judged) > 1 else "it went"
     return Check(
         question, "green", f"Yes, {where} from {first:.3f} to {last:.3f} nats per token. Nothing to do."
     )
@@ -81,7 +82,7 @@ def _losses(run: Run, stretch: Stretch) -> np.ndarray:
 
 
 def _trend(run: Run, stretch: Stretch) -> tuple[float, float, float]:
-    """Mean loss of the first and of the last quarter of a task, and twice the standard error of their difference."""
+    """Mean loss of a task's first and last quarter, and twice the standard error of their difference."""
     losses = _losses(run, stretch)
     quarter = max(2, len(losses) // 4)
     first, last = losses[:quarter], losses[-quarter:]
@@ -119,8 +120,8 @@ def _holds(run: Run) -> Check:
     return Check(
         question,
         "amber" if ratio <= 1.1 else "red",
-        f"Not to the end: in {task!r} the validation loss rose again from {best:.3f} to {last:.3f} nats per token. "
-        "The model memorizes: train fewer steps, or on more text.",
+        f"Not to the end: in {task!r} the validation loss rose again from {best:.3f} to {last:.3f} nats per "
+        "token. The model memorizes: train fewer steps, or on more text.",
     )
 
 
@@ -149,8 +150,8 @@ def _exact(run: Run) -> Check:
         return Check(
             question,
             "amber",
-            f"Within bfloat16 and float16 rounding: the largest relative logit error is {units.error(worst)}. "
-            "Train with float32 weights where it must be exact.",
+            f"As far as bfloat16 and float16 can: the largest relative logit error is {units.error(worst)}. "
+            "Keep the weights in float32 where it must be exact.",
         )
     return Check(question, "green", _as_declared(kept, jumps, worst))
 
@@ -188,8 +189,8 @@ def _covered(run: Run) -> Check:
     return Check(
         question,
         "red",
-        "No: some parameters never train. Give grow() the optimizer (optimizer=...), and build the optimizer from "
-        "all of the model's parameters.",
+        "No: some parameters never train. Give grow() the optimizer (optimizer=...), and build the optimizer "
+        "from all of the model's parameters.",
     )
 
 
@@ -201,6 +202,6 @@ def _skipped(run: Run) -> Check:
     return Check(
         question,
         "amber" if share < 0.01 else "red",
-        f"{run.skipped_steps:,} of {run.steps:,} ({share:.1%}) were left out because the loss or the gradient was "
-        "not finite: lower --optimizer.learning_rate or --training.clip_norm.",
+        f"{run.skipped_steps:,} of {run.steps:,} ({share:.1%}) were left out because the loss or gradient "
+        "was not finite: lower --optimizer.learning_rate or --training.clip_norm.",
     )

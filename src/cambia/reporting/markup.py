@@ -22,7 +22,7 @@ def join(parts: Iterable[object]) -> Html:
 
 
 def tag(name: str, *children: object, **attributes: object) -> Html:
-    """An element; attributes that are None are left out, ``class_`` and ``aria_label`` are spelled in Python's way."""
+    """An element; ``class_`` and ``aria_label`` are spelled in Python's way, None leaves one out."""
     pairs = {
         key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None
     }

@@ -93,9 +93,9 @@ def _header(run: Run) -> Html:
 
 def _tiles(run: Run) -> Html:
     tiles: list[tuple[str, str]] = []
-    metrics = run.transfer_metrics(_split(run))
+    metrics = run.transfer_metrics(run.split)
     if metrics is not None:
-        untrained = np.mean(run.task_matrix(_split(run))[0])
+        untrained = np.mean(run.task_matrix(run.split)[0])
         tiles.append((f"{metrics.final_mean:.3f}", f"bits per byte at the end (untrained {untrained:.3f})"))
         if len(metrics.tasks) > 1:
             tiles.append((f"{np.mean(metrics.learned):.3f}", "bits per byte learned, mean of the tasks"))
@@ -130,12 +130,8 @@ def _health(run: Run) -> Html:
 # ---- scores --------------------------------------------------------------------------------------
 
 
-def _split(run: Run) -> str:
-    return "test" if "test" in run.splits or not run.splits else run.splits[0]
-
-
 def _matrix(run: Run) -> Html:
-    title, split = "What it learned and what it kept", _split(run)
+    title, split = "What it learned and what it kept", run.split
     if not run.task_matrix(split):
         return section(
             title, note("No task is scored yet: the untrained model is scored before the first step.")
@@ -157,9 +153,9 @@ def _matrix(run: Run) -> Html:
     else:
         parts.append(
             note(
-                "Learned: how far a task's loss fell from the untrained model to the end of its own training. "
-                "Forgotten: how far it stands at the end above its best since. The two belong together: a model "
-                "that learns nothing forgets nothing."
+                "Learned: how far a task's loss fell from the untrained model to the end of its own "
+                "training. Forgotten: how far it stands at the end above its best since then. The two belong "
+                "together: a model that learns nothing forgets nothing."
             )
         )
     for other in run.splits:
@@ -177,12 +173,12 @@ def _bits_per_byte() -> Html:
         tag("summary", "What is a bit per byte?"),
         tag(
             "p",
-            "How many bits the model needs, on average, to write down one byte of text that it has not seen: the "
-            "negative log-likelihood of the text, in base 2, over its length in bytes. 8 means that it knows "
-            "nothing (a byte has 8 bits); good text compressors reach about 2 on English. Text has as many bytes "
-            "whatever tokenizer cuts it, so models with different tokenizers compare. Training loss is given in "
-            "nats per token, which depends on the tokenizer: nats per token, over the mean number of bytes in a "
-            "token, over 0.693 gives bits per byte.",
+            "How many bits the model needs, on average, to write down one byte of text that it has not seen: "
+            "the negative log-likelihood of the text, in base 2, over its length in bytes. 8 means that it "
+            "knows nothing (a byte has 8 bits); good text compressors reach about 2 on English. Text has as "
+            "many bytes whatever tokenizer cuts it, so models with different tokenizers compare. Training "
+            "loss is given in nats per token, which depends on the tokenizer; divided by the mean number of "
+            "bytes in a token and by 0.693 it gives bits per byte.",
         ),
     )
 
@@ -217,7 +213,7 @@ def _loss(run: Run) -> Html:
             "There are no validation points: none was measured (--evaluation.every_steps sets it). "
         )
     title = "Training and validation loss over tokens"
-    return section("Loss", _picture(run, "loss", title, _NO_STEPS, *caption))
+    return section("Loss", _picture(run, "loss", title, "No finite loss is logged yet.", *caption))
 
 
 def _growth(run: Run) -> Html:
@@ -233,7 +229,8 @@ def _growth(run: Run) -> Html:
         "jump",
         "Loss on the check batch right before and after each growth",
         "The loss on the check batch was not measured.",
-        "The same batch right before and right after each growth. Where growth is exact the dot lies inside its ring.",
+        "The same batch right before and right after each growth. Where growth is exact, the dot lies in its "
+        "ring.",
     )
     return section(
         "Growth",
@@ -248,8 +245,8 @@ def _size(run: Run) -> Html:
     if run.growth and run.flops and run.tokens:
         share = run.flops / (run.growth[-1].flops_per_token_after * run.tokens)
         caption.append(
-            f"The run spent {share:.0%} of the operations that a model of the last size would have needed for the "
-            "same tokens."
+            f"The run spent {share:.0%} of the operations that a model of the last size would have needed "
+            "for the same tokens."
         )
     return section(
         "Size and cost",

@@ -87,6 +87,11 @@ class Run:
         """Splits that have scores: "test" and "valid"."""
         return sorted({str(row["split"]) for row in self.scores})
 
+    @property
+    def split(self) -> str:
+        """The split that results are read from: the test text where it was scored."""
+        return "test" if "test" in self.splits or not self.splits else self.splits[0]
+
     def task_matrix(self, split: str = "test") -> list[list[float]]:
         """Bits per byte: a row per stage so far (row 0 untrained), a column per task.
 
@@ -107,7 +112,7 @@ class Run:
         names, tokens = self.metrics["task"], self.metrics["tokens"]
         starts = [i for i in range(len(names)) if i == 0 or names[i] != names[i - 1]]
         found: list[Stretch] = []
-        for start, end in zip(starts, [*starts[1:], len(names)], strict=True):
+        for start, end in zip(starts, [*starts[1:], len(names)], strict=False):
             first = found[-1].last_token if found else 0
             found.append(Stretch(str(names[start]), slice(start, end), first, int(tokens[end - 1])))
         return found
@@ -219,7 +224,8 @@ def _status(reader: RunReader, summary: Mapping[str, Any]) -> Status:
 
 
 def _event(line: Mapping[str, Any]) -> GrowthEvent:
-    return GrowthEvent(**{**line, "operators": tuple(line["operators"])})
+    values: dict[str, Any] = {**line, "operators": tuple(line["operators"])}
+    return GrowthEvent(**values)
 
 
 def _columns(rows: Sequence[Mapping[str, Any]], expected: Sequence[str]) -> dict[str, np.ndarray]:

@@ -88,7 +88,7 @@ def growth_table(events: tuple[GrowthEvent, ...]) -> Html:
             _what(event),
             _two(
                 f"{event.parameters_before:,} → {event.parameters_after:,}",
-                f"{units.count(event.flops_per_token_before)} → {units.flops(event.flops_per_token_after)}/token",
+                _per_token(event),
             ),
             _losses(event),
             _two(units.error(event.logit_error), "a jump" if event.exactness == "none" else "exact"),
@@ -100,6 +100,11 @@ def growth_table(events: tuple[GrowthEvent, ...]) -> Html:
 
 def _two(line: str, small: str) -> Html:
     return join([line, tag("div", small, class_="note")])
+
+
+def _per_token(event: GrowthEvent) -> str:
+    before, after = event.flops_per_token_before, event.flops_per_token_after
+    return f"{units.count(before)} → {units.flops(after)}/token"
 
 
 def _what(event: GrowthEvent) -> Html:
@@ -142,7 +147,7 @@ def _ordered(known: Iterable[str], given: Collection[str]) -> list[str]:
 
 def _amount(key: str, value: Any) -> str:
     if value is None:
-        return "–"
+        return "-"
     if isinstance(value, int):
         return units.size(value) if key.endswith("_bytes") else f"{value:,}"
     return str(value)

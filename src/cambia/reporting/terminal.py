@@ -14,7 +14,8 @@ from cambia.reporting import units
 from cambia.reporting.run import Run
 
 _WIDTH = 80
-_LONGEST_LABEL, _LONGEST_TASK = 24, 16
+_LONGEST = 22  # letters of a task's name
+_GAP = 3  # a column has a space left and right, and its border
 _STATUS_STYLE = {"finished": "green", "going": "cyan", "interrupted": "yellow"}
 
 
@@ -34,25 +35,22 @@ def print_summary(run: Run, console: Console) -> None:
 
 
 def _print_matrix(run: Run, console: Console) -> None:
-    matrix, tasks = run.task_matrix(), run.tasks
+    matrix, tasks, metrics = run.task_matrix(run.split), run.tasks, run.transfer_metrics(run.split)
     if not matrix:
         console.print("No task is scored yet.")
         return
-    console.print("Bits per byte on test text, lower is better; [bold green]\\[ ][/] the task just trained")
-    metrics = run.transfer_metrics()
-    labels = ["untrained", *(f"after {task}" for task in tasks[: len(matrix) - 1])]
-    label_width = min(_LONGEST_LABEL, max(map(len, labels)))
-    task_width = min(_LONGEST_TASK, max(7, *map(len, tasks)))
-    abreast = (_WIDTH - label_width) // (
-        task_width + 3
-    )  # a column has a space left and right, and its border
+    words = f"Bits per byte on {run.split} text, lower is better; [bold green]\\[ ][/] the task just trained"
+    console.print(words, highlight=False)
+    labels, headings = _names(tasks)
+    label_width, width = max(map(len, labels)), max(7, *map(len, headings))
+    abreast = max(1, (_WIDTH - label_width) // (width + _GAP))
     for first in range(0, len(tasks), abreast):
         chosen = range(first, min(first + abreast, len(tasks)))
         table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
         table.add_column("", no_wrap=True, width=label_width)
         for j in chosen:
-            table.add_column(Text(tasks[j]), justify="right", no_wrap=True, width=task_width)
-        for stage, (label, row) in enumerate(zip(labels, matrix, strict=True)):
+            table.add_column(Text(headings[j]), justify="right", no_wrap=True, width=width)
+        for stage, (label, row) in enumerate(zip(labels, matrix, strict=False)):
             last = stage == len(matrix) - 1 and metrics is not None
             table.add_row(
                 Text(label), *(_score(row[j], own=stage == j + 1) for j in chosen), end_section=last
@@ -65,6 +63,16 @@ def _print_matrix(run: Run, console: Console) -> None:
     if metrics is None:
         done = f"{len(matrix) - 1} of {len(tasks)} tasks are done"
         console.print(f"{done}; learned and forgotten follow when all are.\n")
+
+
+def _names(tasks: list[str]) -> tuple[list[str], list[str]]:
+    """Labels of all rows and headings of the columns: names, or numbers where names do not fit abreast."""
+    label_width = max(len(f"after {task}") for task in tasks)
+    if label_width + len(tasks) * (max(7, *map(len, tasks)) + _GAP) <= _WIDTH:
+        return ["untrained", *(f"after {task}" for task in tasks)], tasks
+    numbered = [f"{number} {task}" for number, task in enumerate(tasks, 1)]
+    cut = [name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…" for name in numbered]
+    return ["untrained", *(f"after {name}" for name in cut)], [f"{j + 1}" for j in range(len(tasks))]
 
 
 def _score(bits: float, *, own: bool) -> Text:

@@ -54,14 +54,14 @@ def jump(before: float | None, after: float | None) -> str:
 def error(value: float | None) -> str:
     """A relative error: ``"3.1e-07"``, ``"0"``, or a dash where it was not measured."""
     if value is None:
-        return "–"
+        return "-"
     return "0" if value == 0 else f"{value:.1e}"
 
 
 def operator(fields: Mapping[str, Any], *, full: bool = False) -> str:
-    """An operator in a few words: ``"widen_ffn ×1.5"``; `full` adds every setting."""
+    """An operator in a few words: ``"widen_ffn x1.5"``; `full` adds every setting."""
     name = str(fields["type"]).rpartition(":")[2]
-    amounts = {"factor": "×{}", "add": "+{}", "to": "to {}"}
+    amounts = {"factor": "x{}", "add": "+{}", "to": "to {}"}
     words = [
         name,
         *(form.format(fields[key]) for key, form in amounts.items() if fields.get(key) is not None),

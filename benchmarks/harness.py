@@ -1,0 +1,104 @@
+"""What every benchmark shares: a description of the machine, refusal of a busy one, and the result file.
+
+Performance is measured as a ratio, side by side in one run: the sides alternate, each is warmed up, and
+medians with a bootstrap interval are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+BUSY_LOAD = 0.5
+
+
+def arguments(description: str, presets: Sequence[str]) -> argparse.Namespace:
+    """The options that every benchmark takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--preset", choices=presets, default=presets[0])
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    parser.add_argument("--anyway", action="store_true", help="run on a busy machine and mark the result")
+    options = parser.parse_args()
+    load = os.getloadavg()[0]
+    if load > BUSY_LOAD and not options.anyway:
+        parser.exit(2, f"the machine is busy (load {load:.2f} above {BUSY_LOAD}); wait, or mark it with --anyway\n")
+    torch.set_num_threads(options.threads)
+    options.load = load
+    return options
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, threads, versions."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "simd": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def interleaved(
+    one: Callable[[], float], other: Callable[[], float], *, pairs: int, warmup: int = 3
+) -> tuple[list[float], list[float]]:
+    """Run two timed sides in turn, the order alternating; each returns its own seconds."""
+    for _ in range(warmup):
+        one(), other()
+    first: list[float] = []
+    second: list[float] = []
+    for i in range(pairs):
+        if i % 2:
+            second.append(other())
+            first.append(one())
+        else:
+            first.append(one())
+            second.append(other())
+    return first, second
+
+
+def median_interval(values: Sequence[float], *, resamples: int = 4000) -> tuple[float, float, float]:
+    """Median and its bootstrap 95 % interval (percentile method, fixed seed)."""
+    chance = random.Random(0)
+    medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(resamples))
+    return (
+        statistics.median(values),
+        medians[int(0.025 * resamples)],
+        medians[int(0.975 * resamples)],
+    )
+
+
+def write_result(script: str, options: argparse.Namespace, result: dict[str, Any]) -> Path:
+    """Write the result file beside its script, with the command that made it; `quick` writes none."""
+    path = Path(script).with_suffix(".json")
+    if options.preset not in ("full", "cpu"):
+        path = path.with_name(f"{path.stem}_{options.preset}.json")
+    content = {
+        "command": " ".join(["python", f"benchmarks/{Path(script).name}", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "load_at_start": round(options.load, 2),
+        "busy": options.load > BUSY_LOAD,
+        **result,
+    }
+    if options.preset != "quick":
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    return path

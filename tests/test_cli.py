@@ -1,0 +1,290 @@
+"""The command line: what it prints, and that every bad input is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cambia import cli
+
+TINY = {
+    "name": "tiny",
+    "data": {
+        "tasks": [
+            {"name": "counting", "source": {"type": "generated", "task": "counting", "limit_bytes": 60_000}},
+            {"name": "copy", "source": {"type": "generated", "task": "copy", "limit_bytes": 60_000}},
+        ]
+    },
+    "model": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "training": {"steps": 4, "batch_size": 4, "sequence_length": 32},
+    "growth": {
+        "rules": [{"when": {"type": "schedule", "at_steps": [3]}, "then": {"type": "widen_ffn", "add": 8}}]
+    },
+    "evaluation": {"every_steps": 2, "max_bytes": 1000},
+}
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def cambia(tmp_path, monkeypatch, capsys, cache):
+    """Call the command in this process; returns (exit code, stdout, stderr)."""
+    monkeypatch.setenv("CAMBIA_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("CAMBIA_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+
+    def call(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return call
+
+
+def test_a_run_from_the_first_step_to_the_report(cambia, tmp_path):
+    code, out, _ = cambia("run", "tiny.yaml", "--training.steps=5", "--name", "one")
+    assert code == 0
+    assert "counting" in out and "copy" in out
+    run = tmp_path / "runs/one"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["steps"] == 10
+    assert summary["parameters_end"] > summary["parameters_start"]
+    assert "<html" in (run / "report.html").read_text().lower()
+    assert len((run / "eval.csv").read_text().splitlines()) == 1 + 3 * 2 * 2  # rows, tasks, splits
+
+    # What the run wrote back runs again, and gives the same numbers.
+    code, _, _ = cambia("run", str(run / "config.yaml"), "--name", "again")
+    assert code == 0
+    for log in ("metrics.csv", "eval.csv", "growth.jsonl"):
+        assert (tmp_path / "runs/again" / log).read_bytes() == (run / log).read_bytes()
+
+    assert cambia("run", "tiny.yaml", "--name", "one")[0] == 2  # taken
+    code, out, _ = cambia("runs", "list")
+    assert code == 0 and "one" in out and "again" in out
+    code, out, _ = cambia("generate", "one", "--prompt", "1 2 3", "--max-new-tokens", "8")
+    assert code == 0 and out.startswith("1 2 3")
+    code, out, _ = cambia("eval", "one")
+    assert code == 0 and "counting" in out
+    (tmp_path / "mine.txt").write_text("1 2 3 4 5 6\n" * 40)
+    code, out, _ = cambia("eval", "one", "mine.txt")
+    assert code == 0 and "mine.txt" in out
+    code, out, _ = cambia("export", "one", "stock")
+    assert code == 0 and "LlamaForCausalLM" in out
+    assert json.loads((tmp_path / "stock/config.json").read_text())["model_type"] == "llama"
+    assert cambia("runs", "delete", "again")[0] == 2  # nobody there to ask
+    assert cambia("runs", "delete", "again", "--yes")[0] == 0
+    assert not (tmp_path / "runs/again").exists()
+
+
+def test_dry_run_trains_nothing(cambia, tmp_path):
+    code, out, _ = cambia("run", "tiny.yaml", "--dry-run")
+    assert code == 0
+    assert "WidenFFN" in out and "FLOPs" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_default_names_are_numbered(cambia, tmp_path):
+    for expected in ("tiny", "tiny-2"):
+        assert cambia("run", "tiny.yaml", "--training.steps", "1")[0] == 0
+        assert (tmp_path / "runs" / expected / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["run", "nowhere.yaml"], "no file nowhere.yaml"),
+        (["run", "frist_growth"], "did you mean 'first_growth'"),
+        (["run", "tiny.yaml", "--training.stepz", "3"], "did you mean 'steps'"),
+        (["run", "tiny.yaml", "--trainin.steps", "3"], "did you mean 'training'"),
+        (["run", "tiny.yaml", "--nam", "x"], "did you mean 'name'"),
+        (["run", "tiny.yaml", "--training.steps", "many"], "--training.steps"),
+        (["run", "tiny.yaml", "--training.steps", "-3"], "greater than 0"),
+        (["run", "tiny.yaml", "--training.precision", "float7"], "float32"),
+        (["run", "tiny.yaml", "--growth.rules.0.then.type", "widen_fn"], "did you mean 'widen_ffn'"),
+        (["run", "tiny.yaml", "--growth.rules.5.cooldown_steps", "1"], "entries are 0 to 0"),
+        (["run", "tiny.yaml", "--growth.rules.0.then.growth_factor", "2"], "called 'factor'"),
+        (["run", "tiny.yaml", "--growth.rules.0.when.type", "nomodule.x:Y"], "no module 'nomodule.x'"),
+        (["run", "tiny.yaml", "--training.epochs", "2"], "takes one length"),
+        (["run", "tiny.yaml", "--model.num_key_value_heads", "3"], "use num_key_value_heads="),
+        (["run", "tiny.yaml", "--model.num_attention_heads", "5"], "use num_attention_heads=4"),
+        (["run", "tiny.yaml", "--device", "tpu"], "expected auto, cpu, cuda"),
+        (["run", "tiny.yaml", "--device", "cuda:99"], "none on this machine"),
+        (["run", "tiny.yaml", "--name", "../up"], "cannot name a run"),
+        (["run", "tiny.yaml", "--training.sequence_length", "4000"], "max_position_embeddings"),
+        (["run", "tiny.yaml", "extra"], "stands alone"),
+        (["run", "--resume", "nothing"], "no run 'nothing'"),
+        (["rnu"], 'Did you mean "run"'),
+        (["generate", "nothing", "--prompt", "x"], "no run 'nothing'"),
+        (["report", "nothing"], "no run 'nothing'"),
+        (["recipes", "frist_growth"], "did you mean 'first_growth'"),
+        (["data", "fetch", "tiny-shakespear", "--into", "."], "tiny-shakespeare"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(cambia, words, expected):
+    code, _, err = cambia(*words)
+    assert code == 2
+    assert expected in err
+    assert len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("missing.txt", None, "missing.txt"),
+        ("empty.txt", b"", "empty"),
+        ("latin.txt", b"caf\xe9 au lait\n" * 30, "UTF-8"),
+        ("broken.jsonl", b'{"text": "fine"}\n{"text": \n', ":2"),
+        ("folder", "folder", "folder"),
+        ("short.txt", b"abc\n", ""),
+    ],
+)
+def test_bad_text_is_one_line(cambia, tmp_path, name, content, expected):
+    if content == "folder":
+        (tmp_path / name).mkdir()
+    elif content is not None:
+        (tmp_path / name).write_bytes(content)
+    tree = {**TINY, "data": {"tasks": [{"name": "mine", "source": {"type": "files", "path": name}}]}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
+    code, _, err = cambia("run", "mine.yaml")
+    assert code == 2
+    assert name in err or expected in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path / "runs/tiny/config.json").exists(), "a run that never began takes no name"
+
+
+def test_bad_yaml_names_the_file_and_the_place(cambia, tmp_path):
+    (tmp_path / "bad.yaml").write_text("training: {steps: 3\nname: x")
+    assert "bad.yaml is not YAML" in cambia("run", "bad.yaml")[2]
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({**TINY, "trianing": {}}))
+    assert "bad.yaml: trianing" in cambia("run", "bad.yaml")[2]
+
+
+def test_an_altered_checkpoint_is_refused_and_nothing_is_lost(cambia, tmp_path):
+    assert cambia("run", "tiny.yaml", "--training.steps", "2")[0] == 0
+    weights = tmp_path / "runs/tiny/latest/model.safetensors"
+    metrics = (tmp_path / "runs/tiny/metrics.csv").read_bytes()
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    for words in (["run", "--resume", "tiny"], ["generate", "tiny", "--prompt", "x"]):
+        code, _, err = cambia(*words)
+        assert code == 2
+        assert "SHA-256" in err
+    weights.write_bytes(content[: len(content) // 2])
+    assert cambia("run", "--resume", "tiny")[0] == 2
+    assert (tmp_path / "runs/tiny/metrics.csv").read_bytes() == metrics
+    manifest = tmp_path / "runs/tiny/latest/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 99'))
+    assert "format 99" in cambia("run", "--resume", "tiny")[2]
+    assert cambia("report", "tiny")[0] == 0
+
+
+def test_resume_refuses_what_would_make_it_another_run(cambia):
+    assert cambia("run", "tiny.yaml", "--training.steps", "2")[0] == 0
+    code, _, err = cambia("run", "--resume", "tiny", "--training.batch_size", "8")
+    assert code == 2 and "cannot change" in err
+    assert cambia("run", "--resume", "tiny", "--optimizer.learning_rate", "0.001")[0] == 0
+
+
+def test_nonfinite_loss_stops_with_the_checkpoint_kept_or_is_skipped(cambia, tmp_path):
+    words = ["run", "tiny.yaml", "--optimizer.learning_rate", "1e30", "--growth.enabled", "false"]
+    code, _, err = cambia(*words, "--name", "stops")
+    assert code == 2
+    assert "at step" in err and "counting" in err and "on_nonfinite skip" in err
+    assert (tmp_path / "runs/stops/latest/manifest.json").exists()
+    code, _, _ = cambia(*words, "--name", "skips", "--training.on_nonfinite", "skip")
+    assert code == 0
+    assert json.loads((tmp_path / "runs/skips/summary.json").read_text())["skipped_steps"] > 0
+
+
+def test_out_of_memory_names_what_helps(cambia, monkeypatch):
+    from cambia.training.trainer import Trainer
+
+    def burst(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(Trainer, "_step", burst)
+    code, _, err = cambia("run", "tiny.yaml")
+    assert code == 2
+    for word in ("batch_size", "accumulation", "sequence_length", "gradient_checkpointing"):
+        assert word in err
+
+
+def test_a_full_disk_keeps_what_was_written(cambia, tmp_path, monkeypatch):
+    import errno
+
+    from cambia.training import checkpoint
+
+    original, calls = checkpoint.save_file, []
+
+    def full(tensors: object, path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(tensors, path)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    code, _, err = cambia("run", "tiny.yaml", "--checkpoint.every_steps", "1")
+    assert code == 2 and "no space left" in err and "--resume" in err
+    monkeypatch.setattr(checkpoint, "save_file", original)
+    assert cambia("run", "--resume", "tiny")[0] == 0
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_signals_finish_the_step_and_save(tmp_path, cache, which):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    environment = {**os.environ, "CAMBIA_RUNS": str(tmp_path / "runs"), "CAMBIA_CACHE": str(cache)}
+    command = [sys.executable, "-m", "cambia", "run", "tiny.yaml", "--training.steps", "100000"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "runs/tiny/metrics.csv"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
+        assert process.poll() is None, process.communicate()
+    # While it is going, nobody else may write to it.
+    other = subprocess.run(
+        [*command[:3], "run", "--resume", "tiny"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert other.returncode == 2 and "still going" in other.stderr
+    process.send_signal(which)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "cambia run --resume tiny" in out
+    summary = json.loads((tmp_path / "runs/tiny/summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert summary["steps"] == len(metrics.read_text().splitlines()) - 1
+
+
+def test_every_command_has_help_and_doctor_reports(cambia):
+    code, out, _ = cambia("--help")
+    assert code == 0
+    for command in ("run", "generate", "eval", "report", "export", "recipes", "runs", "data", "doctor"):
+        assert command in out
+        assert cambia(command, "--help")[0] == 0
+    code, out, _ = cambia("doctor")
+    assert code == 0 and "torch" in out and "sandbox" in out
+    assert cambia("--version")[1].strip() == __import__("cambia").__version__
+    assert cambia("data", "list")[0] == 0
+    assert cambia("data", "prepare", "tiny.yaml")[0] == 0
+
+
+def test_recipes_print_yaml_that_is_complete(cambia, tmp_path):
+    code, out, _ = cambia("recipes", "first_growth", "--print")
+    assert code == 0
+    tree = yaml.safe_load(out)
+    assert tree["training"]["schedule"]["type"] == "wsd"
+    (tmp_path / "copy.yaml").write_text(out)
+    assert cambia("run", "copy.yaml", "--training.stepz", "1")[0] == 2

@@ -160,7 +160,9 @@ def main() -> None:
     sizes = SIZES if options.preset == "full" else SIZES[:1]
     rows = [measure(size, event, pairs) for size in sizes for event in EVENTS]
     asking = rules_cost(SIZES[0], 2000)
-    table = Table("d, L, ffn, V", "event", "step ms", "event ms", "event / step (95 %)", "extra copy MB", "peak MB")
+    table = Table(
+        "d, L, ffn, V", "event", "step ms", "event ms", "event / step (95 %)", "extra copy MB", "peak MB"
+    )
     for row in rows:
         low, high = row["interval_95"]
         peak = row["peak_rise_bytes"]

@@ -33,7 +33,9 @@ def arguments(description: str, presets: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args()
     load = os.getloadavg()[0]
     if load > BUSY_LOAD and not options.anyway:
-        parser.exit(2, f"the machine is busy (load {load:.2f} above {BUSY_LOAD}); wait, or mark it with --anyway\n")
+        parser.exit(
+            2, f"the machine is busy (load {load:.2f} above {BUSY_LOAD}); wait, or mark it with --anyway\n"
+        )
     torch.set_num_threads(options.threads)
     options.load = load
     return options

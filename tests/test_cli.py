@@ -115,7 +115,7 @@ def test_default_names_are_numbered(cambia, tmp_path):
         (["run", "tiny.yaml", "--training.precision", "float7"], "float32"),
         (["run", "tiny.yaml", "--growth.rules.0.then.type", "widen_fn"], "did you mean 'widen_ffn'"),
         (["run", "tiny.yaml", "--growth.rules.5.cooldown_steps", "1"], "entries are 0 to 0"),
-        (["run", "tiny.yaml", "--growth.rules.0.then.growth_factor", "2"], "called 'factor'"),
+        (["run", "tiny.yaml", "--growth.rules.0.then.growth_factor", "2"], "is called 'factor' here"),
         (["run", "tiny.yaml", "--growth.rules.0.when.type", "nomodule.x:Y"], "no module 'nomodule.x'"),
         (["run", "tiny.yaml", "--training.epochs", "2"], "takes one length"),
         (["run", "tiny.yaml", "--model.num_key_value_heads", "3"], "use num_key_value_heads="),
@@ -256,7 +256,11 @@ def test_signals_finish_the_step_and_save(tmp_path, cache, which):
         assert process.poll() is None, process.communicate()
     # While it is going, nobody else may write to it.
     other = subprocess.run(
-        [*command[:3], "run", "--resume", "tiny"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [*command[:3], "run", "--resume", "tiny"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert other.returncode == 2 and "still going" in other.stderr
     process.send_signal(which)

@@ -34,7 +34,12 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     # Progress bars of other libraries would stand between ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        code = app(sys.argv[1:] if words is None else words, exit_on_error=False, print_error=False, result_action="return_value")
+        code = app(
+            sys.argv[1:] if words is None else words,
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
     except CycloptsError as error:
         _fail(f"{error} (`cambia --help` lists commands, `cambia COMMAND --help` their options)")
     except CambiaError as error:
@@ -157,16 +162,14 @@ def generate(
         top_p: sample from the likeliest tokens that together have this probability.
         seed: the same seed writes the same text.
     """
-    from transformers import AutoTokenizer
-
     from cambia.experiment.build import model_folder
     from cambia.generation import continue_text
-    from cambia.training.checkpoint import load_model
+    from cambia.training.checkpoint import load_model, load_tokenizer
 
     folder = model_folder(model)
     texts = continue_text(
         load_model(folder),
-        AutoTokenizer.from_pretrained(folder, local_files_only=True),
+        load_tokenizer(folder),
         prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -228,12 +231,10 @@ def export(model: str, out: Path, *, to: str = "llama") -> None:
         out: the folder to write; must not exist.
         to: the class: llama (uneven layers are padded with zeros).
     """
-    from transformers import AutoTokenizer
-
     from cambia.experiment.build import model_folder
     from cambia.files import atomic_folder
     from cambia.models.export import to_llama
-    from cambia.training.checkpoint import load_model
+    from cambia.training.checkpoint import load_model, load_tokenizer
 
     if to != "llama":
         raise ConfigError(f"--to {to!r}: the only class so far is llama")
@@ -243,7 +244,7 @@ def export(model: str, out: Path, *, to: str = "llama") -> None:
     exported = to_llama(load_model(folder))
     with atomic_folder(out) as temporary:
         exported.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(temporary)
+        load_tokenizer(folder).save_pretrained(temporary)
     _console().print(f"{out}: {type(exported).__name__}, {exported.num_parameters():,} parameters")
 
 

@@ -1,8 +1,8 @@
 """The machinery of configuration: one tree, three doors (Python objects, YAML, dotted flags).
 
-A section is a plain dataclass; its fields are the configuration, and pydantic checks their values. Where a section
-may be one of a family (a trigger, a source, a tokenizer), its field is annotated with `Member`, and
-YAML picks the member by `type:`, either a short name from the family's registry or
+A section is a plain dataclass; its fields are the configuration, and pydantic checks their values.
+Where a section may be one of a family (a trigger, a source, a tokenizer), its field is annotated with
+`Member`, and YAML picks the member by `type:`, either a short name from the family's registry or
 ``"my_package.module:MyTrigger"``. Members are imported only when they are named.
 
     >>> tree = load_yaml("experiment.yaml")
@@ -20,7 +20,7 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -43,6 +43,7 @@ class FieldError(ConfigError):
 
 
 def dotted(path: Iterable[str | int]) -> str:
+    """``["rules", 0, "when"]`` -> ``"rules.0.when"``."""
     return ".".join(str(part) for part in path)
 
 
@@ -51,6 +52,24 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.55)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+
+
+class Spelled:
+    """Base of what users of the five systems know under other keywords: refuses those and names ours."""
+
+    OLD_SPELLINGS: ClassVar[Mapping[str, str]] = {}
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        for key in kwargs:
+            if key in cls.OLD_SPELLINGS:
+                raise ConfigError(_renamed(cls, key))
+        return super().__new__(cls)
+
+
+def _renamed(cls: type[Spelled], key: str) -> str:
+    return (
+        f"{key} of {cls.__name__} is called {cls.OLD_SPELLINGS[key]!r} here (docs/origins.md maps old names)"
+    )
 
 
 # ---- families: `type:` picks a member, lazily ----------------------------------------------------
@@ -86,7 +105,9 @@ def type_name(cls: type, registry: Mapping[str, str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """Annotation of a field that holds one member of a family: ``Annotated[Trigger, Member(TRIGGERS, "trigger")]``.
+    """Annotation of a field that holds one member of a family.
+
+    ``when: Annotated[Trigger, Member(TRIGGERS, "trigger")]``.
 
     A field whose annotation also allows None accepts None.
     """
@@ -132,19 +153,19 @@ def build(cls: type[T], fields: Mapping[str, Any]) -> T:
     Raises:
         FieldError: a key is unknown, a value of the wrong kind or out of range; it names the place.
     """
-    renamed: Mapping[str, str] = getattr(cls, "OLD_SPELLINGS", {})
     known = field_names(cls)
     for key in fields:
-        if key in renamed:
-            raise FieldError([key], f"is called {renamed[key]!r} here (docs/origins.md maps old names)")
+        if issubclass(cls, Spelled) and key in cls.OLD_SPELLINGS:
+            raise FieldError([key], _renamed(cls, key))
         if key not in known:
             raise FieldError([key], f"is not a setting of {cls.__name__}{did_you_mean(str(key), known)}")
     if not dataclasses.is_dataclass(cls):
         return cls(**fields)  # someone's own class: its constructor is its configuration
     hints = get_type_hints(cls, include_extras=True)
     ready = {key: _build_inside(hints[key], value, [key]) for key, value in fields.items()}
+    section: TypeAdapter[T] = TypeAdapter(cls)
     try:
-        return TypeAdapter(cls).validate_python(ready)
+        return section.validate_python(ready)
     except ValidationError as error:
         raise _first_problem(error) from None
 

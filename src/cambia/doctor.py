@@ -14,7 +14,17 @@ import torch
 from cambia import __version__, rundir
 from cambia.data.embedded import DOMAINS, EmbeddedSource
 
-_CORE = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "cyclopts", "pydantic", "rich", "matplotlib")
+_CORE = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "cyclopts",
+    "pydantic",
+    "rich",
+    "matplotlib",
+)
 _EXTRAS = {"data": ("datasets", "pyarrow"), "peft": ("peft",)}
 
 

@@ -52,9 +52,7 @@ def transfer_metrics(matrix: Sequence[Sequence[float]], tasks: Sequence[str]) ->
         raise ValueError(f"expected {count + 1} rows of {count} losses for tasks {list(tasks)}")
     own = [matrix[j + 1][j] for j in range(count)]
     end = matrix[count]
-    forgotten = [
-        max(0.0, end[j] - min(matrix[i][j] for i in range(j + 1, count + 1))) for j in range(count)
-    ]
+    forgotten = [max(0.0, end[j] - min(matrix[i][j] for i in range(j + 1, count + 1))) for j in range(count)]
     return TransferMetrics(
         tasks=tuple(tasks),
         final_mean=sum(end) / count,
@@ -70,7 +68,9 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def task_matrix(rows: Sequence[Mapping[str, Any]], *, split: str = "test") -> tuple[list[list[float]], list[str]]:
+def task_matrix(
+    rows: Sequence[Mapping[str, Any]], *, split: str = "test"
+) -> tuple[list[list[float]], list[str]]:
     """The matrix in a run's eval.csv: stages so far by tasks, and the tasks' names.
 
     Args:

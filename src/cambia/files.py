@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def fsync_path(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def one_line_when_full(path: str | Path) -> Iterator[None]:
+def one_line_when_full(path: str | Path) -> Generator[None]:
     """Turn the system's "no space left on device" while writing at `path` into `StorageFullError`."""
     try:
         yield
@@ -89,7 +89,7 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path) -> Generator[Path]:
     """Give a temporary folder to fill; when the block ends without an error it becomes `path`.
 
     A folder already at `path` is replaced. Between the two renames that this takes, the old one lies

@@ -1,7 +1,7 @@
 """Probes measure a model without training it.
 
-    >>> bits_per_byte(model, evaluation_batches(corpus.splits["valid"], batch_size=16, sequence_length=256))
-    Likelihood(nats=81234.1, tokens=33010, bytes=32768)
+>>> bits_per_byte(model, evaluation_batches(corpus.splits["valid"], batch_size=16, sequence_length=256))
+Likelihood(nats=81234.1, tokens=33010, bytes=32768)
 """
 
 from __future__ import annotations

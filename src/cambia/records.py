@@ -104,3 +104,8 @@ class GrowthEvent:
         values = asdict(self)
         del values["seconds"]
         return values
+
+    @classmethod
+    def from_dict(cls, line: Mapping[str, Any]) -> GrowthEvent:
+        """The inverse of `as_dict`, from a line of growth.jsonl."""
+        return cls(**{**line, "operators": tuple(line["operators"])})

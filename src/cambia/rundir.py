@@ -80,10 +80,12 @@ def list_runs() -> list[Path]:
 
 
 def checkpoint_step_name(step: int) -> str:
+    """Folder of the checkpoint at an optimizer step."""
     return f"ckpt_step{step}"
 
 
 def checkpoint_task_name(stage: int) -> str:
+    """Folder of the checkpoint at the end of a task, counted from 0."""
     return f"ckpt_task{stage}"
 
 
@@ -104,7 +106,7 @@ class RunWriter:
         if taken and not resume:
             raise RunError(
                 f"the run {self.folder.name!r} exists already in {self.folder.parent}: go on with "
-                f"--resume {self.folder.name}, choose another --name, or `cambia runs delete {self.folder.name}`"
+                f"--resume {self.folder.name}, choose another --name, or `cambia runs delete`"
             )
         with files.one_line_when_full(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)

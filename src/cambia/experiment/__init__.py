@@ -1,7 +1,7 @@
 """Experiments: from settings to a run. The one place that knows every family.
 
-    >>> from cambia.experiment import read_experiment, train
-    >>> folder = train(read_experiment("first_growth", {"training.steps": 50}), name="short")
+>>> from cambia.experiment import read_experiment, train
+>>> folder = train(read_experiment("first_growth", {"training.steps": 50}), name="short")
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import os
@@ -10,7 +9,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,7 +35,14 @@ from cambia.rundir import RunReader, RunWriter
 from cambia.training import Trainer
 from cambia.training.checkpoint import load_model, load_state
 
-RESUMABLE = ("device", "threads", "optimizer.learning_rate", "training.on_nonfinite", "checkpoint.", "growth.enabled")
+RESUMABLE = (
+    "device",
+    "threads",
+    "optimizer.learning_rate",
+    "training.on_nonfinite",
+    "checkpoint.",
+    "growth.enabled",
+)
 """Settings that may change when a run goes on; the others are what the run *is*."""
 
 
@@ -186,7 +192,9 @@ def assemble(experiment: Experiment, run: RunWriter) -> Assembly:
     if resumed:
         state = load_state(latest)
         run.cut_logs(state["log_lengths"])
-        trainer.load_state_dict(state, [_event(line) for line in RunReader(run.folder).growth()])
+        trainer.load_state_dict(
+            state, [GrowthEvent.from_dict(line) for line in RunReader(run.folder).growth()]
+        )
         stream.load_state_dict(state["stream"])
     else:
         run.cut_logs(dict.fromkeys(rundir.LOGS, 0))
@@ -236,8 +244,9 @@ def stage_steps(experiment: Experiment, stream: Stream) -> list[int]:
     per_batch = training.batch_size * training.sequence_length
     result = []
     for i, task in enumerate(experiment.data.tasks):
-        if task.steps or training.steps:
-            result.append(task.steps or training.steps)
+        steps = task.steps or training.steps
+        if steps:
+            result.append(steps)
         elif training.tokens:
             result.append(math.ceil(training.tokens / per_batch))
         else:
@@ -276,12 +285,6 @@ def _check_batch(stream: Stream, sequence_length: int) -> torch.Tensor:
     return flat.view(rows, length)
 
 
-def _event(line: dict[str, Any]) -> GrowthEvent:
-    known = {f.name for f in dataclasses.fields(GrowthEvent)}
-    values = {key: value for key, value in line.items() if key in known}
-    return GrowthEvent(**{**values, "operators": tuple(values["operators"])})
-
-
 # ---- names, records, and what can go wrong -------------------------------------------------------
 
 
@@ -309,7 +312,7 @@ def _free_folder(name: str) -> Path:
 
 
 @contextmanager
-def _one_line_when_out_of_memory(experiment: Experiment) -> Iterator[None]:
+def _one_line_when_out_of_memory(experiment: Experiment) -> Generator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cambia.data.batches import evaluation_batches
 from cambia.data.corpus import TokenFile
@@ -16,7 +16,7 @@ from cambia.experiment.build import model_folder, open_stream
 from cambia.experiment.tree import experiment_from
 from cambia.probes import Likelihood, bits_per_byte
 from cambia.rundir import RunReader
-from cambia.training.checkpoint import load_model
+from cambia.training.checkpoint import load_model, load_tokenizer
 
 _BATCH = 16
 
@@ -39,7 +39,7 @@ def score_files(model: str, files: Sequence[Path], max_bytes: int) -> dict[str, 
     """Likelihood of each text file under a model."""
     folder = model_folder(model)
     loaded = load_model(folder)
-    tokenizer = Tokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    tokenizer = Tokenizer(load_tokenizer(folder))
     length = min(256, loaded.config.max_position_embeddings)
     scores = {}
     for file in files:
@@ -50,6 +50,4 @@ def score_files(model: str, files: Sequence[Path], max_bytes: int) -> dict[str, 
 
 
 def _score(model: PreTrainedModel, text: TokenFile, sequence_length: int) -> Likelihood:
-    return bits_per_byte(
-        model, evaluation_batches(text, batch_size=_BATCH, sequence_length=sequence_length)
-    )
+    return bits_per_byte(model, evaluation_batches(text, batch_size=_BATCH, sequence_length=sequence_length))

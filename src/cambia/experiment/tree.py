@@ -246,5 +246,3 @@ def experiment_from(tree: Mapping[str, Any], *, source: str, flags: Mapping[str,
 def plain_tree(experiment: Experiment) -> dict[str, Any]:
     """The tree as plain values: what config.yaml and config.json hold."""
     return dump(experiment)
-
-

@@ -1,7 +1,7 @@
 """Growth: operators change a model's shape, triggers say when, rules bind them, `grow` does it.
 
-    >>> from cambia.growth import grow, WidenFFN
-    >>> event = grow(model, WidenFFN(factor=1.5), optimizer=optimizer)
+>>> from cambia.growth import grow, WidenFFN
+>>> event = grow(model, WidenFFN(factor=1.5), optimizer=optimizer)
 """
 
 from __future__ import annotations

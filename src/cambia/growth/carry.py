@@ -72,7 +72,7 @@ class OptimizerHolder:
             if key not in STATE_POWERS or value.shape != change.old.shape:
                 raise GrowthError(
                     f"{type(self.optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a "
-                    f"parameter of shape {tuple(change.old.shape)} and it is not known how that grows; known, "
+                    f"parameter of shape {tuple(change.old.shape)} and how that grows is not known; known, "
                     f"in the parameter's own shape, are {', '.join(STATE_POWERS)}: use AdamW or SGD"
                 )
             power = STATE_POWERS[key]

@@ -23,6 +23,7 @@ from typing import ClassVar, Literal
 import torch
 from transformers import PreTrainedConfig
 
+from cambia.config import Spelled
 from cambia.errors import ConfigError, GrowthError
 from cambia.models.architectures import Architecture, architecture_of, layer_ids, per_layer, uniform
 from cambia.nn.param_map import AxisMap, Fill, ParamMap, TensorMap
@@ -74,10 +75,8 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Operator(ABC):
+class Operator(Spelled, ABC):
     """Changes a model's shape once."""
-
-    OLD_SPELLINGS: ClassVar[Mapping[str, str]] = {}
 
     @property
     @abstractmethod
@@ -147,7 +146,7 @@ def lengthened(shape: Shape, dimension: str, sizes: Mapping[int, int], *, std: f
     for name, old in shape.shapes.items():
         axes = shape.table.axes(name)
         layer = shape.table.layer_of(name)
-        if layer not in sizes or dimension not in axes.names:
+        if layer is None or layer not in sizes or dimension not in axes.names:
             tensors[name] = TensorMap(name)
             continue
         dim = axes.names.index(dimension)
@@ -170,6 +169,11 @@ class WidenFFN(Amount, Operator):
     """Which layers, by place from the bottom; only a native model's layers may differ in width."""
     multiple_of: int = 8
     """A factor is rounded to a multiple of this, which matrix kernels like."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.multiple_of < 1:
+            raise ConfigError(f"multiple_of={self.multiple_of} must be at least 1")
 
     @property
     def contract(self) -> Contract:
@@ -195,7 +199,7 @@ class WidenFFN(Amount, Operator):
                 "(a native model may be uneven)"
             )
         wrong = [i for i in self.layers if i not in every]
-        if wrong:
+        if wrong or not self.layers:
             raise GrowthError(f"layers={wrong} are not there: the model has layers 0 to {every[-1]}")
         return sorted(self.layers)
 
@@ -213,7 +217,8 @@ class AddLayers(Amount, Operator):
 
     where: Literal["append", "interpose", "stack", "middle"] = "interpose"
     """append: copies of the top layers on top · interpose: each copy next to its original, spread evenly
-    · stack: the whole stack again on top, from its bottom · middle: copies of the middle layers behind them."""
+    · stack: the whole stack again on top, from its bottom · middle: the middle layers again behind
+    themselves."""
     initial: Literal["copy", "random"] = "copy"
     """What a new layer starts as: a copy of the old layer it stands for, or random weights."""
     preserve: bool = True
@@ -225,6 +230,10 @@ class AddLayers(Amount, Operator):
         return Contract(exactness="tolerance" if self.preserve else "none", alive_within=2)
 
     def step(self, shape: Shape) -> Step:
+        if not shape.num_layers:
+            raise GrowthError(
+                "the model has no layer that new ones could be like: build it with at least one"
+            )
         count = self.after(shape.num_layers) - shape.num_layers
         order = self._order(shape.num_layers, count)
         config = shape.copied_config()

@@ -42,6 +42,8 @@ class GrowthPlan:
     config_changes: Mapping[str, tuple[Any, Any]]
     parameters_before: int
     parameters_after: int
+    parameters_replaced: int
+    """Entries, as they were, of the tensors that growth replaces."""
     flops_per_token_before: float
     flops_per_token_after: float
 
@@ -51,14 +53,8 @@ class GrowthPlan:
         return self.after.config
 
     def extra_bytes(self, *, bytes_per_value: int = 4, moments: int = 2) -> int:
-        """Memory held only while growing: the old copies of what changes, and of its moments."""
-        changed = {
-            lineage.origin for lineage in self.lineages.values() if lineage.inherits and not lineage.is_same
-        }
-        new = sum(
-            p.numel() for name, p in self.after.named_parameters() if self.lineages[name].origin in changed
-        )
-        return new * bytes_per_value * (1 + moments)
+        """Memory held only while growing: the old copies of what is replaced, and of its moments."""
+        return self.parameters_replaced * bytes_per_value * (1 + moments)
 
 
 def plan_growth(model: PreTrainedModel, *operators: Operator, context: int = 1024) -> GrowthPlan:
@@ -85,15 +81,18 @@ def plan_growth(model: PreTrainedModel, *operators: Operator, context: int = 102
         after = _checked(type(model), step.config, shape, step.params, operator)
         shape = _shape_of(after)
         steps.append(step.params)
+    ways = lineages(steps, shape.shapes)
+    replaced = {way.origin for way in ways.values() if way.inherits and not way.is_same}
     return GrowthPlan(
         operators=operators,
         contract=_weakest([operator.contract for operator in operators]),
         after=after,
         layers=tuple(layers),
-        lineages=lineages(steps, shape.shapes),
+        lineages=ways,
         config_changes=changed_fields(model.config, after.config),
         parameters_before=count_parameters(model),
         parameters_after=count_parameters(after),
+        parameters_replaced=sum(p.numel() for name, p in model.named_parameters() if name in replaced),
         flops_per_token_before=flops_per_token(model, context),
         flops_per_token_after=flops_per_token(after, context),
     )

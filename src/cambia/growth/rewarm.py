@@ -87,6 +87,10 @@ class SliceWarmup:
 
     @torch.no_grad()
     def _hold_back(self) -> None:
+        # A loss scaler tells a fused optimizer to leave a step out by this attribute: then nobody moved.
+        found_inf = vars(self.optimizer).get("found_inf")
+        if found_inf is not None and bool(found_inf):
+            return
         decay = self._decay_by_parameter()
         for newborn in self.newborns:
             assert newborn.aside is not None
@@ -111,6 +115,7 @@ class SliceWarmup:
             id(parameter): float(group["lr"]) * float(group["weight_decay"])
             for group in self.optimizer.param_groups
             for parameter in group["params"]
+            if parameter.grad is not None  # the others are left alone
         }
 
     def state_dict(self, model: nn.Module) -> dict[str, Any]:

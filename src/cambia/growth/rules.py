@@ -1,12 +1,12 @@
 """Rules say what to do when a trigger fires, and the manager keeps them.
 
-    manager = GrowthManager(
-        [GrowthRule(when=PlateauTrigger(patience=5), then=WidenFFN(factor=1.3), cooldown_steps=500)],
-        model=model, optimizer=optimizer,
-    )
-    for batch in batches:
-        ...                                   # forward, backward, optimizer.step()
-        events = manager.step(signals)        # grows the model if a rule says so
+manager = GrowthManager(
+    [GrowthRule(when=PlateauTrigger(patience=5), then=WidenFFN(factor=1.3), cooldown_steps=500)],
+    model=model, optimizer=optimizer,
+)
+for batch in batches:
+    ...                                   # forward, backward, optimizer.step()
+    events = manager.step(signals)        # grows the model if a rule says so
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from typing import Annotated, Any, ClassVar
 
 from annotated_types import Gt
 
+from cambia.config import Spelled
 from cambia.errors import ConfigError
 from cambia.records import Signals
 
@@ -30,10 +31,8 @@ TRIGGERS: dict[str, str] = {
 }
 
 
-class Trigger(ABC):
+class Trigger(Spelled, ABC):
     """Says when."""
-
-    OLD_SPELLINGS: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def update(self, signals: Signals) -> str | None:

@@ -210,7 +210,9 @@ def flops_per_token(model: PreTrainedModel, context: int) -> float:
     return 3.0 * (2 * matrices + attention)
 
 
-def resize_layers(model: PreTrainedModel, sources: list[int | None], make: Callable[[int], nn.Module]) -> None:
+def resize_layers(
+    model: PreTrainedModel, sources: list[int | None], make: Callable[[int], nn.Module]
+) -> None:
     """Rebuild the list of layers: old layer `sources[i]` at place i, a made one where it is None."""
     parent_path, _, attribute = architecture_of(model.config).layers.rpartition(".")
     parent = model.get_submodule(parent_path)

@@ -141,9 +141,7 @@ class TensorMap:
         Args:
             like: any tensor of the old shape, for its number of dimensions and its device.
         """
-        masks = [
-            _along(axis.is_new, dim, like) for dim, axis in self.axes.items() if bool(axis.is_new.any())
-        ]
+        masks = [_along(axis.is_new, dim, like) for dim, axis in self.axes.items() if bool(axis.is_new.any())]
         if not masks:
             return None
         mask = masks[0]

@@ -182,7 +182,7 @@ def _covered(run: Run) -> Check:
     question = "Is everything in the optimizer?"
     covered = run.summary.get("optimizer_covers_all_parameters")
     if covered is None:
-        when = "The summary does not say" if run.status == "finished" else "Known when the run ends"
+        when = "The summary does not say" if run.status == "finished" else "Not known before the run ends"
         return Check(question, "amber", f"{when}: nothing to do unless the loss stands still after a growth.")
     if covered:
         return Check(question, "green", "Yes, every parameter that is to be trained. Nothing to do.")

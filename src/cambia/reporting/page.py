@@ -143,8 +143,9 @@ def _matrix(run: Run) -> Html:
             "(rows). Lower is better.",
         ),
         matrix_table(run, split),
-        matrix_scale(),
     ]
+    if len(run.task_matrix(split)) > 1:
+        parts.append(matrix_scale())
     if run.transfer_metrics(split) is None:
         done = len(run.task_matrix(split)) - 1
         parts.append(
@@ -285,8 +286,6 @@ def _next(run: Run) -> Html:
 def _origin(run: Run) -> Html:
     notes = [str(line) for line in run.summary.get("notes") or []]
     listed = [tag("h3", "Notes"), tag("ul", *(tag("li", line) for line in notes))] if notes else []
-    if not run.summary:
-        listed = [note("Versions, machine and data are in the summary, which is written when the run ends.")]
     return section(
         "Where it comes from",
         tag("h3", "Data"),

@@ -132,7 +132,7 @@ def data_table(run: Run) -> Html:
     """What text the tasks were made of."""
     data: list[Mapping[str, Any]] = run.summary.get("data") or []
     if not data:
-        return note("The summary does not describe the data (it is written when the run ends).")
+        return note("Not known yet: it stands in summary.json, which is written when the run ends.")
     keys = _ordered(_DATA_NAMES, {key for task in data for key in task})
     rows = [[_amount(key, task.get(key)) for key in keys] for task in data]
     right = [i for i, key in enumerate(keys) if all(isinstance(task.get(key), int) for task in data)]

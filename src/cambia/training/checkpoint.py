@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 import cambia.models.causal_lm  # noqa: F401 (registers the native model with the Auto classes)
@@ -84,7 +90,26 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTr
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} cannot be opened as a model: {' '.join(str(error).split())}") from error
+        raise CheckpointError(
+            f"{folder} cannot be opened as a model: {' '.join(str(error).split())}"
+        ) from error
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer beside a model.
+
+    Raises:
+        CheckpointError: there is none that the tokenizers library backs.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} has no tokenizer: {' '.join(str(error).split())}") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise CheckpointError(
+            f"{folder} has a {type(tokenizer).__name__}; expected one with a tokenizer.json"
+        )
+    return tokenizer
 
 
 def random_state() -> dict[str, Any]:
@@ -96,6 +121,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
+    """Give `random_state` back to torch."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])

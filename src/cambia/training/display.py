@@ -58,7 +58,9 @@ class Display:
             loss=f"loss {self._smooth:.3f}" if self._smooth is not None else "",
         )
         if not self.console.is_terminal and signals.step % max(1, self.total // 20) == 0:
-            self.console.print(f"step {signals.step}/{self.total}  {name}  loss {self._smooth or math.nan:.3f}")
+            self.console.print(
+                f"step {signals.step}/{self.total}  {name}  loss {self._smooth or math.nan:.3f}"
+            )
 
     def grew(self, event: GrowthEvent) -> None:
         """Say that the model grew."""

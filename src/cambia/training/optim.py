@@ -52,6 +52,7 @@ OPTIMIZERS: dict[str, str] = {"adamw": "cambia.training.optim:AdamW"}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 

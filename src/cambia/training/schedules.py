@@ -1,6 +1,6 @@
 """Learning-rate schedules: a factor between 0 and 1 at each place of a stretch of training.
 
-    WSD(warmup_fraction=0.05, decay_fraction=0.2).factor(step, length)
+WSD(warmup_fraction=0.05, decay_fraction=0.2).factor(step, length)
 """
 
 from __future__ import annotations

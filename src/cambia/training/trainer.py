@@ -189,7 +189,9 @@ class Trainer:
             self.scaler.scale(loss).backward()
             total += loss.item()
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or math.inf).item()
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.config.clip_norm or math.inf
+        ).item()
         # With float16 an infinite gradient is the loss scaler's daily work: it leaves the step out itself.
         if not math.isfinite(total) or (not math.isfinite(norm) and not self.scaler.is_enabled()):
             self._nonfinite(batch, total, norm, run)

@@ -20,11 +20,11 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import core_schema
+from pydantic_core import PydanticSerializationError, core_schema
 
 from cambia.errors import ConfigError
 
@@ -163,9 +163,8 @@ def build(cls: type[T], fields: Mapping[str, Any]) -> T:
         return cls(**fields)  # someone's own class: its constructor is its configuration
     hints = get_type_hints(cls, include_extras=True)
     ready = {key: _build_inside(hints[key], value, [key]) for key, value in fields.items()}
-    section: TypeAdapter[T] = TypeAdapter(cls)
     try:
-        return section.validate_python(ready)
+        return cast(T, TypeAdapter(cls).validate_python(ready))
     except ValidationError as error:
         raise _first_problem(error) from None
 
@@ -187,7 +186,8 @@ def field_names(cls: type) -> list[str]:
     """The keys that a section takes."""
     if dataclasses.is_dataclass(cls):
         return [field.name for field in dataclasses.fields(cls) if field.init]
-    return [name for name in inspect.signature(cls).parameters]
+    parameters = inspect.signature(cls).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def _first_problem(error: ValidationError) -> FieldError:
@@ -209,10 +209,19 @@ def _first_problem(error: ValidationError) -> FieldError:
 
 
 def dump(value: Any) -> dict[str, Any]:
-    """Plain values from which `build` makes the same section again."""
+    """Plain values from which `build` makes the same section again.
+
+    Raises:
+        ConfigError: a live object in it does not say from which settings it was made.
+    """
     if dataclasses.is_dataclass(value):
-        plain = TypeAdapter(type(value)).dump_python(value, mode="json")
+        try:
+            plain = TypeAdapter(type(value)).dump_python(value, mode="json")
+        except PydanticSerializationError as error:
+            raise (error.__cause__ if isinstance(error.__cause__, ConfigError) else error) from None
         return {name: plain[name] for name in field_names(type(value))}
+    if not field_names(type(value)):
+        return {}  # one's own class without settings: its name says it all
     raise ConfigError(f"a live {type(value).__name__} cannot be written to YAML and run again")
 
 

@@ -108,4 +108,6 @@ class GrowthEvent:
     @classmethod
     def from_dict(cls, line: Mapping[str, Any]) -> GrowthEvent:
         """The inverse of `as_dict`, from a line of growth.jsonl."""
-        return cls(**{**line, "operators": tuple(line["operators"])})
+        values: dict[str, Any] = dict(line)
+        values["operators"] = tuple(values["operators"])
+        return cls(**values)

@@ -198,11 +198,11 @@ class _CausalAttention(Function):
         for q, k, v, dout, dq, dk, dv in blocks.split(*given, dqueries, dkeys, dvalues):
             for rows, seen in blocks:
                 probs = blocks.probabilities(q[:, rows], k[:, seen])
-                dv[:, seen] += torch.bmm(probs.transpose(1, 2), dout[:, rows])
+                dv[:, seen].add_(torch.bmm(probs.transpose(1, 2), dout[:, rows]))
                 dprobs = torch.bmm(dout[:, rows], v[:, seen].transpose(1, 2))
                 dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
                 dq[:, rows] = torch.bmm(dscores, k[:, seen])
-                dk[:, seen] += torch.bmm(dscores.transpose(1, 2), q[:, rows])
+                dk[:, seen].add_(torch.bmm(dscores.transpose(1, 2), q[:, rows]))
         dqueries.mul_(ctx.scale)
         return (
             _by_time(dqueries, ctx.batch, ctx.shared),
@@ -252,7 +252,7 @@ class _Blocks(NamedTuple):
         scores = self.scratch[: math.prod(shape)].view(shape)
         torch.bmm(queries, keys.transpose(1, 2), out=scores)
         new = queries.shape[1] // self.shared
-        scores[:, :, -new:] += self.future[: queries.shape[1], :new]
+        scores[:, :, -new:].add_(self.future[: queries.shape[1], :new])
         return torch.softmax(scores, -1, out=scores)
 
 

@@ -18,16 +18,16 @@ _HOME = {
     "Run": "cambia.reporting.run",
     "load_run": "cambia.reporting.run",
     "Check": "cambia.reporting.health",
-    "health": "cambia.reporting.health",
+    "check_health": "cambia.reporting.health",
     "print_summary": "cambia.reporting.terminal",
     "write_report": "cambia.reporting.page",
 }
 
-__all__ = ["Check", "Run", "health", "load_run", "print_summary", "write_report"]
+__all__ = ["Check", "Run", "check_health", "load_run", "print_summary", "write_report"]
 
 if TYPE_CHECKING:
     from cambia.reporting.health import Check as Check
-    from cambia.reporting.health import health as health
+    from cambia.reporting.health import check_health as check_health
     from cambia.reporting.page import write_report as write_report
     from cambia.reporting.run import Run as Run
     from cambia.reporting.run import load_run as load_run

@@ -31,7 +31,7 @@ class Check:
     sentence: str
 
 
-def health(run: Run) -> list[Check]:
+def check_health(run: Run) -> list[Check]:
     """Every question, answered from what the run recorded so far."""
     return [_falling(run), _holds(run), _exact(run), _covered(run), _skipped(run)]
 
@@ -197,7 +197,7 @@ def _covered(run: Run) -> Check:
 def _skipped(run: Run) -> Check:
     question = "Were any steps skipped?"
     if not run.skipped_steps:
-        return Check(question, "green", "None. Nothing to do.")
+        return Check(question, "green", "No step was skipped. Nothing to do.")
     share = run.skipped_steps / max(1, run.steps)
     return Check(
         question,

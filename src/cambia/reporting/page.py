@@ -18,7 +18,7 @@ import numpy as np
 from cambia import files
 from cambia.reporting import units
 from cambia.reporting.figures import FIGURES, task_labels, to_svg
-from cambia.reporting.health import health
+from cambia.reporting.health import check_health
 from cambia.reporting.markup import Html, join, note, section, tag
 from cambia.reporting.run import Run
 from cambia.reporting.tables import data_table, growth_table, machine_facts, matrix_scale, matrix_table
@@ -122,7 +122,7 @@ def _health(run: Run) -> Html:
             tag("span", check.question),
             tag("span", check.sentence),
         )
-        for check in health(run)
+        for check in check_health(run)
     ]
     return section("Health", tag("ul", *lines, class_="checks"))
 

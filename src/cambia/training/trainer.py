@@ -90,7 +90,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=config.precision == "float16")
         self.values: dict[str, Measured] = {}
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         self._shape_changed()
 
     # ---- the loop --------------------------------------------------------------------------------

@@ -105,9 +105,9 @@ def atomic_folder(path: str | Path) -> Generator[Path]:
             yield temporary
             _seal(temporary)
             _swap_in(temporary, path)
-        finally:
-            if temporary.exists():
-                shutil.rmtree(temporary)
+        except BaseException:
+            recover(path)
+            raise
 
 
 def _seal(folder: Path) -> None:
@@ -155,6 +155,8 @@ def verified(path: str | Path) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint folder {path}; `cambia runs list` shows the runs")
     manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("sha256"), dict):
+        raise CheckpointError(f"{path / MANIFEST} lists no files: it was altered, use another checkpoint")
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(

@@ -170,10 +170,14 @@ class RunWriter:
         """Drop every row that was logged after the checkpoint that kept `lengths`."""
         for name, length in lengths.items():
             path = self.folder / name
-            if path.exists():
+            size = path.stat().st_size if path.exists() else 0
+            if size < length:
+                raise RunError(
+                    f"{path} has {size} bytes and had {length} when the checkpoint was written: without its "
+                    "log the run cannot be resumed, start it again under another --name"
+                )
+            if size > length:
                 os.truncate(path, length)
-            elif length:
-                raise RunError(f"{path} is gone: the run cannot be resumed without its log")
 
     def checkpoint(self, name: str) -> Path:
         return self.folder / name
@@ -186,13 +190,15 @@ class RunWriter:
 
     def recover(self) -> None:
         """Put right what a crash during a checkpoint left behind."""
-        for path in {*self.folder.glob("ckpt_*"), self.folder / LATEST, self.folder / BEST}:
-            files.recover(path)
+        # A checkpoint that was being replaced is there under its hidden name alone.
+        hidden = {path.name[1:].partition(".")[0] for path in self.folder.glob(".ckpt_*")}
+        for name in {*hidden, LATEST, BEST, *(path.name for path in self.folder.glob("ckpt_*"))}:
+            files.recover(self.folder / name)
 
 
 def _plain(value: Any) -> Any:
     # repr keeps every bit of a float and reads back as the same number.
-    return repr(value) if isinstance(value, float) else ("" if value is None else value)
+    return repr(float(value)) if isinstance(value, float) else ("" if value is None else value)
 
 
 class RunReader:
@@ -211,21 +217,11 @@ class RunReader:
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """A CSV log's rows; numbers as numbers, empty cells as None. A row cut short is left out."""
-        path = self.folder / name
-        if not path.exists():
-            return []
-        text = path.read_text(encoding="utf-8")
-        complete = text[: text.rfind("\n") + 1]
-        return [
-            {key: _parse(cell) for key, cell in row.items()} for row in csv.DictReader(io.StringIO(complete))
-        ]
+        table = csv.DictReader(io.StringIO(_complete_lines(self.folder / name)))
+        return [{key: _parse(cell) for key, cell in row.items()} for row in table]
 
     def growth(self) -> list[dict[str, Any]]:
-        path = self.folder / GROWTH
-        if not path.exists():
-            return []
-        text = path.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        return [json.loads(line) for line in _complete_lines(self.folder / GROWTH).splitlines()]
 
     def checkpoints(self) -> list[Path]:
         """Checkpoint folders: latest first, then best, tasks and steps."""
@@ -243,6 +239,14 @@ class RunReader:
             except BlockingIOError:
                 return True
         return False
+
+
+def _complete_lines(path: Path) -> str:
+    """The text of a log without a last line that was cut short, perhaps inside a character."""
+    if not path.exists():
+        return ""
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1].decode("utf-8")
 
 
 def _checkpoint_order(path: Path) -> tuple[str, int]:

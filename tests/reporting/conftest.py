@@ -37,6 +37,8 @@ class Synthetic:
     summary: dict[str, Any] | None = field(default_factory=dict)
     """Changes to summary.json; None writes none."""
     skipped: int = 0
+    forgotten_per_task: float = 0.1
+    """Bits per byte that training another task adds to those before the last."""
 
     def write(self) -> RunWriter:
         """Write the run; the writer is still open, so the run is going until it is closed."""
@@ -153,7 +155,7 @@ class Synthetic:
         if stage <= task:
             return 8.02 - 0.9 * min(stage, 4) - 0.01 * task
         end = _END.get(self.tasks[task], 2.0)
-        return end + 0.16 * (stage - task - 1)
+        return end + self.forgotten_per_task * (stage - task - 1)
 
     def score(self, run: RunWriter, stage: int, step: int, trained: str) -> None:
         for split, extra in (("valid", 0.01), ("test", 0.0)):

@@ -10,7 +10,7 @@ from cambia import rundir
 from cambia.reporting import Check, check_health, load_run
 
 Make = Callable[..., Path]
-FALLING, HOLDS, EXACT, COVERED, SKIPPED = range(5)
+FALLING, HOLDS, KEPT, EXACT, COVERED, SKIPPED = range(6)
 
 
 def checks(make_run: Make, **settings: Any) -> list[Check]:
@@ -31,7 +31,7 @@ def with_losses(folder: Path, losses: list[float], column: str = "loss") -> list
 
 def test_a_good_run_is_green_and_every_line_ends_as_a_sentence(make_run: Make) -> None:
     found = checks(make_run)
-    assert [check.level for check in found] == ["green"] * 5
+    assert [check.level for check in found] == ["green"] * 6
     assert all(check.question.endswith("?") and check.sentence.endswith(".") for check in found)
 
 
@@ -65,6 +65,20 @@ def test_no_validation_is_amber_and_names_the_setting(make_run: Make) -> None:
     check = checks(make_run, validation_every=None)[HOLDS]
     assert check.level == "amber"
     assert "--evaluation.every_steps" in check.sentence
+
+
+@pytest.mark.parametrize(("loss", "level"), [(0.1, "green"), (0.3, "amber"), (1.2, "red")])
+def test_forgetting_is_told_with_what_was_learned(make_run: Make, loss: float, level: str) -> None:
+    check = checks(make_run, forgotten_per_task=loss)[KEPT]
+    assert check.level == level
+    if level != "green":
+        assert f"learned on 'english', {2 * loss:.2f} are lost again" in check.sentence
+        assert "--replay.fraction" in check.sentence
+
+
+def test_forgetting_is_not_judged_too_early(make_run: Make) -> None:
+    assert "nothing can be forgotten" in checks(make_run, tasks=["one"], growth_steps=())[KEPT].sentence
+    assert checks(make_run, summary=None, stop_at=90)[KEPT].level == "amber"
 
 
 @pytest.mark.parametrize(

@@ -15,47 +15,21 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cambia.errors import GrowthError
-from cambia.growth.carry import OptimizerHolder
+from cambia.growth.carry import Change, Holder, OptimizerHolder
 from cambia.growth.operators import Operator
 from cambia.growth.plan import GrowthPlan, describe, plan_growth
 from cambia.models.architectures import architecture_of, on_meta, resize_layers
-from cambia.nn.param_map import Lineage
 from cambia.records import GrowthEvent
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 _COARSE = 3e-2  # bfloat16 and float16: other matrix shapes round in another order
-
-
-@dataclass(frozen=True, eq=False)
-class Change:
-    """One parameter of the grown model that is not simply the old one."""
-
-    name: str
-    lineage: Lineage
-    new: nn.Parameter
-    old: nn.Parameter | None
-    """The parameter it replaces; None if it is a new one."""
-    sibling: nn.Parameter
-    """The old parameter that it is trained like."""
-
-
-class Holder(Protocol):
-    """Something that keeps state per parameter: an optimizer, averaged weights, a Fisher matrix."""
-
-    def prepare(self, changes: Sequence[Change]) -> Callable[[], None]:
-        """Build the new state beside the old and return what puts it in place.
-
-        All that can fail happens here; the returned call only assigns.
-        """
-        ...
 
 
 def grow(

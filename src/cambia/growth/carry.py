@@ -9,15 +9,14 @@ times larger than the learning rate says (up to 6.6 times for a steady gradient,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cambia.errors import GrowthError
-
-if TYPE_CHECKING:
-    from cambia.growth.barrier import Change
+from cambia.nn.param_map import Lineage
 
 STATE_POWERS = {
     "exp_avg": -1,  # Adam's first moment
@@ -26,6 +25,30 @@ STATE_POWERS = {
     "max_exp_avg_sq": -2,  # its maximum, with amsgrad
 }
 """How a state behaves when the weight is multiplied by c: it is multiplied by c to this power."""
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """One parameter of the grown model that is not simply the old one."""
+
+    name: str
+    lineage: Lineage
+    new: nn.Parameter
+    old: nn.Parameter | None
+    """The parameter it replaces; None if it is a new one."""
+    sibling: nn.Parameter
+    """The old parameter that it is trained like."""
+
+
+class Holder(Protocol):
+    """Something that keeps state per parameter: an optimizer, averaged weights, a Fisher matrix."""
+
+    def prepare(self, changes: Sequence[Change]) -> Callable[[], None]:
+        """Build the new state beside the old and return what puts it in place.
+
+        All that can fail happens here; the returned call only assigns.
+        """
+        ...
 
 
 class OptimizerHolder:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cambia.growth.barrier import Change
+from cambia.growth.carry import Change
 
 
 @dataclass(eq=False)

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from cambia.config import Member
 from cambia.errors import CheckpointError
-from cambia.growth.barrier import Holder, grow
+from cambia.growth.barrier import grow
+from cambia.growth.carry import Holder
 from cambia.growth.operators import OPERATORS, Operator
 from cambia.growth.rewarm import SliceWarmup
 from cambia.growth.triggers import TRIGGERS, Trigger
@@ -51,7 +52,7 @@ class GrowthManager:
         rules: asked in order; several may act at one step.
         model: the model to grow, in place.
         optimizer: grown along with it.
-        holders: whatever else keeps state per parameter (see `cambia.growth.barrier.Holder`).
+        holders: whatever else keeps state per parameter (see `cambia.growth.carry.Holder`).
         check_batch: (B, T) token ids on which each growth is verified; random ones by default.
         rewarm_steps: optimizer steps in which newborn entries come up to the full learning rate.
         seed: of new random weights.

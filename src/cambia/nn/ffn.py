@@ -6,13 +6,17 @@ the rows of `gate_proj` and `up_proj` make the units, the columns of `down_proj`
 
     >>> ffn = ExpandableFFN(hidden_size=256, intermediate_size=768)
     >>> ffn(x).shape == x.shape                                          # (B, T, C) -> (B, T, C)
+    >>> ffn.widen(128)                                                   # the same outputs, 128 units more
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from cambia.errors import ConfigError
 from cambia.nn.fused import swiglu
+from cambia.nn.param_map import AxisMap, Fill, TensorMap
 
 # B batch, T time, C hidden size, F ffn size (grows)
 
@@ -31,3 +35,35 @@ class ExpandableFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # through (B, T, F)
+
+    @torch.no_grad()
+    def widen(self, add: int, *, seed: int = 0) -> dict[str, TensorMap]:
+        """Grow by `add` units in place: new ones are random readers that nothing reads yet, so outputs stay.
+
+        This grows one module that stands alone. A whole model, with its config and optimizer, grows by
+        `cambia.growth.grow`.
+
+        Returns:
+            For each parameter, by its name in this module, where its entries come from.
+
+        Raises:
+            ConfigError: `add` is below 1.
+        """
+        if add < 1:
+            raise ConfigError(f"add={add} does not widen anything; it must be at least 1")
+        axis = AxisMap.lengthened(self.intermediate_size, self.intermediate_size + add)
+        reader = Fill.normal(self.hidden_size**-0.5)
+        maps = {"down_proj.weight": TensorMap("down_proj.weight", {1: axis})}
+        for name in ("gate_proj", "up_proj"):
+            maps[f"{name}.weight"] = TensorMap(f"{name}.weight", {0: axis}, fill=reader)
+            if self.get_submodule(name).bias is not None:
+                maps[f"{name}.bias"] = TensorMap(f"{name}.bias", {0: axis})
+        for number, (name, tensor_map) in enumerate(sorted(maps.items())):
+            module, _, attribute = name.partition(".")
+            old = self.get_parameter(name)
+            new = nn.Parameter(tensor_map.values(old, seed=seed + number), requires_grad=old.requires_grad)
+            setattr(self.get_submodule(module), attribute, new)
+        self.intermediate_size += add
+        self.gate_proj.out_features = self.up_proj.out_features = self.intermediate_size
+        self.down_proj.in_features = self.intermediate_size
+        return maps

@@ -20,20 +20,20 @@ tensors and inside `torch.func` transforms. Both agree to rounding; the tests ho
     >>> y = rms_norm(x, weight, eps=1e-6)                              # (..., C) -> (..., C)
     >>> loss = linear_cross_entropy(hidden, head.weight, targets)      # (B, T, C), (V, C), (B, T) -> scalar
 
-The hand-written gradients are differentiable once; a second derivative raises.
+The hand-written gradients can be taken once: `create_graph=True` raises, `torch.func` works.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 # B batch, T time, N = B*T rows, C hidden size, F ffn size (grows), H heads, D head size, V vocabulary
 
@@ -49,6 +49,21 @@ def is_fusable(x: Tensor) -> bool:
         and not torch.is_autocast_enabled(x.device.type)
         and not torch._C._are_functorch_transforms_active()  # autograd.Function.apply asks the same question
     )
+
+
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse second derivatives. (torch's `once_differentiable` misses those that come through saved tensors.)"""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *gradients: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True asks for second derivatives, which the fused functions do not have; "
+                "use torch.func (grad, jvp, hessian), where their plain forms are taken"
+            )
+        return backward(ctx, *gradients)
+
+    return checked
 
 
 # ---- RMS norm ------------------------------------------------------------------------------------
@@ -95,7 +110,7 @@ class _RMSNorm(Function):
         return torch.mul(x, inv_rms).mul_(weight)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, inv_rms = ctx.saved_tensors
         size = x.shape[-1]
@@ -138,7 +153,7 @@ class _Rotate(Function):
         return torch.mul(x, cos).addcmul_(swap_halves(x), sin)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         # The inverse of a rotation turns back by the same angle.
@@ -189,7 +204,7 @@ class _CausalAttention(Function):
         return _by_time(mixed, ctx.batch, ctx.shared)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, dmixed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         queries, keys, values = ctx.saved_tensors
         dqueries, dkeys, dvalues = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
@@ -288,7 +303,7 @@ class _SwiGLU(Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         # With s = sigmoid(gate) and a = gate * s: silu = a, and its slope is s + a * (1 - s) = lerp(s, 1, a).
@@ -356,6 +371,7 @@ class _LinearCrossEntropy(Function):
         dweight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
         total = hidden.new_zeros((), dtype=wide)
         size = chunk_rows(weight.shape[0], wide.itemsize, hidden.device)
+        minus_one = hidden.new_full((size, 1), -1, dtype=wide)
         for start in range(0, hidden.shape[0], size):
             chunk = slice(start, start + size)
             logits = torch.mm(hidden[chunk], weight.t()).to(wide)  # (n, V)
@@ -364,17 +380,19 @@ class _LinearCrossEntropy(Function):
             if not (wants_hidden or wants_weight):
                 continue
             # d loss / d logits = softmax - one-hot, and zero where there is no target
-            dlogits = log_probs.exp_().scatter_add_(1, targets[chunk], -torch.ones_like(total).expand(logits.shape[0], 1))
+            dlogits = log_probs.exp_().scatter_add_(1, targets[chunk], minus_one[: len(logits)])
             dlogits = dlogits.mul_(kept[chunk]).to(hidden.dtype)
             if dhidden is not None:
                 torch.mm(dlogits, weight, out=dhidden[chunk])
-            if dweight is not None:
+            if dweight is not None and wide == hidden.dtype:
                 dweight.addmm_(dlogits.t(), hidden[chunk])
+            elif dweight is not None:
+                dweight += dlogits.t() @ hidden[chunk]  # summed in float32, multiplied in half precision
         ctx.gradients = (dhidden, dweight)
         return total
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         dhidden, dweight = (None if gradient is None else gradient * dloss for gradient in ctx.gradients)
         return dhidden, dweight, None, None

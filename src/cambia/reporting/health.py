@@ -18,6 +18,8 @@ _EXACT = 1e-5
 """Relative logit error that rounding in float32 explains."""
 _COARSE = 3e-2
 """The same for bfloat16 and float16 weights."""
+_LITTLE, _MUCH = 0.05, 0.3
+"""Shares of what was learned on a task whose loss is little or much."""
 _FEWEST = 8
 """Logged steps of a task below which its trend is not judged."""
 
@@ -33,7 +35,7 @@ class Check:
 
 def check_health(run: Run) -> list[Check]:
     """Every question, answered from what the run recorded so far."""
-    return [_falling(run), _holds(run), _exact(run), _covered(run), _skipped(run)]
+    return [_falling(run), _holds(run), _kept(run), _exact(run), _covered(run), _skipped(run)]
 
 
 def _falling(run: Run) -> Check:
@@ -122,6 +124,32 @@ def _holds(run: Run) -> Check:
         "amber" if ratio <= 1.1 else "red",
         f"Not to the end: in {task!r} the validation loss rose again from {best:.3f} to {last:.3f} nats per "
         "token. The model memorizes: train fewer steps, or on more text.",
+    )
+
+
+def _kept(run: Run) -> Check:
+    question = "Was anything forgotten?"
+    if len(run.tasks) == 1:
+        return Check(question, "green", "There is one task, so nothing can be forgotten.")
+    metrics = run.transfer_metrics(run.split)
+    if metrics is None:
+        return Check(question, "amber", "Not known before every task was trained: nothing to do yet.")
+    shares = [
+        lost / max(learned, 1e-9) for lost, learned in zip(metrics.forgotten, metrics.learned, strict=True)
+    ]
+    worst = max(range(len(shares)), key=shares.__getitem__)
+    lost, learned = metrics.forgotten[worst], metrics.learned[worst]
+    if shares[worst] <= _LITTLE:
+        return Check(
+            question,
+            "green",
+            f"Hardly: of no task more than {_LITTLE:.0%} of what was learned is lost again. Nothing to do.",
+        )
+    return Check(
+        question,
+        "amber" if shares[worst] <= _MUCH else "red",
+        f"Yes: of the {learned:.2f} bits per byte learned on {metrics.tasks[worst]!r}, {lost:.2f} are lost again. "
+        "Show earlier tasks' text again with a higher --replay.fraction.",
     )
 
 

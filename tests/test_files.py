@@ -100,6 +100,7 @@ outcomes, number, code = [], 0, 9
 while code == 9:
     number += 1
     path = Path(sys.argv[1]) / str(number) / "ckpt"
+    path.parent.mkdir()
     if sys.argv[3] == "replacing":
         write(path, "old")
     child = os.fork()

@@ -29,7 +29,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("spring", "summer"):
         lines = [" ".join(chance.choices(words, k=12)) for _ in range(300)]
         (folder / "notes" / f"{name}.txt").write_text("\n\n".join(lines), encoding="utf-8")
-    rows = [{"instruction": f"Add {i} to {i + 1}.", "input": "", "output": f"{2 * i + 1}"} for i in range(600)]
+    rows = [
+        {"instruction": f"Add {i} to {i + 1}.", "input": "", "output": f"{2 * i + 1}"} for i in range(600)
+    ]
     text = "\n".join(json.dumps(row) for row in rows)
     (folder / "questions.jsonl").write_text(text, encoding="utf-8")
     for block in blocks(README):
@@ -49,7 +51,9 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _file_name(yaml: str) -> str:
     first = yaml.partition("\n")[0]
-    assert re.fullmatch(r"# \w+\.yaml", first), f"a YAML block begins with the name of its file, not {first!r}"
+    assert re.fullmatch(r"# \w+\.yaml", first), (
+        f"a YAML block begins with the name of its file, not {first!r}"
+    )
     return first[2:]
 
 
@@ -112,11 +116,20 @@ def _shorter(command: str) -> list[str]:
     words = words[1:]
     recipe = words.pop(0) if words and not words[0].startswith("-") else "first_growth"
     flags = {name: value for name, value in parse_flags(words).items() if name != "name"}
-    shorter = ["--training.epochs", "null", "--training.steps", "2", "--evaluation.max_bytes", "2000"]
+    lengths = {"epochs": "null", "steps": 2, "batch_size": 4, "sequence_length": 32}
+    shorter = [word for name, value in lengths.items() for word in (f"--training.{name}", str(value))]
+    shorter += ["--evaluation.max_bytes", "1000"]
     for i, task in enumerate(read_experiment(recipe, flags).data.tasks):
         if isinstance(task.source, EmbeddedSource):
             source = f"--data.tasks.{i}.source"
-            shorter += [f"{source}.type", "generated", f"{source}.seed", str(i), f"{source}.size_bytes", "30000"]
+            shorter += [
+                f"{source}.type",
+                "generated",
+                f"{source}.seed",
+                str(i),
+                f"{source}.size_bytes",
+                "30000",
+            ]
     return shorter
 
 
@@ -129,7 +142,9 @@ def _make(target: str) -> str:
     # An environment that is not there, so that make says all that it would do.
     command = ["make", "--dry-run", "--no-print-directory", "VENV=.not-there", target]
     environment = {**os.environ, "MAKEFLAGS": ""}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_make_does_what_the_plain_commands_do() -> None:

@@ -100,12 +100,8 @@ def run(
     folder = train(recipe or "first_growth", name=resume or name, resume=resume is not None, overrides=flags)
     finished = load_run(folder)
     write_report(finished)
-    console = _console()
-    print_summary(finished, console)
-    if finished.status != "finished":
-        console.print(f"Interrupted and saved. Go on with: cambia run --resume {folder.name}")
-        return 130
-    return 0
+    print_summary(finished, _console())
+    return 0 if finished.status == "finished" else 130
 
 
 def _recipe_and_flags(words: tuple[str, ...], parse: Any) -> tuple[str | None, dict[str, Any]]:

@@ -78,7 +78,7 @@ def _renamed(cls: type[Spelled], key: str) -> str:
 def resolve(name: str, registry: Mapping[str, str], family: str) -> type:
     """The class behind a short name of `registry` or behind ``"module:Name"``."""
     target = registry.get(name, name)
-    if ":" not in target:
+    if ":" not in target or target.startswith((":", ".")):
         raise ConfigError(
             f"{name!r} is no {family}{did_you_mean(name, registry)} (your own: 'package.module:Name')"
         )
@@ -87,14 +87,17 @@ def resolve(name: str, registry: Mapping[str, str], family: str) -> type:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         # A missing module *inside* the user's file is another error, and theirs to see.
-        if error.name is None or not module_name.startswith(error.name):
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise ConfigError(f"{target!r}: there is no module {module_name!r} on the Python path") from None
     if attribute not in vars(module):
         raise ConfigError(
             f"{target!r}: module {module_name!r} has no {attribute!r}{did_you_mean(attribute, vars(module))}"
         )
-    return getattr(module, attribute)
+    cls = vars(module)[attribute]
+    if not isinstance(cls, type):
+        raise ConfigError(f"{target!r} is a {type(cls).__name__}; expected a class, a {family}")
+    return cls
 
 
 def type_name(cls: type, registry: Mapping[str, str]) -> str:
@@ -103,7 +106,7 @@ def type_name(cls: type, registry: Mapping[str, str]) -> str:
     return next((name for name, value in registry.items() if value == target), target)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, as annotations with `| None` must be
 class Member:
     """Annotation of a field that holds one member of a family.
 
@@ -160,7 +163,12 @@ def build(cls: type[T], fields: Mapping[str, Any]) -> T:
         if key not in known:
             raise FieldError([key], f"is not a setting of {cls.__name__}{did_you_mean(str(key), known)}")
     if not dataclasses.is_dataclass(cls):
-        return cls(**fields)  # someone's own class: its constructor is its configuration
+        # Someone's own class: its constructor is its configuration.
+        try:
+            inspect.signature(cls).bind(**fields)
+        except TypeError as error:
+            raise FieldError([], f"{cls.__name__} is {error}") from None
+        return cls(**fields)
     hints = get_type_hints(cls, include_extras=True)
     ready = {key: _build_inside(hints[key], value, [key]) for key, value in fields.items()}
     try:
@@ -174,12 +182,20 @@ def _build_inside(annotation: Any, value: Any, path: list[str | int]) -> Any:
     if isinstance(value, list) and get_origin(annotation) is list:
         (inner,) = get_args(annotation)
         return [_build_inside(inner, item, [*path, i]) for i, item in enumerate(value)]
+    if isinstance(value, bool) and _mentions(annotation, int, float) and not _mentions(annotation, bool):
+        # pydantic takes true for 1, and a flag whose value was forgotten is true.
+        raise FieldError(path, f"expected a number, got {value!r}")
     if isinstance(value, Mapping) and dataclasses.is_dataclass(annotation):
         try:
             return build(annotation, value)  # type: ignore[arg-type]
         except FieldError as error:
             raise FieldError([*path, *error.path], error.problem) from None
     return value
+
+
+def _mentions(annotation: Any, *kinds: type) -> bool:
+    """Whether a type, or one inside its brackets, is one of these."""
+    return annotation in kinds or any(_mentions(inner, *kinds) for inner in get_args(annotation))
 
 
 def field_names(cls: type) -> list[str]:
@@ -241,7 +257,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from None
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-99-99 looks like a date and is none
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
@@ -268,7 +284,7 @@ def parse_flags(tokens: Sequence[str]) -> dict[str, Any]:
             text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         try:
             flags[name.replace("-", "_")] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             flags[name.replace("-", "_")] = text
     return flags
 
@@ -312,7 +328,7 @@ def _set(node: Any, parts: list[str], value: Any, name: str) -> None:
 
 
 def _index(part: str, items: list[Any], name: str, place: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
+    if not part.isdecimal() or int(part) >= len(items):
         upto = f"0 to {len(items) - 1}" if items else "none: the list is empty"
         raise ConfigError(f"--{name}: {place} is a list, its entries are {upto}, got {part!r}")
     return int(part)

@@ -17,6 +17,7 @@ the length of every log, and a resumed run first cuts the logs back to it.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import fcntl
@@ -122,10 +123,12 @@ class RunWriter:
         self._logs: dict[str, io.TextIOWrapper] = {}
 
     def close(self) -> None:
-        for log in self._logs.values():
-            log.close()
-        self._logs.clear()
-        self._lock.close()
+        # Closing a log writes what is left of it, and everything is closed even where the disk is full.
+        with files.one_line_when_full(self.folder), contextlib.ExitStack() as everything:
+            everything.callback(self._lock.close)
+            for log in self._logs.values():
+                everything.callback(log.close)
+            self._logs = {}
 
     def write_config(self, tree: Mapping[str, Any], yaml_text: str) -> None:
         files.write_text(self.folder / CONFIG_YAML, yaml_text)

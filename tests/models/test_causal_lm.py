@@ -247,7 +247,7 @@ def test_gradient_checkpointing() -> None:
     model(ids, labels=ids).loss.backward()
     plain = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model(ids, labels=ids).loss.backward()
     for parameter, expected in zip(model.parameters(), plain, strict=True):
         assert torch.equal(parameter.grad, expected)
@@ -282,6 +282,7 @@ def test_torch_compile() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 def test_lora_on_all_linear_layers() -> None:
     model, ids = uneven(), tokens()
     before = model(ids).logits

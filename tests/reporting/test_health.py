@@ -78,7 +78,7 @@ def test_forgetting_is_told_with_what_was_learned(make_run: Make, loss: float, l
 
 def test_forgetting_is_not_judged_too_early(make_run: Make) -> None:
     assert "nothing can be forgotten" in checks(make_run, tasks=["one"], growth_steps=())[KEPT].sentence
-    assert checks(make_run, summary=None, stop_at=90)[KEPT].level == "amber"
+    assert checks(make_run, name="going", summary=None, stop_at=90)[KEPT].level == "amber"
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,8 @@ def test_the_matrix_shows_the_runs_numbers_and_marks_the_diagonal(make_run: Make
         "5.810",
         "6.490",
         "6.130",
-        "0.320",
-        "0.160",
+        "0.200",
+        "0.100",
         "0.000",
     ]
 

@@ -341,6 +341,7 @@ def _data_summary(stream: Stream) -> dict[str, Any]:
         rows.append(
             {
                 "name": task.name,
+                "source": _described(task),
                 **{f"{split}_bytes": file.num_bytes for split, file in splits.items()},
                 "documents": sum(file.num_documents for file in splits.values()),
             }
@@ -349,6 +350,13 @@ def _data_summary(stream: Stream) -> dict[str, Any]:
         if fallback:
             notes.append(f"{task.name}: {fallback}")
     return {"tasks": [task.name for task in stream.tasks], "data": rows, "notes": notes}
+
+
+def _described(task: Task) -> str:
+    """A source in a few words: its type and what it was given."""
+    source = task.corpus.summary["configuration"]["source"]
+    known = ("type", "domain", "task", "dataset", "path")
+    return " ".join(str(source[key]) for key in known if isinstance(source.get(key), str))
 
 
 def _provenance(experiment: Experiment) -> dict[str, Any]:
@@ -361,11 +369,24 @@ def _provenance(experiment: Experiment) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
         "machine": {
-            "cpu": platform.processor() or platform.machine(),
+            "cpu": _cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "device": str(find_device(experiment.device)),
             "platform": platform.platform(),
         },
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([_program(), *sys.argv[1:]]),
     }
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "python -m cambia" if name == "__main__.py" else name
+
+
+def _cpu_name() -> str:
+    """The processor's name; on Linux platform.processor() only tells the kind."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

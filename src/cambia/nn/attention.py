@@ -97,33 +97,38 @@ class CausalAttention(nn.Module):
             past_key_values: keys and values of earlier positions; the new ones are added to it.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
-        query = rotate(self.q_proj(x).view(heads), *rotary)  # (B, T, H, D) -> (B, H, T, D)
-        key = rotate(self.k_proj(x).view(heads), *rotary)  # (B, K, T, D)
-        value = self.v_proj(x).view(heads)  # (B, K, T, D)
-        if past_key_values is None and attention_mask is None:
-            return self.o_proj(causal_attention(query, key, value, scale=self.scaling).flatten(2))
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        query = rotate(self.q_proj(x).view(heads), *rotary)  # (B, T, H, D)
+        key = rotate(self.k_proj(x).view(heads), *rotary)  # (B, T, K, D)
+        value = self.v_proj(x).view(heads)  # (B, T, K, D)
+        dropout = self.dropout if self.training else 0.0
+        if attention_mask is None and past_key_values is None and not dropout:
+            mixed = causal_attention(query, key, value, scale=self.scaling)  # (B, T, H, D)
+            return self.o_proj(mixed.flatten(2))  # (B, T, H D) -> (B, T, C)
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # (B, H or K, T, D)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, K, S, D)
-        mixed = self._attend(query, key, value, attention_mask)  # (B, H, T, D)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, T, H D) -> (B, T, C)
+        mixed = self._attend(query, key, value, attention_mask, dropout)  # (B, H, T, D)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
+    ) -> Tensor:
+        """The general case: padding, cached keys, dropout."""
         length = query.shape[2]
         is_causal = mask is None and length > 1  # a single new token sees all keys
         if is_causal:
             # More keys than queries without a mask: a preallocated cache being filled, empty beyond `length`.
             key, value = key[:, :, :length], value[:, :, :length]
-        groups = self.num_heads // self.num_kv_heads
-        if mask is not None and groups > 1:
+        shared = self.num_heads // self.num_kv_heads
+        if mask is not None and shared > 1:
             # With a mask, CUDA has no grouped kernel that is also memory-efficient.
-            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+            key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout,
             is_causal=is_causal,
             scale=self.scaling,
             enable_gqa=key.shape[1] != query.shape[1],

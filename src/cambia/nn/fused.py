@@ -46,9 +46,13 @@ def is_fusable(x: Tensor) -> bool:
     return (
         x.dtype in (torch.float32, torch.float64)
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled(x.device.type)
+        and not _under_autocast(x.device)
         and not torch._C._are_functorch_transforms_active()  # autograd.Function.apply asks the same question
     )
+
+
+def _under_autocast(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -344,12 +348,11 @@ def linear_cross_entropy(
     targets = targets.flatten().to(hidden.device)
     if num_items is None:
         num_items = (targets != IGNORE_INDEX).sum()
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    with torch.autocast(device, enabled=False):
-        # A fresh grad mode is entered inside forward, so whether gradients are wanted is asked here.
-        wants = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
-        return _LinearCrossEntropy.apply(rows.to(dtype), weight.to(dtype), targets, wants) / num_items
+    device = hidden.device
+    dtype = torch.get_autocast_dtype(device.type) if _under_autocast(device) else hidden.dtype
+    # Inside forward gradients are always off, so whether they are wanted is asked here.
+    wants = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
+    return _LinearCrossEntropy.apply(rows.to(dtype), weight.to(dtype), targets, wants) / num_items
 
 
 def chunk_rows(vocabulary: int, itemsize: int, device: torch.device) -> int:

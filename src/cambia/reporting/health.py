@@ -148,8 +148,8 @@ def _kept(run: Run) -> Check:
     return Check(
         question,
         "amber" if shares[worst] <= _MUCH else "red",
-        f"Yes: of the {learned:.2f} bits per byte learned on {metrics.tasks[worst]!r}, {lost:.2f} are lost again. "
-        "Show earlier tasks' text again with a higher --replay.fraction.",
+        f"Yes: of the {learned:.2f} bits per byte learned on {metrics.tasks[worst]!r}, {lost:.2f} are lost "
+        "again. Show earlier tasks' text again with a higher --replay.fraction.",
     )
 
 

@@ -1,4 +1,4 @@
-"""What the tests of README and docs share: the blocks of a page, and the command line without a new process."""
+"""What the tests of README and docs share: the blocks of a page, the command line in this process."""
 
 from __future__ import annotations
 

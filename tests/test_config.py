@@ -118,7 +118,9 @@ def test_what_was_dumped_builds_the_same_again() -> None:
     assert build(Book, plain) == book
     assert build(Book, yaml.safe_load(to_yaml(plain))) == book
     assert list(plain) == ["name", "page", "steps", "cover", "seal"], "in the order of the fields"
-    assert plain["steps"][0]["draw"] == {"type": "circle", "size": 4, "fill": "none"}, "no state, no old spellings"
+    assert plain["steps"][0]["draw"] == {"type": "circle", "size": 4, "fill": "none"}, (
+        "no state, no old spellings"
+    )
 
 
 @given(
@@ -158,15 +160,33 @@ def test_a_member_may_be_left_out_or_named_alone() -> None:
         ({"nmae": "x"}, "nmae: is not a setting of Book; did you mean 'name'?"),
         ({"zzz": 1}, "zzz: is not a setting of Book; known are cover, name, page, seal, steps"),
         ({"page": {"widht": 1}}, "page.widht: is not a setting of Page; did you mean 'width'?"),
-        ({"steps": [{"draw": "circle"}, {"draw": "circle", "time": 1}]}, "steps.1.time: is not a setting of Step"),
-        ({"steps": [{"draw": {"type": "circle", "sise": 1}}]}, "steps.0.draw.sise: is not a setting of Circle"),
-        ({"steps": [{"draw": {"type": "circel"}}]}, "steps.0.draw.type: 'circel' is no shape; did you mean 'circle'?"),
+        (
+            {"steps": [{"draw": "circle"}, {"draw": "circle", "time": 1}]},
+            "steps.1.time: is not a setting of Step",
+        ),
+        (
+            {"steps": [{"draw": {"type": "circle", "sise": 1}}]},
+            "steps.0.draw.sise: is not a setting of Circle",
+        ),
+        (
+            {"steps": [{"draw": {"type": "circel"}}]},
+            "steps.0.draw.type: 'circel' is no shape; did you mean 'circle'?",
+        ),
         ({"steps": [{"draw": "circel"}]}, "steps.0.draw.type: 'circel' is no shape"),
-        ({"steps": [{"draw": {"size": 1}}]}, "steps.0.draw.type: is missing; it picks the shape: circle, square"),
+        (
+            {"steps": [{"draw": {"size": 1}}]},
+            "steps.0.draw.type: is missing; it picks the shape: circle, square",
+        ),
         ({"steps": [{}]}, "steps.0.draw: is missing"),
-        ({"steps": [{"draw": {"type": "circle", "r": 1}}]}, "steps.0.draw.r: r of Circle is called 'size' here"),
+        (
+            {"steps": [{"draw": {"type": "circle", "r": 1}}]},
+            "steps.0.draw.r: r of Circle is called 'size' here",
+        ),
         ({"steps": [{"draw": {"type": "circle", "drawn": 1}}]}, "drawn: is not a setting of Circle"),
-        ({"cover": {"type": "circle", "fill": "sold"}}, "cover.fill: input should be 'none' or 'solid', got 'sold'"),
+        (
+            {"cover": {"type": "circle", "fill": "sold"}},
+            "cover.fill: input should be 'none' or 'solid', got 'sold'",
+        ),
         ({"cover": {"size": 0}}, "cover.size: input should be greater than 0, got 0"),
         ({"cover": 3}, "cover: expected a shape as a mapping with type:, got 3"),
         ({"cover": None}, "cover: expected a shape as a mapping with type:, got None"),
@@ -355,7 +375,9 @@ def test_numbers_may_be_written_as_people_write_them(tmp_path: Path) -> None:
 
 # ---- flags ---------------------------------------------------------------------------------------
 
-NAMES = st.lists(st.text(string.ascii_lowercase + "_", min_size=1, max_size=5), min_size=1, max_size=3).map(".".join)
+NAMES = st.lists(st.text(string.ascii_lowercase + "_", min_size=1, max_size=5), min_size=1, max_size=3).map(
+    ".".join
+)
 VALUES = (
     st.none()
     | st.booleans()
@@ -367,8 +389,7 @@ VALUES = (
 
 
 def test_flags_are_read_as_yaml() -> None:
-    tokens = "--a.b 3 --c=[1, 2] --d --e -4 --f-g=x=y --h=".split(" ")
-    tokens[2:4] = ["--c=[1, 2]"]
+    tokens = ["--a.b", "3", "--c=[1, 2]", "--d", "--e", "-4", "--f-g=x=y", "--h="]
     assert parse_flags(tokens) == {"a.b": 3, "c": [1, 2], "d": True, "e": -4, "f_g": "x=y", "h": None}
     assert parse_flags([]) == {}
 
@@ -430,7 +451,9 @@ def test_an_index_that_is_not_there_is_one_line(part: str) -> None:
 
 
 def test_a_path_through_a_single_value_or_an_empty_list_is_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"--page\.sizes\.0\.x: page\.sizes\.0 is a single value, it has no 'x'"):
+    with pytest.raises(
+        ConfigError, match=r"--page\.sizes\.0\.x: page\.sizes\.0 is a single value, it has no 'x'"
+    ):
         apply_overrides(TREE, {"page.sizes.0.x": 1})
     with pytest.raises(ConfigError, match="none: the list is empty"):
         apply_overrides({"steps": []}, {"steps.0": 1})
@@ -451,10 +474,14 @@ def test_another_type_drops_the_old_members_settings(order: int) -> None:
         st.sampled_from("ab"),
         st.recursive(
             st.none() | st.integers() | st.sampled_from(["x", "y"]),
-            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "b", "type"]), inner),
+            lambda inner: (
+                st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "b", "type"]), inner)
+            ),
         ),
     ),
-    path=st.lists(st.sampled_from(["a", "b", "type", "0", "1", "9", ""]), min_size=1, max_size=4).map(".".join),
+    path=st.lists(st.sampled_from(["a", "b", "type", "0", "1", "9", ""]), min_size=1, max_size=4).map(
+        ".".join
+    ),
 )
 def test_an_override_lands_or_is_one_line(tree: dict[str, Any], path: str) -> None:
     before = copy.deepcopy(tree)

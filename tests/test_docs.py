@@ -1,4 +1,4 @@
-"""The pages in docs/ agree with the code: names exist, citations match, messages are what the program says."""
+"""The pages in docs/ agree with the code: names exist, citations match, messages are what it says."""
 
 from __future__ import annotations
 

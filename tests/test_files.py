@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -129,7 +130,9 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_whole(what: str, tmp_pat
     assert len(recovered) > 8
     turn = recovered.index("new")
     assert recovered == [before] * turn + ["new"] * (len(recovered) - turn)
-    assert all(found in (before, "new", None) for found, _, _ in outcomes), "never a mixture, even unrecovered"
+    assert all(found in (before, "new", None) for found, _, _ in outcomes), (
+        "never a mixture, even unrecovered"
+    )
     assert sum(found is None for found, _, _ in outcomes if before) <= 1, "one moment between two renames"
     for _, after, names in outcomes:
         assert names == ([] if after is None else ["ckpt"]), "nothing is left lying about"
@@ -149,10 +152,8 @@ def test_a_failure_at_any_moment_needs_no_recovery(
         write(path, "old")
         with monkeypatch.context() as patch:
             calls = failing_at(number, fail, patch)
-            try:
+            with contextlib.suppress(OSError, KeyboardInterrupt):
                 write(path, "new")
-            except (OSError, KeyboardInterrupt):
-                pass
         if len(calls) < number:
             break
         seen.append(content(path))
@@ -243,7 +244,9 @@ def test_a_manifest_cut_short_is_one_line(ckpt: Path) -> None:
         problem(ckpt)
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "null", '{"format_version": 1}', '{"format_version": 1, "sha256": [1]}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "3", "null", '{"format_version": 1}', '{"format_version": 1, "sha256": [1]}']
+)
 def test_a_manifest_of_another_form_is_one_line(ckpt: Path, text: str) -> None:
     (ckpt / files.MANIFEST).write_text(text)
     problem(ckpt)

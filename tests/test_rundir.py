@@ -46,7 +46,9 @@ def finished(folder: Path, **logs: list[dict[str, Any]]) -> RunReader:
 
 def test_a_taken_name_is_refused_unless_it_is_resumed(runs: Path) -> None:
     started(runs / "first").close()
-    with pytest.raises(RunError, match="'first' exists already.*--resume first.*another --name.*cambia runs delete"):
+    with pytest.raises(
+        RunError, match=r"'first' exists already.*--resume first.*another --name.*cambia runs delete"
+    ):
         RunWriter(runs / "first")
     RunWriter(runs / "first", resume=True).close()
 
@@ -113,10 +115,10 @@ def test_runs_are_found_by_name_and_by_path(runs: Path, monkeypatch: pytest.Monk
 
 
 def test_a_run_that_is_not_there_is_answered_with_the_nearest(runs: Path) -> None:
-    with pytest.raises(RunError, match="no run 'frist'.*`cambia runs list` shows"):
+    with pytest.raises(RunError, match=r"no run 'frist'.*`cambia runs list` shows"):
         find_run("frist")
     started(runs / "first").close()
-    with pytest.raises(RunError, match="no run 'frist'.*did you mean 'first'"):
+    with pytest.raises(RunError, match=r"no run 'frist'.*did you mean 'first'"):
         find_run("frist")
     with pytest.raises(RunError, match="no run"):
         RunReader("quite another")
@@ -148,7 +150,9 @@ def test_rows_come_back_to_the_last_bit(rows: list[tuple[Any, Any]], tmp_path_fa
     written = [{"step": i, "one": one, "two": two} for i, (one, two) in enumerate(rows)]
     read = finished(folder, metrics=written).rows(rundir.METRICS)
     assert read == written
-    assert [[type(v) for v in row.values()] for row in read] == [[type(v) for v in row.values()] for row in written]
+    assert [[type(v) for v in row.values()] for row in read] == [
+        [type(v) for v in row.values()] for row in written
+    ]
 
 
 def test_what_is_not_a_number_is_read_as_such(runs: Path) -> None:
@@ -278,7 +282,9 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, []), (2, [10, 100]), (9, [2, 9, 10, 100])])
-def test_the_newest_checkpoints_stay_by_number_not_by_letter(runs: Path, count: int, expected: list[int]) -> None:
+def test_the_newest_checkpoints_stay_by_number_not_by_letter(
+    runs: Path, count: int, expected: list[int]
+) -> None:
     run = started(runs / "x")
     for step in (9, 100, 2, 10):
         checkpoint(run, rundir.checkpoint_step_name(step))

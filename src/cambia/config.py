@@ -207,7 +207,10 @@ def field_names(cls: type) -> list[str]:
 
 
 def _first_problem(error: ValidationError) -> FieldError:
-    problem = error.errors()[0]
+    problems = error.errors()
+    # Of a union's members, the one that got furthest is what was meant.
+    first = problems[0]["loc"][:1]
+    problem = max((p for p in problems if p["loc"][:1] == first), key=lambda p: len(p["loc"]))
     cause = problem.get("ctx", {}).get("error")
     # pydantic names the tried type inside unions ("int", "list[int]"); a reader wants only the place.
     path = [part for part in problem["loc"] if isinstance(part, int) or part.isidentifier()]

@@ -34,7 +34,7 @@ def continue_text(
     """The continuation of each prompt, without the prompt.
 
     Args:
-        max_new_tokens: stop after this many, or at the model's end-of-text token.
+        max_new_tokens: stop after this many, or at the model's (or else the tokenizer's) end-of-text token.
         temperature: divides the logits before sampling; 0 always takes the likeliest token.
         top_p: sample from the likeliest tokens whose probabilities add up to this.
         seed: the same seed, prompts and model give the same texts.
@@ -43,12 +43,14 @@ def continue_text(
         ConfigError: a setting is out of range, or a prompt has no token.
     """
     if temperature < 0:
-        raise ConfigError(f"temperature={temperature} is negative; use 0 for the likeliest token, 1 for the model's own odds")
+        raise ConfigError(
+            f"temperature={temperature} is negative; use 0 for the likeliest token, 1 for the model's odds"
+        )
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p={top_p} is not a share; use a number above 0 and at most 1")
     if not prompts:
         return []
-    ends = _end_tokens(model)
+    ends = _end_tokens(model, tokenizer)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # masked, so any id will do
     input_ids, attention_mask = _left_padded(tokenizer, prompts, padding)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -63,7 +65,7 @@ def continue_text(
     try:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            tokens = model.generate(
+            tokens = model.generate(  # ty: ignore[not-callable]
                 input_ids.to(model.device),
                 attention_mask=attention_mask.to(model.device),
                 generation_config=settings,
@@ -71,7 +73,7 @@ def continue_text(
     finally:
         model.train(was_training)
     new = tokens[:, input_ids.shape[1] :].tolist()
-    return [tokenizer.decode(_before_end(row, ends), skip_special_tokens=True) for row in new]
+    return [str(tokenizer.decode(_before_end(row, ends), skip_special_tokens=True)) for row in new]
 
 
 def _left_padded(
@@ -88,8 +90,10 @@ def _left_padded(
     return input_ids, attention_mask
 
 
-def _end_tokens(model: PreTrainedModel) -> list[int]:
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
     if ends is None:
         return []
     return list(ends) if isinstance(ends, list) else [ends]

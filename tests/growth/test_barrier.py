@@ -227,7 +227,9 @@ def test_new_units_are_no_clones(family: str) -> None:
     trained(model, optimizer)
     for layer in model.model.layers:
         # One row per unit: all that makes it and all that it says.
-        units = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, layer.mlp.down_proj.weight.T], 1)
+        units = torch.cat(
+            [layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, layer.mlp.down_proj.weight.T], 1
+        )
         assert len(units.unique(dim=0)) == len(units) == 26
 
 
@@ -370,7 +372,10 @@ def test_a_holder_of_ones_own_is_told_of_every_change() -> None:
 
         def prepare(self, changes: Any) -> Callable[[], None]:
             grown = {
-                id(c.new): (c.new, c.lineage.carry(self.kept[id(c.old)][1], power=1) if c.old is not None else c.new)
+                id(c.new): (
+                    c.new,
+                    c.lineage.carry(self.kept[id(c.old)][1], power=1) if c.old is not None else c.new,
+                )
                 for c in changes
             }
             gone = {id(c.old) for c in changes}
@@ -383,7 +388,9 @@ def test_a_holder_of_ones_own_is_told_of_every_change() -> None:
     grow(model, *BOTH, holders=[averages])
     assert averages.kept.keys() == {id(p) for p in model.parameters()}
     assert all(mean.shape == p.shape for p, mean in averages.kept.values())
-    grown = next(layer for layer in model.model.layers if torch.equal(layer.mlp.gate_proj.weight[:20], before))
+    grown = next(
+        layer for layer in model.model.layers if torch.equal(layer.mlp.gate_proj.weight[:20], before)
+    )
     mean = averages.kept[id(grown.mlp.gate_proj.weight)][1]
     assert torch.equal(mean[:20], 0.5 * before)
 

@@ -150,7 +150,9 @@ def test_random_layers_are_new_and_copies_are_copies(family: str) -> None:
     for initial in ("copy", "random"):
         model = tiny(family, attention_bias=True, mlp_bias=True, initializer_range=0.05)
         grow(model, AddLayers(add=1, where="append", initial=initial))
-        old, new = (dict(layer.named_parameters()) for layer in (model.model.layers[1], model.model.layers[2]))
+        old, new = (
+            dict(layer.named_parameters()) for layer in (model.model.layers[1], model.model.layers[2])
+        )
         for name, parameter in new.items():
             if "o_proj" in name or "down_proj" in name:
                 assert not parameter.any()

@@ -14,7 +14,9 @@ from cambia.nn.param_map import NEW, AxisMap, Fill, ParamMap, TensorMap, lineage
 def axis_maps(draw: st.DrawFn, size: int) -> AxisMap:
     """Any order, repetition and scale of old positions, with new ones in between."""
     index = draw(st.lists(st.integers(NEW, size - 1), min_size=1, max_size=7))
-    scale = draw(st.none() | st.lists(st.sampled_from([0.25, 1.0, 2.0]), min_size=len(index), max_size=len(index)))
+    scale = draw(
+        st.none() | st.lists(st.sampled_from([0.25, 1.0, 2.0]), min_size=len(index), max_size=len(index))
+    )
     return AxisMap(torch.tensor(index), None if scale is None else torch.tensor(scale, dtype=torch.float64))
 
 
@@ -58,7 +60,10 @@ def test_values_keep_the_old_and_draw_the_new() -> None:
     assert torch.equal(values[:3], old)
     assert torch.equal(values, tensor_map.values(old, seed=1))
     assert not torch.equal(values[3:], tensor_map.values(old, seed=2)[3:])
-    assert torch.equal(TensorMap("w", {0: AxisMap.lengthened(3, 6)}, fill=Fill.ones()).values(old, seed=1)[3:], torch.ones(3, 5))
+    assert torch.equal(
+        TensorMap("w", {0: AxisMap.lengthened(3, 6)}, fill=Fill.ones()).values(old, seed=1)[3:],
+        torch.ones(3, 5),
+    )
     assert not TensorMap("w", {0: AxisMap.lengthened(3, 6)}).values(old, seed=1)[3:].any()
 
 
@@ -123,8 +128,18 @@ def test_a_sibling_is_called_by_its_name_before_all_steps() -> None:
         ),
     ]
     found = lineages(steps, ["a", "b", "c", "d"])
-    assert {name: lineage.sibling for name, lineage in found.items()} == {"a": "a", "b": "a", "c": "a", "d": "a"}
-    assert {name: lineage.origin for name, lineage in found.items()} == {"a": None, "b": "a", "c": None, "d": None}
+    assert {name: lineage.sibling for name, lineage in found.items()} == {
+        "a": "a",
+        "b": "a",
+        "c": "a",
+        "d": "a",
+    }
+    assert {name: lineage.origin for name, lineage in found.items()} == {
+        "a": None,
+        "b": "a",
+        "c": None,
+        "d": None,
+    }
 
 
 def test_random_values_differ_by_name() -> None:

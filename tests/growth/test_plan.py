@@ -48,7 +48,11 @@ def test_a_model_without_memory_can_be_planned(family: str) -> None:
 
 def test_a_large_model_is_planned_without_its_memory() -> None:
     config = LlamaConfig(
-        vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=4, num_attention_heads=32
+        vocab_size=32_000,
+        hidden_size=4096,
+        intermediate_size=11_008,
+        num_hidden_layers=4,
+        num_attention_heads=32,
     )
     plan = plan_growth(on_meta(LlamaForCausalLM, config), WidenFFN(factor=2), AddLayers(factor=2))
     assert plan.parameters_after > 2e9
@@ -121,7 +125,13 @@ GATE = "model.layers.0.mlp.gate_proj.weight"
         Wrong(None, {"intermediate_size": 23}),
         Wrong({"model.norm.weight": TensorMap(None, shape=(25,))}),
     ],
-    ids=["longer than the config says", "forgotten", "surplus", "config without map", "fresh in a wrong shape"],
+    ids=[
+        "longer than the config says",
+        "forgotten",
+        "surplus",
+        "config without map",
+        "fresh in a wrong shape",
+    ],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_maps_must_give_exactly_the_grown_models_tensors(family: str, operator: Operator) -> None:

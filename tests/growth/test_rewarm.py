@@ -17,8 +17,16 @@ from cambia.training.optim import load_optimizer_state, optimizer_state
 from tests.conftest import tiny
 
 GATE, UP, DOWN = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
-NEW = {GATE: (slice(20, None), slice(None)), UP: (slice(20, None), slice(None)), DOWN: (slice(None), slice(20, None))}
-OLD = {GATE: (slice(None, 20), slice(None)), UP: (slice(None, 20), slice(None)), DOWN: (slice(None), slice(None, 20))}
+NEW = {
+    GATE: (slice(20, None), slice(None)),
+    UP: (slice(20, None), slice(None)),
+    DOWN: (slice(None), slice(20, None)),
+}
+OLD = {
+    GATE: (slice(None, 20), slice(None)),
+    UP: (slice(None, 20), slice(None)),
+    DOWN: (slice(None), slice(None, 20)),
+}
 KINDS: dict[str, Callable[..., Optimizer]] = {
     "loop": lambda params, **kw: AdamW(params, lr=0.01, foreach=False, **kw),
     "foreach": lambda params, **kw: AdamW(params, lr=0.01, foreach=True, **kw),
@@ -126,7 +134,9 @@ def test_a_warm_up_goes_on_through_a_second_growth() -> None:
         grow(model, WidenFFN(add=3), optimizer=optimizer, holders=holders)
         for number in range(2):
             step(model, optimizer, number)
-        grow(model, WidenFFN(add=2), AddLayers(add=1, where="interpose"), optimizer=optimizer, holders=holders)
+        grow(
+            model, WidenFFN(add=2), AddLayers(add=1, where="interpose"), optimizer=optimizer, holders=holders
+        )
         before = values(model)
         step(model, optimizer, 2)
         moved.append({name: value - before[name] for name, value in values(model).items()})

@@ -165,7 +165,10 @@ class Run:
             self.manager.step(Signals(step=step, tokens=step * 39, values=values))
 
     def save(self, folder: Path) -> None:
-        state = {"growth": self.manager.state_dict(), "optimizer": optimizer_state(self.optimizer, self.model)}
+        state = {
+            "growth": self.manager.state_dict(),
+            "optimizer": optimizer_state(self.optimizer, self.model),
+        }
         save_checkpoint(folder, model=self.model, state=state)
         lines = [json.dumps(event.as_dict()) for event in self.manager.history]
         (folder.parent / "growth.jsonl").write_text("\n".join(lines))
@@ -174,7 +177,10 @@ class Run:
     def resumed(cls, folder: Path) -> Run:
         run = cls(load_model(folder).train())
         state = load_state(folder)
-        events = [GrowthEvent(**json.loads(line)) for line in (folder.parent / "growth.jsonl").read_text().splitlines()]
+        events = [
+            GrowthEvent(**json.loads(line))
+            for line in (folder.parent / "growth.jsonl").read_text().splitlines()
+        ]
         load_optimizer_state(run.optimizer, run.model, state["optimizer"])
         run.manager.load_state_dict(state["growth"], events)
         return run
@@ -189,7 +195,9 @@ def uninterrupted() -> Run:
 
 
 @pytest.mark.parametrize("killed_after", [2, 3, 6, 7, 8, 11])
-def test_a_manager_goes_on_as_if_it_had_never_stopped(killed_after: int, uninterrupted: Run, tmp_path: Path) -> None:
+def test_a_manager_goes_on_as_if_it_had_never_stopped(
+    killed_after: int, uninterrupted: Run, tmp_path: Path
+) -> None:
     first = Run(tiny("cambia"))
     first.train(1, killed_after)
     first.save(tmp_path / "latest")

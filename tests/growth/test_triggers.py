@@ -28,7 +28,9 @@ def at(step: int, **known: Any) -> Signals:
     return Signals(step=step, **known)
 
 
-def measured(step: int, loss: float, *, taken_at: int | None = None, name: str = "validation_loss") -> Signals:
+def measured(
+    step: int, loss: float, *, taken_at: int | None = None, name: str = "validation_loss"
+) -> Signals:
     return Signals(step=step, values={name: Measured(loss, step if taken_at is None else taken_at)})
 
 
@@ -179,7 +181,9 @@ def test_patience_must_be_positive() -> None:
     with pytest.raises(ConfigError, match="patience=0 must be at least 1 measurement"):
         PlateauTrigger(patience=0)
     with pytest.raises(ConfigError, match=r"when\.patience"):
-        build(GrowthRule, {"when": {"type": "plateau", "patience": 0}, "then": {"type": "widen_ffn", "add": 1}})
+        build(
+            GrowthRule, {"when": {"type": "plateau", "patience": 0}, "then": {"type": "widen_ffn", "add": 1}}
+        )
 
 
 # ---- one's own, and configuration ----------------------------------------------------------------

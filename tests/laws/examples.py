@@ -35,10 +35,10 @@ def choices(hint: Any) -> tuple[Any, ...]:
     return tuple(itertools.chain.from_iterable(choices(member) for member in get_args(hint)))
 
 
-def forms(cls: type[Operator]) -> list[Operator]:
+def forms(cls: type[Operator], amounts: list[dict[str, Any]]) -> list[Operator]:
     """An operator in every form that its fields allow."""
     hints = get_type_hints(cls)
-    amounts = AMOUNTS if issubclass(cls, Amount) else [{}]
+    amounts = amounts if issubclass(cls, Amount) else [{}]
     listed: dict[str, tuple[Any, ...]] = {}
     for field in dataclasses.fields(cls):
         if field.name in ("factor", "add", "to"):
@@ -46,7 +46,9 @@ def forms(cls: type[Operator]) -> list[Operator]:
         if values := choices(hints[field.name]):
             listed[field.name] = values
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise TypeError(f"{cls.__name__}.{field.name} has no default: say here how the laws should set it")
+            raise TypeError(
+                f"{cls.__name__}.{field.name} has no default: say here how the laws should set it"
+            )
     return [
         cls(**amount, **dict(zip(listed, values, strict=True)))
         for values in itertools.product(*listed.values())
@@ -54,9 +56,15 @@ def forms(cls: type[Operator]) -> list[Operator]:
     ]
 
 
-EVERY = [form for name in OPERATORS for form in forms(resolve(name, OPERATORS, "operator"))]
+def every(amounts: list[dict[str, Any]]) -> list[Operator]:
+    """Every operator in every form."""
+    return [form for name in OPERATORS for form in forms(resolve(name, OPERATORS, "operator"), amounts)]
+
+
+EVERY = every(AMOUNTS[:1])
 EXACT = [form for form in EVERY if form.contract.exactness == "tolerance"]
 JUMPING = [form for form in EVERY if form.contract.exactness == "none"]
+EXACT_BY_ANY_AMOUNT = [form for form in every(AMOUNTS) if form.contract.exactness == "tolerance"]
 
 
 def told(operator: Operator) -> str:

@@ -14,6 +14,7 @@ from cambia.models.architectures import ARCHITECTURES
 from tests.conftest import tiny
 from tests.laws.examples import (
     EXACT,
+    EXACT_BY_ANY_AMOUNT,
     FAMILIES,
     JUMPING,
     TOLERANCE,
@@ -67,7 +68,12 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-@given(sizes=shapes(), events=st.lists(st.lists(st.sampled_from(EXACT), min_size=1, max_size=3), min_size=1, max_size=2))
+@given(
+    sizes=shapes(),
+    events=st.lists(
+        st.lists(st.sampled_from(EXACT_BY_ANY_AMOUNT), min_size=1, max_size=3), min_size=1, max_size=2
+    ),
+)
 def test_any_growths_of_any_shape_are_exact(
     family: str, dtype: torch.dtype, sizes: dict[str, Any], events: list[list[Operator]]
 ) -> None:

@@ -110,7 +110,7 @@ def test_zeros_on_both_sides_are_exact_and_dead_forever() -> None:
 
 
 def test_zero_gains_are_exact_and_leave_the_feed_forward_dead() -> None:
-    """A gated unit at zero input has no slope, so nothing in that FFN, its norm's gain included, ever moves."""
+    """A gated unit at zero input has no slope: nothing in that FFN, its norm's gain included, ever moves."""
     model = tiny("llama", torch.float64)
     asleep = asleep_after(model, (ZeroGains(),), 10)
     for name in ("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):

@@ -69,7 +69,9 @@ def positions(lineage: Any, old: Tensor) -> Tensor:
     return lineage.carry(numbered, power=0, new=-1.0).long()
 
 
-def check_everything_is_remembered(model: PreTrainedModel, optimizer: Optimizer, *operators: Operator) -> None:
+def check_everything_is_remembered(
+    model: PreTrainedModel, optimizer: Optimizer, *operators: Operator
+) -> None:
     """Grow and compare every entry of every state with what it was."""
     plan = plan_growth(model, *operators)
     old = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -153,7 +155,10 @@ def test_a_step_count_goes_on() -> None:
 @pytest.mark.parametrize("where", ["append", "interpose", "stack", "middle"])
 def test_new_parameters_join_the_group_of_what_they_resemble(where: Any) -> None:
     model = tiny(num_hidden_layers=3)
-    groups = [{"params": list(layer.parameters()), "lr": 0.1 * (i + 1)} for i, layer in enumerate(model.model.layers)]
+    groups = [
+        {"params": list(layer.parameters()), "lr": 0.1 * (i + 1)}
+        for i, layer in enumerate(model.model.layers)
+    ]
     inside = {id(p) for group in groups for p in group["params"]}
     groups.append({"params": [p for p in model.parameters() if id(p) not in inside], "lr": 1.0})
     optimizer = AdamW(groups)
@@ -261,10 +266,8 @@ def test_new_second_moments_follow_the_policy(policy: Any) -> None:
 
 
 @pytest.mark.parametrize(("policy", "lowest", "highest"), [("zero", 5.0, 8.0), ("mean", 0.9, 1.1)])
-def test_zero_second_moments_make_the_first_updates_large(
-    policy: Any, lowest: float, highest: float
-) -> None:
-    """A zero with a large step count has no bias correction left; the mean of the old ones has no need of it."""
+def test_zero_second_moments_make_the_first_updates_large(policy: Any, lowest: float, highest: float) -> None:
+    """A zero with a large step count has no bias correction left; the mean of old ones needs none."""
     model = tiny(num_hidden_layers=1)
     rate = 1e-4
     optimizer = AdamW(model.parameters(), lr=rate, betas=(0.9, 0.999), weight_decay=0.0)
@@ -325,7 +328,7 @@ def test_state_of_unknown_kind_is_refused_and_nothing_happened(make: Callable[[A
     optimizer = make(model.parameters())
     train(model, optimizer)
     before = everything(model, optimizer)
-    with pytest.raises(GrowthError, match="not known how that grows"):
+    with pytest.raises(GrowthError, match="how that grows is not known"):
         grow(model, *OPERATORS, optimizer=optimizer)
     assert everything(model, optimizer) == before
     train(model, optimizer, 1)

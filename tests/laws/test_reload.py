@@ -88,8 +88,12 @@ def test_a_fresh_process_reads_the_same(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / family)
         save_file({"batch": tokens(model)}, tmp_path / family / "batch.st")
         expected[tmp_path / family] = logits(model)
-        assert json.loads((tmp_path / family / "config.json").read_text())["layer_ids"] == layer_ids(model.config)
+        assert json.loads((tmp_path / family / "config.json").read_text())["layer_ids"] == layer_ids(
+            model.config
+        )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", READER, *map(str, expected)], env=environment, check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", READER, *map(str, expected)], env=environment, check=True, timeout=120
+    )
     for folder, said in expected.items():
         assert torch.equal(load_file(folder / "said.st")["logits"], said)

@@ -37,7 +37,7 @@ def test_a_factor_is_a_share_and_rises_before_it_falls(schedule: Schedule, lengt
 
 @given(schedule=schedules(), length=st.integers(1, 200))
 def test_no_step_is_wasted_at_a_rate_of_zero(schedule: Schedule, length: int) -> None:
-    """A step at rate zero costs a step and learns nothing; a schedule that ends at zero ends after the last."""
+    """It would learn nothing; a schedule that ends at zero gets there after its last step."""
     assert all(factor > 0 for factor in curve(schedule, length))
 
 
@@ -50,7 +50,9 @@ def test_a_wsd_schedule_by_hand() -> None:
 
 def test_a_cosine_by_hand() -> None:
     factors = curve(Cosine(warmup_fraction=0.0, final=0.2), 4)
-    assert factors == [pytest.approx(value) for value in (1.0, 0.6 + 0.4 * 0.5**0.5, 0.6, 0.6 - 0.4 * 0.5**0.5)]
+    assert factors == [
+        pytest.approx(value) for value in (1.0, 0.6 + 0.4 * 0.5**0.5, 0.6, 0.6 - 0.4 * 0.5**0.5)
+    ]
 
 
 def test_a_constant_rate_only_warms_up() -> None:

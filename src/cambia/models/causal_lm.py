@@ -6,13 +6,13 @@ layer reads its own sizes from the config, so it can grow alone. A training step
 (`cambia.nn.fused`). And the loss can be had without the logits:
 
     >>> model = CambiaForCausalLM(CambiaConfig(vocab_size=256))
-    >>> model(input_ids, labels=input_ids).logits                        # as in Hugging Face, (B, T, V)
-    >>> model(input_ids, shift_labels=targets, skip_logits=True).loss    # the targets are the next tokens already
+    >>> model(input_ids, labels=input_ids).logits                       # as in Hugging Face, (B, T, V)
+    >>> model(input_ids, shift_labels=targets, skip_logits=True).loss   # targets: what follows each position
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,12 +69,34 @@ class CambiaDecoderLayer(GradientCheckpointingLayer):
 class CambiaPreTrainedModel(PreTrainedModel):
     """What transformers must know about native models."""
 
+    config: CambiaConfig
     config_class = CambiaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["CambiaDecoderLayer"]  # noqa: RUF012 (transformers' own form)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the weights then lie in aligned memory, so that a reloaded model repeats its bits."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        align_memory(loaded[0] if isinstance(loaded, tuple) else loaded)  # output_loading_info=True gives two
+        return loaded
+
+
+@torch.no_grad()
+def align_memory(model: nn.Module) -> None:
+    """Move each tensor to memory of its own.
+
+    Tensors read from a safetensors file lie wherever the file puts them, seldom at a multiple of 64 bytes.
+    Vectorized kernels then begin and end their blocks elsewhere and round sums in another order: measured,
+    a resumed run left the uninterrupted one by the last bit after one backward pass.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 class CambiaModel(CambiaPreTrainedModel):
@@ -137,13 +159,14 @@ class CambiaModel(CambiaPreTrainedModel):
         """(B, 1, T, S), or None where plain causality is all there is to say, as in most training."""
         if attention_mask is None and position_ids is None and past_key_values is None:
             return None
-        return create_causal_mask(
+        mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        return cast("Tensor | None", mask)
 
 
 class CambiaForCausalLM(CambiaPreTrainedModel, GenerationMixin):
@@ -214,20 +237,22 @@ class CambiaForCausalLM(CambiaPreTrainedModel, GenerationMixin):
         num_items: Tensor | int | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Loss and logits, each None where it was not asked for."""
-        if skip_logits and targets is None:
-            raise ConfigError("skip_logits=True leaves nothing to compute; pass labels= or shift_labels= with it")
-        if skip_logits and _is_bare(self.lm_head):
+        if targets is None and skip_logits:
+            raise ConfigError(
+                "skip_logits=True leaves nothing to compute; pass labels= or shift_labels= with it"
+            )
+        if targets is not None and skip_logits and _is_bare(self.lm_head):
             return linear_cross_entropy(hidden, self.lm_head.weight, targets, num_items=num_items), None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])  # (B, T, V)
-        loss = None
-        if targets is not None:
-            loss = cross_entropy(logits, targets[:, kept], num_items=num_items)
+        if targets is None:
+            return None, logits
+        loss = cross_entropy(logits, targets[:, kept], num_items=num_items)
         return loss, None if skip_logits else logits
 
 
 def _is_bare(head: nn.Module) -> bool:
-    """Whether calling the head is the product with its weight and nothing more: no adapter, no hook, no bias."""
+    """Whether calling the head multiplies with its weight and does nothing more: no adapter, hook or bias."""
     hooks = len(head._forward_hooks) + len(head._forward_pre_hooks)
     return type(head) is nn.Linear and head.bias is None and not hooks
 

@@ -38,9 +38,9 @@ class CambiaConfig(PreTrainedConfig):
     """Units of the feed-forward part; one number, or one per layer."""
     num_hidden_layers: int = 6
     num_attention_heads: int | list[int] = 8
-    num_key_value_heads: int | list[int] | None = None
+    num_key_value_heads: int | list[int] = None  # ty: ignore[invalid-assignment]  (filled in when it is None)
     """Key/value heads; each serves the same number of attention heads. None: as many as those."""
-    head_dim: int | None = None
+    head_dim: int = None  # ty: ignore[invalid-assignment]
     """Size of a head, even. None: hidden_size / num_attention_heads."""
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
@@ -53,12 +53,12 @@ class CambiaConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
-    rope_parameters: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] = None  # ty: ignore[invalid-assignment]
     """`rope_type` (default, linear or llama3) and its numbers, as in transformers 5."""
     attention_bias: bool = False
     attention_dropout: float = 0.0
     mlp_bias: bool = False
-    layer_ids: list[int] | None = None
+    layer_ids: list[int] = None  # ty: ignore[invalid-assignment]
     """A stable id for each layer, bottom first. None: 0, 1, 2, ..."""
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -100,8 +100,8 @@ class CambiaConfig(PreTrainedConfig):
             heads, kv_heads = self.num_heads(layer), self.num_kv_heads(layer)
             if heads % kv_heads:
                 raise ConfigError(
-                    f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads} (layer {layer}); "
-                    f"use num_key_value_heads={_nearest_divisor(heads, kv_heads)}"
+                    f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads} "
+                    f"(layer {layer}); use num_key_value_heads={_nearest_divisor(heads, kv_heads)}"
                 )
 
     def _default_head_dim(self) -> int:
@@ -128,8 +128,8 @@ class CambiaConfig(PreTrainedConfig):
             )
         if not isinstance(self.layer_ids, list) or len(set(self.layer_ids)) != self.num_hidden_layers:
             raise ConfigError(
-                f"layer_ids={self.layer_ids} must be {self.num_hidden_layers} different numbers, one per layer "
-                "(num_hidden_layers); leave it out to get 0, 1, 2, ..."
+                f"layer_ids={self.layer_ids} must be {self.num_hidden_layers} different numbers, one per "
+                "layer (num_hidden_layers); leave it out to get 0, 1, 2, ..."
             )
 
     def _check_lists(self) -> None:
@@ -140,7 +140,7 @@ class CambiaConfig(PreTrainedConfig):
             sizes = getattr(self, name)
             if isinstance(sizes, list) and len(sizes) != self.num_hidden_layers:
                 raise ConfigError(
-                    f"{name}={sizes} has {len(sizes)} entries for num_hidden_layers={self.num_hidden_layers}; "
+                    f"{name}={sizes} has {len(sizes)} entries, num_hidden_layers={self.num_hidden_layers}; "
                     "give one per layer, or a single number for all"
                 )
             if min(sizes if isinstance(sizes, list) else [sizes]) < 1:

@@ -74,8 +74,8 @@ def llama_config(config: CambiaConfig) -> LlamaConfig:
     shared = {config.num_heads(i) // config.num_kv_heads(i) for i in layers}
     if len(shared) > 1:
         raise ExportError(
-            f"layers share a key/value head between {sorted(shared)} attention heads; a Llama has one ratio for "
-            "all layers, and zero heads cannot change it"
+            f"layers share a key/value head between {sorted(shared)} attention heads; a Llama has one ratio "
+            "for all layers, and zero heads cannot change it"
         )
     (ratio,) = shared
     most = max(config.num_heads(i) for i in layers)
@@ -83,8 +83,8 @@ def llama_config(config: CambiaConfig) -> LlamaConfig:
     legal = [n for n in range(most, config.hidden_size + 1, ratio) if config.hidden_size % n == 0]
     if not legal:
         raise ExportError(
-            f"no multiple of {ratio} from num_attention_heads={most} on divides hidden_size={config.hidden_size}, "
-            "as LlamaConfig demands"
+            f"no multiple of {ratio} from num_attention_heads={most} on divides "
+            f"hidden_size={config.hidden_size}, as LlamaConfig demands"
         )
     return LlamaConfig(
         **{name: getattr(config, name) for name in _SAME_FIELDS},

@@ -27,9 +27,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-import cambia.models.causal_lm  # noqa: F401 (registers the native model with the Auto classes)
 from cambia import files
 from cambia.errors import CheckpointError
+from cambia.models.causal_lm import align_memory  # its module registers the native model as well
 
 STATE_JSON, STATE_TENSORS = "state.json", "state.safetensors"
 _TENSOR = "__tensor__"
@@ -88,11 +88,13 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTr
         )
     transformers_logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder} cannot be opened as a model: {' '.join(str(error).split())}"
         ) from error
+    align_memory(model)
+    return model
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
@@ -142,6 +144,6 @@ def _take_out_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 def _put_in_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, dict):
         if _TENSOR in value:
-            return tensors[value[_TENSOR]]
+            return tensors[value[_TENSOR]].clone()  # aligned, as `align_memory` says
         return {key: _put_in_tensors(item, tensors) for key, item in value.items()}
     return [_put_in_tensors(item, tensors) for item in value] if isinstance(value, list) else value

@@ -25,7 +25,7 @@ TREE = {
             {"name": "copy", "source": {"type": "generated", "task": "copy", "limit_bytes": 60_000}},
         ]
     },
-    "model": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "model": {"hidden_size": 12, "intermediate_size": 18, "num_hidden_layers": 3, "num_attention_heads": 2},
     "training": {"steps": 9, "batch_size": 6, "sequence_length": 32, "accumulation": 2},
     "replay": {"fraction": 0.3, "capacity": 20},
     "growth": {

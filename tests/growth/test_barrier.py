@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
@@ -314,6 +314,7 @@ def test_settings_that_somebody_changed_on_a_module_stay(family: str) -> None:
     assert model.model.norm.added_by_somebody == 7
 
 
+@settings(max_examples=6)
 @given(growths=st.lists(st.tuples(st.sampled_from(MODES), st.integers(1, 3)), min_size=1, max_size=4))
 def test_a_layer_keeps_its_id_and_its_parameters_for_life(growths: list[tuple[Any, int]]) -> None:
     model = tiny(seed=3)
@@ -331,6 +332,12 @@ def test_a_layer_keeps_its_id_and_its_parameters_for_life(growths: list[tuple[An
         if seen:
             assert min(fresh) > max(seen), "an id is never used again"
         seen = now
+
+
+def test_the_id_of_a_layer_that_is_gone_is_not_given_again() -> None:
+    model = tiny("cambia", layer_ids=[9, 0])
+    grow(model, AddLayers(add=2, where="append"))
+    assert layer_ids(model.config) == [9, 0, 10, 11]
 
 
 # ---- one's own, and what is recorded -------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cambia.growth import AddLayers, Operator, WidenFFN, grow, plan_growth
@@ -68,6 +68,7 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=10)
 @given(
     sizes=shapes(),
     events=st.lists(

@@ -118,7 +118,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CAMBIA_RUNS"] = str(Path(folder) / "runs")
         rows = [one_run(seed, options.preset) for seed in range(3 if options.preset == "full" else 1)]
-    table = Table("seed", "seconds", "parameters", "final bits per byte", "forgotten", "in domain", "real text")
+    table = Table(
+        "seed", "seconds", "parameters", "final bits per byte", "forgotten", "in domain", "real text"
+    )
     for row in rows:
         table.add_row(
             str(row["seed"]),

@@ -92,7 +92,7 @@ def test_a_run_from_the_first_step_to_the_report(cambia, tmp_path):
 def test_dry_run_trains_nothing(cambia, tmp_path):
     code, out, _ = cambia("run", "tiny.yaml", "--dry-run")
     assert code == 0
-    assert "WidenFFN" in out and "FLOPs" in out
+    assert "widen_ffn" in out and "FLOPs" in out
     assert not (tmp_path / "runs").exists()
 
 

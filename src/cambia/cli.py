@@ -114,13 +114,14 @@ def _dry_run(recipe: str | None, flags: dict[str, Any]) -> int:
     from rich.table import Table
 
     from cambia.experiment import estimate, read_experiment
+    from cambia.reporting.units import operators
 
     result = estimate(read_experiment(recipe or "first_growth", flags))
     table = Table("from step", "what", "parameters", "FLOPs per token", "memory while growing", box=None)
     for phase in result.phases:
         table.add_row(
             "unknown" if phase.at_step is None else f"{phase.at_step:,}",
-            phase.what,
+            operators(phase.operators, full=True) if phase.operators else "start",
             f"{phase.parameters:,}",
             f"{phase.flops_per_token:.3g}",
             f"{phase.growth_bytes / 2**20:,.1f} MiB" if phase.growth_bytes else "",
@@ -229,6 +230,7 @@ def export(model: str, out: Path, *, to: str = "llama") -> None:
     """
     from cambia.experiment.build import model_folder
     from cambia.files import atomic_folder
+    from cambia.models.causal_lm import CambiaForCausalLM
     from cambia.models.export import to_llama
     from cambia.training.checkpoint import load_model, load_tokenizer
 
@@ -237,7 +239,10 @@ def export(model: str, out: Path, *, to: str = "llama") -> None:
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not")
     folder = model_folder(model)
-    exported = to_llama(load_model(folder))
+    grown = load_model(folder)
+    if not isinstance(grown, CambiaForCausalLM):
+        raise ConfigError(f"{folder} holds a {type(grown).__name__}, which is a stock class already")
+    exported = to_llama(grown)
     with atomic_folder(out) as temporary:
         exported.save_pretrained(temporary)
         load_tokenizer(folder).save_pretrained(temporary)
@@ -258,14 +263,14 @@ def recipes(name: str | None = None, *, print: bool = False) -> None:
     from rich.table import Table
 
     from cambia.config import did_you_mean, load_yaml, to_yaml
-    from cambia.experiment import read_experiment
-    from cambia.experiment import recipes as known_recipes
-    from cambia.experiment.tree import plain_tree
+    from cambia.config import recipes as known_recipes
 
     known = known_recipes()
     if name is not None and name not in known:
         raise ConfigError(f"there is no recipe {name!r}{did_you_mean(name, known)}")
     if name is not None and print:
+        from cambia.experiment.tree import plain_tree, read_experiment
+
         sys.stdout.write(to_yaml(plain_tree(read_experiment(name))))
         return
     table = Table("recipe", "what it shows", box=None)
@@ -280,7 +285,6 @@ def list_runs() -> None:
     from rich.table import Table
 
     from cambia import rundir
-    from cambia.reporting import load_run
 
     found = rundir.list_runs()
     console = _console()
@@ -289,14 +293,18 @@ def list_runs() -> None:
         return
     table = Table("run", "status", "steps", "parameters", "grown", box=None)
     for folder in found:
-        loaded = load_run(folder)
-        summary = loaded.summary or {}
+        reader = rundir.RunReader(folder)
+        try:
+            summary, grown = reader.summary() or {}, len(reader.growth())
+        except (CambiaError, ValueError) as error:
+            table.add_row(reader.name, f"unreadable: {error}", "", "", "")
+            continue
         table.add_row(
-            loaded.name,
-            loaded.status,
+            reader.name,
+            "going" if reader.is_going() else summary.get("status", "interrupted"),
             str(summary.get("steps", "")),
             f"{summary['parameters_end']:,}" if "parameters_end" in summary else "",
-            str(len(loaded.growth)),
+            str(grown),
         )
     console.print(table)
 
@@ -407,7 +415,9 @@ def fetch(name: str, *, into: Path | None = None) -> None:
         into: a folder, instead of $CAMBIA_DATA.
     """
     from cambia.data.fetch import fetch as fetch_set
+    from cambia.data.fetch import public_file
 
+    public_file(name)  # an unknown name is the first thing to say
     folder = into or (Path(os.environ["CAMBIA_DATA"]) if os.environ.get("CAMBIA_DATA") else None)
     if folder is None:
         raise DataError("where to? set $CAMBIA_DATA to a folder, or give --into FOLDER")

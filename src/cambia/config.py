@@ -18,7 +18,7 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import import_module
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -131,7 +131,7 @@ class Member:
         fields = dict(value)
         name = fields.pop("type", self.default)
         if name is None:
-            raise FieldError(["type"], f"is missing; it picks the {self.family}: {', '.join(self.registry)}")
+            raise FieldError(["type"], f"missing; it picks the {self.family}: {', '.join(self.registry)}")
         try:
             cls = resolve(str(name), self.registry, self.family)
         except ConfigError as error:
@@ -161,7 +161,7 @@ def build(cls: type[T], fields: Mapping[str, Any]) -> T:
         if issubclass(cls, Spelled) and key in cls.OLD_SPELLINGS:
             raise FieldError([key], _renamed(cls, key))
         if key not in known:
-            raise FieldError([key], f"is not a setting of {cls.__name__}{did_you_mean(str(key), known)}")
+            raise FieldError([key], f"not a setting of {cls.__name__}{did_you_mean(str(key), known)}")
     if not dataclasses.is_dataclass(cls):
         # Someone's own class: its constructor is its configuration.
         try:
@@ -220,9 +220,9 @@ def _first_problem(error: ValidationError) -> FieldError:
     if isinstance(cause, ConfigError):
         return FieldError(path, str(cause))
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return FieldError(path, "is not a setting here")
+        return FieldError(path, "not a setting here")
     if problem["type"] in ("missing", "missing_argument"):
-        return FieldError(path, "is missing")
+        return FieldError(path, "missing")
     text = problem["msg"][:1].lower() + problem["msg"][1:]
     return FieldError(path, f"{text}, got {problem['input']!r}")
 
@@ -267,6 +267,12 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds a {type(tree).__name__}; expected settings as `name: value` lines")
     return tree
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with Cambia, by name."""
+    folder = Path(str(resources.files("cambia") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def to_yaml(tree: Mapping[str, Any]) -> str:
@@ -342,5 +348,5 @@ def explain(error: FieldError, *, source: str, flags: Mapping[str, Any]) -> Conf
     place = dotted(error.path)
     for flag in flags:
         if place == flag or place.startswith(flag + ".") or (place and flag.startswith(place + ".")):
-            return ConfigError(f"--{flag}: {error}")
+            return ConfigError(f"--{flag}: {error.problem if place == flag else error}")
     return ConfigError(f"{source}: {error}")

@@ -50,8 +50,10 @@ def one_line_when_full(path: str | Path) -> Generator[None]:
     """Turn the system's "no space left on device" while writing at `path` into `StorageFullError`."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        # safetensors and tokenizers write by themselves and raise errors of their own kinds.
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not is_full and os.strerror(errno.ENOSPC) not in str(error):
             raise
         raise StorageFullError(
             f"no space left on the disk while writing {path}; nothing written before was lost: "

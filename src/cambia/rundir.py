@@ -129,6 +129,11 @@ class RunWriter:
             for log in self._logs.values():
                 everything.callback(log.close)
             self._logs = {}
+            if not (self.folder / CONFIG_JSON).exists():
+                # It ended before it began, over bad input for example: leave no folder behind.
+                (self.folder / _LOCK).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()
 
     def write_config(self, tree: Mapping[str, Any], yaml_text: str) -> None:
         files.write_text(self.folder / CONFIG_YAML, yaml_text)

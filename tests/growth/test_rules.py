@@ -205,7 +205,9 @@ def test_a_manager_goes_on_as_if_it_had_never_stopped(
     run.train(killed_after + 1, STEPS)
     recorded = [[json.dumps(event.as_dict()) for event in r.manager.history] for r in (run, uninterrupted)]
     assert recorded[0] == recorded[1]
-    shapes = [{**r.model.config.to_dict(), "_name_or_path": "", "architectures": []} for r in (run, uninterrupted)]
+    shapes = [
+        {**r.model.config.to_dict(), "_name_or_path": "", "architectures": []} for r in (run, uninterrupted)
+    ]
     assert shapes[0] == shapes[1]
     expected = dict(uninterrupted.model.named_parameters())
     for name, parameter in run.model.named_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -60,7 +61,7 @@ def test_loss_falls_and_everything_is_logged(trained):
     parameters = column(reader, "parameters")
     assert parameters[1] < parameters[-1] == count_parameters(trainer.model)
     flops = column(reader, "flops")
-    per_step = [after - before for before, after in zip(flops, flops[1:], strict=False)]
+    per_step = [after - before for before, after in itertools.pairwise(flops)]
     assert per_step[0] < per_step[-1] == pytest.approx(6 * 32 * flops_per_token(trainer.model, 32))
     measured = [value is not None for value in column(reader, "validation_loss")]
     assert measured == [step % 2 == 0 for step in range(1, 41)]

@@ -169,7 +169,7 @@ def _refuse_empty(
         why = f" ({dropped} of its lines were dropped because they also stand in training)" if dropped else ""
         raise DataError(
             f"the {split} split is empty{why}: the source gave {documents} documents; give it more text, set "
-            f"{split}_path, or another {split}_fraction (0 does without)"
+            f"{split}_path, or another {split}_fraction"
         )
 
 

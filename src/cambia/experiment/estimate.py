@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from cambia.errors import ConfigError
 from cambia.experiment.build import find_device, open_stream, stage_steps
 from cambia.experiment.tree import Experiment
 from cambia.growth import GrowthPlan, ScheduleTrigger, plan_growth
+from cambia.growth.plan import describe
 from cambia.models.architectures import count_parameters, flops_per_token, on_meta
 from cambia.models.causal_lm import CambiaForCausalLM
 
@@ -20,8 +22,8 @@ from cambia.models.causal_lm import CambiaForCausalLM
 class Phase:
     """A stretch of the run at one size."""
 
-    what: str
-    """The start, or the growth that begins it."""
+    operators: tuple[dict[str, Any], ...]
+    """The growth that begins it, as in `GrowthEvent`; empty for the start."""
     at_step: int | None
     """None where only the data can tell when."""
     parameters: int
@@ -58,7 +60,7 @@ def estimate(experiment: Experiment, *, timed_steps: int = 3) -> Estimate:
     training = experiment.training
     context, per_step = training.sequence_length, training.batch_size * training.sequence_length
     small = on_meta(CambiaForCausalLM, config)
-    phases = [Phase("start", 0, count_parameters(small), flops_per_token(small, context))]
+    phases = [Phase((), 0, count_parameters(small), flops_per_token(small, context))]
     model = small
     for at_step, rule_index in _growth_steps(experiment, steps, per_step):
         plan = plan_growth(model, experiment.growth.rules[rule_index].then, context=context)
@@ -101,7 +103,7 @@ def _growth_steps(experiment: Experiment, steps: list[int], per_step: int) -> li
 
 def _phase(plan: GrowthPlan, at_step: int | None) -> Phase:
     return Phase(
-        what=", ".join(str(operator) for operator in plan.operators),
+        operators=tuple(describe(operator) for operator in plan.operators),
         at_step=at_step,
         parameters=plan.parameters_after,
         flops_per_token=plan.flops_per_token_after,

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +28,7 @@ from cambia.config import (
     dump,
     explain,
     load_yaml,
+    recipes,
 )
 from cambia.data import SOURCES, TOKENIZERS
 from cambia.data.sources import Source
@@ -58,9 +58,9 @@ class DataConfig:
 
     tasks: list[TaskConfig]
     """In the order of training."""
-    valid_fraction: Annotated[float, Ge(0), Lt(1)] = 0.05
+    valid_fraction: Annotated[float, Gt(0), Lt(1)] = 0.05
     """Share of the documents for validation."""
-    test_fraction: Annotated[float, Ge(0), Lt(1)] = 0.05
+    test_fraction: Annotated[float, Gt(0), Lt(1)] = 0.05
     """Share of the documents for the final scores."""
     drop_duplicates: bool = False
     """Drop lines of your own validation and test files that also stand in the training text (they are
@@ -192,6 +192,10 @@ class Experiment:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        try:  # sizes are checked here, long before the text is prepared
+            self.model.config(vocab_size=1, eos_token_id=0)
+        except ConfigError as error:
+            raise FieldError(["model"], str(error)) from None
         training = self.training
         given = [n for n in ("steps", "tokens", "epochs") if getattr(training, n) is not None]
         if len(given) > 1:
@@ -204,12 +208,6 @@ class Experiment:
                 f"{training.sequence_length} is longer than the model's max_position_embeddings "
                 f"{self.model.max_position_embeddings}: raise --model.max_position_embeddings",
             )
-
-
-def recipes() -> dict[str, Path]:
-    """The recipes that come with Cambia, by name."""
-    folder = Path(str(resources.files("cambia") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def read_tree(experiment: str | Path) -> tuple[dict[str, Any], str]:

@@ -77,10 +77,9 @@ class CambiaPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
 
-
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the weights then lie in aligned memory, so that a reloaded model repeats its bits."""
+        """As in transformers; the weights then lie in aligned memory, so that it repeats its bits."""
         loaded = super().from_pretrained(*args, **kwargs)
         align_memory(loaded[0] if isinstance(loaded, tuple) else loaded)  # output_loading_info=True gives two
         return loaded

@@ -165,7 +165,7 @@ class _Rotate(Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up`` for two tensors (..., F)."""
-    if is_fusable(gate) and up.dtype == gate.dtype and torch.is_grad_enabled():
+    if gate.requires_grad and is_fusable(gate) and up.dtype == gate.dtype:
         return _SwiGLU.apply(gate, up)
     return plain_swiglu(gate, up)
 
@@ -270,11 +270,11 @@ class _LinearCrossEntropy(Function):
                 dweight.addmm_(dlogits.t(), hidden[chunk])
             elif dweight is not None:
                 dweight += dlogits.t() @ hidden[chunk]  # summed in float32, multiplied in half precision
-        ctx.gradients = (dhidden, dweight)
+        ctx.save_for_backward(dhidden, dweight)
         return total
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        dhidden, dweight = (None if gradient is None else gradient * dloss for gradient in ctx.gradients)
+        dhidden, dweight = (None if gradient is None else gradient * dloss for gradient in ctx.saved_tensors)
         return dhidden, dweight, None, None

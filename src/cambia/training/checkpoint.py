@@ -77,7 +77,7 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTr
         CheckpointError: there is no model there that can be opened safely.
     """
     folder = Path(folder)
-    if (folder / files.MANIFEST).exists():
+    if (folder / files.MANIFEST).exists() or (folder / STATE_JSON).exists():
         files.verified(folder)
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} has no config.json: it is no model folder")

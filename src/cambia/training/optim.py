@@ -26,6 +26,7 @@ class AdamW:
     betas: tuple[float, float] = (0.9, 0.95)
     """Memory of the first and second moment."""
     eps: Annotated[float, Gt(0)] = 1e-8
+    """Added to the root of the second moment, so that nothing is divided by zero."""
     weight_decay: Annotated[float, Ge(0)] = 0.1
     """Decoupled decay of matrices."""
     kernel: Literal["auto", "fused", "foreach", "loop"] = "auto"

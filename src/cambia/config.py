@@ -348,5 +348,5 @@ def explain(error: FieldError, *, source: str, flags: Mapping[str, Any]) -> Conf
     place = dotted(error.path)
     for flag in flags:
         if place == flag or place.startswith(flag + ".") or (place and flag.startswith(place + ".")):
-            return ConfigError(f"--{flag}: {error.problem if place == flag else error}")
+            return ConfigError(f"--{place}: {error.problem}")
     return ConfigError(f"{source}: {error}")

@@ -124,6 +124,8 @@ class CambiaModel(CambiaPreTrainedModel):
         """Token ids (B, T), or embeddings (B, T, C), to the normed residual stream (B, T, C)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("the model takes exactly one of input_ids= and inputs_embeds=")
+        if kwargs.get("output_attentions"):
+            raise ConfigError("output_attentions=True is not possible: the scores never exist as a whole")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -137,9 +139,10 @@ class CambiaModel(CambiaPreTrainedModel):
 
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        between = []
+        between: list[Tensor] = []
         for layer in self.layers:
-            between.append(hidden)
+            if output_hidden_states:
+                between.append(hidden)
             hidden = layer(hidden, rotary, attention_mask=mask, past_key_values=past_key_values)
         hidden = self.norm(hidden)
         return BaseModelOutputWithPast(

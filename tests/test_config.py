@@ -231,7 +231,7 @@ def test_a_hint_is_one_of_the_known_words(word: str, known: list[str]) -> None:
     ("flags", "said"),
     [
         ({"page.width": -1}, "--page.width: input should be greater than 0, got -1"),
-        ({"page": {"width": -1}}, "--page: page.width: input should be greater"),
+        ({"page": {"width": -1}}, "--page.width: input should be greater"),
         ({"name": "two"}, "book.yaml: page.width: input should be greater"),
         ({}, "book.yaml: page.width: input should be greater"),
     ],

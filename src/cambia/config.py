@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module, resources
 from pathlib import Path
@@ -247,6 +248,15 @@ def dump(value: Any) -> dict[str, Any]:
 # ---- YAML and flags ------------------------------------------------------------------------------
 
 
+class _Yaml(yaml.SafeLoader):
+    """Safe YAML that takes 1e6 and 3e-4 for numbers, which YAML 1.1 without a dot and a sign does not."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file's mapping; every problem with it is one line that names the file."""
     path = Path(path)
@@ -259,7 +269,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from None
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Yaml)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-99-99 looks like a date and is none
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if tree is None:
@@ -292,7 +302,7 @@ def parse_flags(tokens: Sequence[str]) -> dict[str, Any]:
         if not has_value:
             text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         try:
-            flags[name.replace("-", "_")] = yaml.safe_load(text)
+            flags[name.replace("-", "_")] = yaml.load(text, _Yaml)
         except (yaml.YAMLError, ValueError):
             flags[name.replace("-", "_")] = text
     return flags

@@ -11,11 +11,13 @@ Only safetensors and JSON: opening a checkpoint runs no code.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -32,7 +34,7 @@ from cambia.errors import CheckpointError
 from cambia.models.causal_lm import align_memory  # its module registers the native model as well
 
 STATE_JSON, STATE_TENSORS = "state.json", "state.safetensors"
-_TENSOR = "__tensor__"
+_TENSOR, _FLOAT = "__tensor__", "__float__"
 
 
 def save_checkpoint(
@@ -89,7 +91,7 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTr
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} cannot be opened as a model: {' '.join(str(error).split())}"
         ) from error
@@ -134,16 +136,28 @@ def _take_out_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         # A copy of its own: safetensors refuses tensors that share memory.
         tensors[path] = value.detach().cpu().clone().contiguous()
         return {_TENSOR: path}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_FLOAT: repr(value)}  # JSON has no word for it
     if isinstance(value, Mapping):
-        return {str(key): _take_out_tensors(item, f"{path}/{key}", tensors) for key, item in value.items()}
+        return {
+            str(key): _take_out_tensors(item, f"{path}/{_escaped(str(key))}", tensors)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_take_out_tensors(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
     return value
+
+
+def _escaped(key: str) -> str:
+    """A key as one part of a path (JSON Pointer, RFC 6901), so that no two places share a name."""
+    return key.replace("~", "~0").replace("/", "~1")
 
 
 def _put_in_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, dict):
         if _TENSOR in value:
             return tensors[value[_TENSOR]].clone()  # aligned, as `align_memory` says
+        if _FLOAT in value:
+            return float(value[_FLOAT])
         return {key: _put_in_tensors(item, tensors) for key, item in value.items()}
     return [_put_in_tensors(item, tensors) for item in value] if isinstance(value, list) else value

@@ -73,6 +73,7 @@ def load_optimizer_state(
         CheckpointError: the state is of a model of another shape.
     """
     parameters = dict(model.named_parameters())
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name, values in state.items():
         if name not in parameters:
             raise CheckpointError(f"the checkpoint has optimizer state for {name!r}, which the model lacks")
@@ -83,7 +84,12 @@ def load_optimizer_state(
                     f"{tuple(parameters[name].shape)}: optimizer and model are from different steps"
                 )
         parameter = parameters[name]
+        group = groups[id(parameter)]
+        # The step count lies on the CPU, except where a kernel on the device reads it.
+        counts_there = bool(group.get("fused") or group.get("capturable"))
         optimizer.state[parameter] = {
-            key: value.to(parameter.device) if isinstance(value, torch.Tensor) and value.dim() else value
+            key: value.to(parameter.device)
+            if isinstance(value, torch.Tensor) and (value.dim() or counts_there)
+            else value
             for key, value in values.items()
         }

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich.console import Console
 from transformers import PreTrainedModel
 
 from cambia import __version__, files, rundir
@@ -208,19 +209,18 @@ def open_stream(experiment: Experiment) -> tuple[Tokenizer, Stream]:
     splits = Splits(valid_fraction=data.valid_fraction, test_fraction=data.test_fraction)
     readers = [train_texts(source, splits) for source in sources]
     tokenizer = build_tokenizer(experiment.tokenizer, texts=lambda: _in_turns([read() for read in readers]))
-    tasks = [
-        Task(
-            data.task_name(i),
-            prepare(
+    tasks = []
+    console = Console(stderr=True)
+    for i, source in enumerate(sources):
+        with console.status(f"preparing text {i + 1} of {len(sources)}: {data.task_name(i)}"):
+            corpus = prepare(
                 source,
                 tokenizer,
                 cache_dir=data.cache,
                 splits=splits,
                 drop_duplicates=data.drop_duplicates,
-            ),
-        )
-        for i, source in enumerate(sources)
-    ]
+            )
+        tasks.append(Task(data.task_name(i), corpus))
     stream = Stream(
         tasks,
         batch_size=experiment.training.batch_size,

@@ -123,7 +123,7 @@ def test_default_names_are_numbered(cambia, tmp_path):
         (["run", "tiny.yaml", "--device", "tpu"], "expected auto, cpu, cuda"),
         (["run", "tiny.yaml", "--device", "cuda:99"], "none on this machine"),
         (["run", "tiny.yaml", "--name", "../up"], "cannot name a run"),
-        (["run", "tiny.yaml", "--training.sequence_length", "4000"], "max_position_embeddings"),
+        (["run", "tiny.yaml", "--model.max_position_embeddings", "8"], "max_position_embeddings"),
         (["run", "tiny.yaml", "extra"], "stands alone"),
         (["run", "--resume", "nothing"], "no run 'nothing'"),
         (["rnu"], 'Did you mean "run"'),

@@ -95,3 +95,12 @@ def test_settings_out_of_range_are_refused(model, tokenizer, settings, problem) 
 def test_an_empty_prompt_is_refused(model, tokenizer) -> None:
     with pytest.raises(ConfigError, match="at least one character"):
         continue_text(model, tokenizer, ["a", ""])
+
+
+def test_text_longer_than_the_model_is_written_window_by_window(model, tokenizer) -> None:
+    longest = model.config.max_position_embeddings = 12
+    texts = continue_text(model, tokenizer, ["a" * 7, "bc"], max_new_tokens=2 * longest + 3, seed=4)
+    again = continue_text(model, tokenizer, ["a" * 7, "bc"], max_new_tokens=2 * longest + 3, seed=4)
+    assert texts == again
+    short = continue_text(model, tokenizer, ["a" * 7, "bc"], max_new_tokens=longest - 7, seed=4)
+    assert [text.startswith(begin) for text, begin in zip(texts, short, strict=True)] == [True, True]

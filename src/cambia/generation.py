@@ -52,38 +52,60 @@ def continue_text(
         return []
     ends = _end_tokens(model, tokenizer)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # masked, so any id will do
-    input_ids, attention_mask = _left_padded(tokenizer, prompts, padding)
+    rows = _token_rows(tokenizer, prompts)
+    lengths = [len(row) for row in rows]
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
         pad_token_id=padding,
         eos_token_id=ends or None,
         **(sampling if temperature > 0 else {"do_sample": False}),
     )
+    longest = model.config.max_position_embeddings
+    left = max_new_tokens
     was_training = model.training
     model.eval()
     try:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            tokens = model.generate(  # ty: ignore[not-callable]
-                input_ids.to(model.device),
-                attention_mask=attention_mask.to(model.device),
-                generation_config=settings,
-            )
+            while left > 0 and not all(
+                set(row[n:]) & set(ends) for row, n in zip(rows, lengths, strict=True)
+            ):
+                # A model says nothing sensible past the length that it was trained for: where the text
+                # outgrows it, its last half is read again as a prompt.
+                room = min(left, max(longest - max(map(len, rows)), longest // 2, 1))
+                settings.max_new_tokens = room
+                new = _continued(model, [row[-max(longest - room, 1) :] for row in rows], settings, padding)
+                rows = [row + more for row, more in zip(rows, new, strict=True)]
+                left -= room
     finally:
         model.train(was_training)
-    new = tokens[:, input_ids.shape[1] :].tolist()
-    return [str(tokenizer.decode(_before_end(row, ends), skip_special_tokens=True)) for row in new]
+    texts = [_before_end(row[length:], ends) for row, length in zip(rows, lengths, strict=True)]
+    return [str(tokenizer.decode(text, skip_special_tokens=True)) for text in texts]
 
 
-def _left_padded(
-    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], padding: int
-) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, (B, T) each; done here, so that a tokenizer without padding token serves too."""
+def _token_rows(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[list[int]]:
     rows = tokenizer(list(prompts))["input_ids"]
     for prompt, row in zip(prompts, rows, strict=True):
         if not row:
             raise ConfigError(f"the prompt {prompt!r} has no token to continue; give at least one character")
+    return rows
+
+
+def _continued(
+    model: PreTrainedModel, rows: list[list[int]], settings: GenerationConfig, padding: int
+) -> list[list[int]]:
+    """What the model writes behind each row."""
+    input_ids, attention_mask = _left_padded(rows, padding)
+    tokens = model.generate(  # ty: ignore[not-callable]
+        input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        generation_config=settings,
+    )
+    return tokens[:, input_ids.shape[1] :].tolist()
+
+
+def _left_padded(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, (B, T) each; done here, so that a tokenizer without padding token serves too."""
     longest = max(map(len, rows))
     input_ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows])
     attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])

@@ -165,7 +165,7 @@ def assemble(experiment: Experiment, run: RunWriter) -> Assembly:
     if resumed:
         model = load_model(latest)
     else:
-        config = experiment.model.config(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id)
+        config = experiment.model_config(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id)
         model = CambiaForCausalLM(config)
     model = model.to(device)
     model.train()

@@ -56,7 +56,7 @@ def estimate(experiment: Experiment, *, timed_steps: int = 3) -> Estimate:
     device = find_device(experiment.device)
     tokenizer, stream = open_stream(experiment)
     steps = stage_steps(experiment, stream)
-    config = experiment.model.config(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id)
+    config = experiment.model_config(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id)
     training = experiment.training
     context, per_step = training.sequence_length, training.batch_size * training.sequence_length
     small = on_meta(CambiaForCausalLM, config)

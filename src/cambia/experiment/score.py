@@ -40,7 +40,7 @@ def score_files(model: str, files: Sequence[Path], max_bytes: int) -> dict[str, 
     folder = model_folder(model)
     loaded = load_model(folder)
     tokenizer = Tokenizer(load_tokenizer(folder))
-    length = min(256, loaded.config.max_position_embeddings)
+    length = min(512, loaded.config.max_position_embeddings)
     scores = {}
     for file in files:
         documents = FilesSource(path=str(file), limit_bytes=max_bytes).documents()

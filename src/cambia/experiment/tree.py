@@ -115,12 +115,14 @@ class NativeModel:
     """Epsilon of the norms."""
     initializer_range: Annotated[float, Gt(0)] = 0.02
     """Standard deviation of new weights."""
-    max_position_embeddings: Annotated[int, Gt(0)] = 2048
-    """Longest sequence."""
+    max_position_embeddings: Annotated[int, Gt(0)] | None = None
+    """Longest sequence it is meant for; training.sequence_length where it is left out. Generation reads
+    the last half of a longer text again as a prompt."""
 
-    def config(self, *, vocab_size: int, eos_token_id: int) -> CambiaConfig:
+    def config(self, *, vocab_size: int, eos_token_id: int, sequence_length: int) -> CambiaConfig:
         """The model's config; the vocabulary is padded to a multiple of 8, which kernels like."""
         values = dict(vars(self))
+        values["max_position_embeddings"] = self.max_position_embeddings or sequence_length
         theta = values.pop("rope_theta")
         return CambiaConfig(
             vocab_size=-(-vocab_size // 8) * 8,
@@ -193,7 +195,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         try:  # sizes are checked here, long before the text is prepared
-            self.model.config(vocab_size=1, eos_token_id=0)
+            self.model_config(vocab_size=1, eos_token_id=0)
         except ConfigError as error:
             raise FieldError(["model"], str(error)) from None
         training = self.training
@@ -202,12 +204,17 @@ class Experiment:
             raise FieldError(["training"], f"takes one length, got {' and '.join(given)}: leave one out")
         if not given and not all(task.steps for task in self.data.tasks):
             raise FieldError(["training"], "has no length: give --training.steps, .tokens or .epochs")
-        if training.sequence_length > self.model.max_position_embeddings:
+        if training.sequence_length > (self.model.max_position_embeddings or training.sequence_length):
             raise FieldError(
                 ["training", "sequence_length"],
                 f"{training.sequence_length} is longer than the model's max_position_embeddings "
                 f"{self.model.max_position_embeddings}: raise --model.max_position_embeddings",
             )
+
+    def model_config(self, *, vocab_size: int, eos_token_id: int) -> CambiaConfig:
+        """The config of the model at the start."""
+        length = self.training.sequence_length
+        return self.model.config(vocab_size=vocab_size, eos_token_id=eos_token_id, sequence_length=length)
 
 
 def read_tree(experiment: str | Path) -> tuple[dict[str, Any], str]:

@@ -21,7 +21,7 @@ Owner = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 Reader = Callable[[str], Iterator[tuple[str, str]]]
 """A file's text -> its documents as (what to add to the key, text)."""
 
-READER_VERSION = 1
+READER_VERSION = 2
 """Goes into a corpus's hash; raise it when a change here changes the text."""
 
 _PACKAGES = ("numpy", "torch", "transformers")
@@ -212,7 +212,7 @@ def _prose(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(text: str) -> Iterator[tuple[str, str]]:
-    """A module's docstrings one after another, the short ones left out."""
+    """The prose of a module's docstrings, one after another."""
     quoted = sum(map(len, text.split('"""')[1::2]))
     if quoted < 0.15 * len(text) or _GENERATED.search(text, 0, 2000):
         return  # parsing is slow; modules with little to say are not worth it
@@ -220,9 +220,9 @@ def _docstrings(text: str) -> Iterator[tuple[str, str]]:
         warnings.simplefilter("ignore")  # invalid escapes in other people's code
         tree = ast.parse(text)
     found = [ast.get_docstring(node) for node in _owners(tree)]
-    joined = "\n\n".join(docstring for docstring in found if docstring and len(docstring) >= 60)
+    joined = _prose_of("\n\n".join(docstring for docstring in found if docstring))
     if joined:
-        yield "", joined + "\n"
+        yield "", joined
 
 
 def _owners(node: Owner) -> Iterator[Owner]:
@@ -238,16 +238,28 @@ def _topics(text: str) -> Iterator[tuple[str, str]]:
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
             for topic, entry in ast.literal_eval(node.value).items():
-                yield f"#{topic}", entry
+                prose = _prose_of(entry)
+                if prose:
+                    yield f"#{topic}", prose
 
 
 def _readme(text: str) -> Iterator[tuple[str, str]]:
     """The paragraphs of a METADATA file's readme that are prose: no badges, tables, code or markup."""
     body = re.sub(r"```.*?```|~~~.*?~~~|<[^<>]*>", "", text.partition("\n\n")[2], flags=re.S)
-    kept = [paragraph for paragraph in re.split(r"\n\s*\n", body) if _is_prose(paragraph)]
-    joined = "\n\n".join(kept)[:20_000]
-    if len(joined) >= 200:
-        yield "", joined + "\n"
+    prose = _prose_of(body)[:20_000]
+    if len(prose) >= 200:
+        yield "", prose
+
+
+def _prose_of(text: str) -> str:
+    """The paragraphs that are prose, their lines without indentation; code, tables and lists of names go.
+
+    What is left of a docstring would otherwise look like the code around it, and the domains would differ
+    in little but their names.
+    """
+    kept = [paragraph for paragraph in re.split(r"\n\s*\n", text) if _is_prose(paragraph)]
+    lines = "\n\n".join(kept).splitlines()
+    return "\n".join(line.strip() for line in lines) + "\n" if kept else ""
 
 
 def _is_prose(paragraph: str) -> bool:

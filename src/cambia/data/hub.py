@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class HubSource(RowSource):
 
     def _load(self) -> Any:
         try:
-            from datasets import load_dataset
+            load_dataset = import_module("datasets").load_dataset  # an extra: type checkers may not see it
         except ModuleNotFoundError:
             raise MissingExtraError.of("datasets", "data") from None
         try:

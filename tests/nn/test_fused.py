@@ -81,16 +81,23 @@ def test_swiglu(dtype: torch.dtype, rows: int, width: int) -> None:
     kv_heads=st.integers(1, 3),
     shared=st.integers(1, 3),
     half=st.integers(1, 4),
-    block_bytes=st.sampled_from([1, 2**21]),
+    bounds=st.sampled_from([(1, 0), (1, 100), (2**21, 0), (2**21, 100)]),
 )
 def test_blocked_attention(
-    dtype: torch.dtype, batch: int, time: int, kv_heads: int, shared: int, half: int, block_bytes: int
+    dtype: torch.dtype,
+    batch: int,
+    time: int,
+    kv_heads: int,
+    shared: int,
+    half: int,
+    bounds: tuple[int, int],
 ) -> None:
     shape = (batch, time, kv_heads, 2 * half)
     query = normal(batch, time, kv_heads * shared, 2 * half, dtype=dtype)
     key, value = normal(*shape, dtype=dtype, seed=1), normal(*shape, dtype=dtype, seed=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "BLOCK_BYTES", block_bytes)
+        patch.setattr(attention, "BLOCK_BYTES", bounds[0])
+        patch.setattr(attention, "MAX_KEPT_LENGTH", bounds[1])
         agree(
             lambda q, k, v: attention.blocked_attention(q, k, v, scale=0.7),
             lambda q, k, v: attention.plain_causal_attention(q, k, v, scale=0.7),

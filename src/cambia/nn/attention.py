@@ -145,6 +145,8 @@ class CausalAttention(nn.Module):
 
 MIN_LENGTH = 128
 """Positions from which on `blocked_attention` is the faster one (measured: 20 % at 256)."""
+MAX_KEPT_LENGTH = 256
+"""Positions up to which probabilities are kept for backward; beyond, they are computed again there."""
 BLOCK_ROWS = 32
 """Positions in a block."""
 BLOCK_BYTES = 2**21
@@ -173,42 +175,49 @@ def plain_causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: 
 
 def blocked_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
     """What `causal_attention` computes, on a processor, in float32 or float64."""
-    return _BlockedAttention.apply(query, key, value, scale)
+    # Inside forward gradients are always off, so whether one is wanted is asked here.
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    keeps = wants_gradient and query.shape[1] <= MAX_KEPT_LENGTH
+    return _BlockedAttention.apply(query, key, value, scale, keeps)
 
 
 class _BlockedAttention(Function):
     """Blocks of queries against the keys they may see, as batched matrix products that fit in the cache.
 
     The R = H/K heads of a group share their keys, so their queries are stacked into one matrix per group
-    (row t*R + r is head r at time t), and there are G = B*K groups. Memory stays linear in T: backward
-    computes the probabilities again, as in FlashAttention (Dao et al. 2022, https://arxiv.org/abs/2205.14135).
+    (row t*R + r is head r at time t), and there are G = B*K groups. Memory stays linear in T: for long
+    sequences backward computes the probabilities again, as in FlashAttention (Dao et al. 2022,
+    https://arxiv.org/abs/2205.14135).
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, keeps: bool) -> Tensor:
         ctx.batch, ctx.scale = key.shape[0], scale
         ctx.shared = query.shape[2] // key.shape[2]
         queries = _by_group(query, ctx.shared)  # (G, T R, D)
         keys, values = _by_group(key, 1) * scale, _by_group(value, 1)  # (G, T, D)
-        ctx.save_for_backward(queries, keys, values)
         mixed = torch.empty_like(queries)
-        blocks = _Blocks.of(queries, keys)
+        kept: list[Tensor] = []
+        blocks = _Blocks.of(queries, keys, reuses_memory=not keeps)
         for q, k, v, out in blocks.split(queries, keys, values, mixed):
             for rows, seen in blocks.in_order():
                 probs = blocks.probabilities(q[:, rows], k[:, seen])  # (g, n R, j)
                 out[:, rows] = torch.bmm(probs, v[:, seen])
+                if keeps:
+                    kept.append(probs)
+        ctx.save_for_backward(queries, keys, values, *kept)
         return _by_time(mixed, ctx.batch, ctx.shared)
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, dmixed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        queries, keys, values = ctx.saved_tensors
+    def backward(ctx: Any, dmixed: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        queries, keys, values, *kept = ctx.saved_tensors
         dqueries, dkeys, dvalues = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-        blocks = _Blocks.of(queries, keys)
+        blocks = _Blocks.of(queries, keys, reuses_memory=not kept)
         given = (queries, keys, values, _by_group(dmixed, ctx.shared))
         for q, k, v, dout, dq, dk, dv in blocks.split(*given, dqueries, dkeys, dvalues):
             for rows, seen in blocks.in_order():
-                probs = blocks.probabilities(q[:, rows], k[:, seen])
+                probs = kept.pop(0) if kept else blocks.probabilities(q[:, rows], k[:, seen])
                 dv[:, seen].add_(torch.bmm(probs.transpose(1, 2), dout[:, rows]))
                 dprobs = torch.bmm(dout[:, rows], v[:, seen].transpose(1, 2))
                 dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
@@ -219,6 +228,7 @@ class _BlockedAttention(Function):
             _by_time(dqueries, ctx.batch, ctx.shared),
             _by_time(dkeys, ctx.batch, 1),
             _by_time(dvalues, ctx.batch, 1),
+            None,
             None,
         )
 
@@ -236,11 +246,11 @@ class _Blocks:
     """Groups worked on at once, g."""
     future: Tensor
     """(n R, n), minus infinity where a key comes after the query; for the last n keys that a block sees."""
-    scratch: Tensor
-    """Room for one block's scores. Fresh memory would cost more than the arithmetic on it."""
+    scratch: Tensor | None
+    """Room for the scores of one block after the other; fresh memory costs more than the arithmetic on it."""
 
     @classmethod
-    def of(cls, queries: Tensor, keys: Tensor) -> _Blocks:
+    def of(cls, queries: Tensor, keys: Tensor, *, reuses_memory: bool) -> _Blocks:
         """For queries (G, T R, D) and keys (G, T, D)."""
         groups, length = keys.shape[:2]
         shared = queries.shape[1] // length
@@ -248,7 +258,8 @@ class _Blocks:
         future = torch.full((rows, rows), -math.inf, dtype=keys.dtype).triu_(1).repeat_interleave(shared, 0)
         per_group = rows * shared * length
         at_once = min(groups, max(1, BLOCK_BYTES // (per_group * keys.element_size())))
-        return cls(length, rows, shared, at_once, future, keys.new_empty(at_once * per_group))
+        scratch = keys.new_empty(at_once * per_group) if reuses_memory else None
+        return cls(length, rows, shared, at_once, future, scratch)
 
     def split(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The tensors, some groups at a time."""
@@ -261,10 +272,10 @@ class _Blocks:
             yield slice(start * self.shared, stop * self.shared), slice(0, stop)
 
     def probabilities(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Softmax of (g, n R, D) queries over (g, j, D) keys: (g, n R, j), valid until the next call."""
+        """Softmax of (g, n R, D) queries over (g, j, D) keys: (g, n R, j), in `scratch` if there is one."""
         shape = (*queries.shape[:2], keys.shape[1])
-        scores = self.scratch[: math.prod(shape)].view(shape)
-        torch.bmm(queries, keys.transpose(1, 2), out=scores)
+        scores = None if self.scratch is None else self.scratch[: math.prod(shape)].view(shape)
+        scores = torch.bmm(queries, keys.transpose(1, 2), out=scores)
         rows = queries.shape[1] // self.shared
         scores[:, :, -rows:].add_(self.future[: queries.shape[1], :rows])
         return torch.softmax(scores, -1, out=scores)

@@ -253,10 +253,16 @@ class _LinearCrossEntropy(Function):
         dweight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
         total = hidden.new_zeros((), dtype=wide)
         size = chunk_rows(weight.shape[0], wide.itemsize, hidden.device)
+        # One buffer for all chunks: fresh memory costs more than the arithmetic on it.
+        buffer = hidden.new_empty((min(size, len(hidden)), weight.shape[0]), dtype=wide)
         minus_one = hidden.new_full((size, 1), -1, dtype=wide)
         for start in range(0, hidden.shape[0], size):
             chunk = slice(start, start + size)
-            logits = torch.mm(hidden[chunk], weight.t()).to(wide)  # (n, V)
+            logits = buffer[: len(hidden[chunk])]  # (n, V)
+            if wide == hidden.dtype:
+                torch.mm(hidden[chunk], weight.t(), out=logits)
+            else:
+                logits.copy_(hidden[chunk] @ weight.t())
             log_probs = torch.log_softmax(logits, -1, out=logits)
             total -= (log_probs.gather(1, targets[chunk]) * kept[chunk]).sum()
             if not (wants_hidden or wants_weight):

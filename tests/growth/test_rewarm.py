@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from cambia.growth import AddLayers, SliceWarmup, WidenFFN, grow
 from cambia.training.checkpoint import load_state, save_checkpoint
+from cambia.training.muon import Muon
 from cambia.training.optim import load_optimizer_state, optimizer_state
 from tests.conftest import tiny
 
@@ -27,10 +29,19 @@ OLD = {
     UP: (slice(None, 20), slice(None)),
     DOWN: (slice(None), slice(None, 20)),
 }
+
+
+def in_groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Matrices apart from vectors."""
+    matrices = [p for p in params if p.dim() == 2]
+    return [{"params": matrices, "orthogonal": True}, {"params": [p for p in params if p.dim() < 2]}]
+
+
 KINDS: dict[str, Callable[..., Optimizer]] = {
     "loop": lambda params, **kw: AdamW(params, lr=0.01, foreach=False, **kw),
     "foreach": lambda params, **kw: AdamW(params, lr=0.01, foreach=True, **kw),
     "fused": lambda params, **kw: AdamW(params, lr=0.01, fused=True, **kw),
+    "muon": lambda params, **kw: Muon(in_groups([*params]), lr=0.01, **kw),
     "sgd": lambda params, **kw: SGD(params, lr=0.01, momentum=0.9),
 }
 

@@ -19,6 +19,7 @@ from cambia.growth.carry import OptimizerHolder
 from cambia.growth.operators import Shape, Step
 from cambia.models.architectures import layer_ids
 from cambia.nn.param_map import AxisMap, ParamMap, TensorMap
+from cambia.training.muon import Muon
 from tests.conftest import tiny
 from tests.laws.examples import EVERY, FAMILIES, logits, loss_of, parameters
 
@@ -29,6 +30,7 @@ KINDS: dict[str, Callable[[Any], Optimizer]] = {
     "adamw fused": lambda groups: AdamW(groups, lr=1e-2, fused=True),
     "adamw amsgrad": lambda groups: AdamW(groups, lr=1e-2, amsgrad=True),
     "adam": lambda groups: Adam(groups, lr=1e-2),
+    "muon": lambda groups: Muon([{**groups[0], "orthogonal": True}, *groups[1:]], lr=1e-2),
     "sgd": lambda groups: SGD(groups, lr=1e-2, momentum=0.9),
     "sgd foreach": lambda groups: SGD(groups, lr=1e-2, momentum=0.9, foreach=True),
     "sgd without momentum": lambda groups: SGD(groups, lr=1e-2),
@@ -211,7 +213,7 @@ class Rescale(Operator):
         return Step(shape.copied_config(), ParamMap(tensors), list(range(shape.num_layers)))
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adamw fused", "adamw amsgrad", "sgd"])
+@pytest.mark.parametrize("kind", ["adamw", "adamw fused", "adamw amsgrad", "muon", "sgd"])
 def test_moments_follow_a_multiplied_weight(kind: str) -> None:
     model = tiny()
     optimizer = KINDS[kind](in_groups(model))

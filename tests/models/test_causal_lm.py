@@ -297,6 +297,26 @@ def test_lora_on_all_linear_layers() -> None:
     assert len(trained) == 3 * 7 * 2 and all("lora_" in name for name in trained)
 
 
+def test_silent_layers_at_first(tmp_path: Path) -> None:
+    """What the layers write is zero, everything else is as without; loading keeps what was saved."""
+    sizes = {**UNEVEN, "attention_bias": True, "mlp_bias": True}
+    torch.manual_seed(0)
+    silent = CambiaForCausalLM(CambiaConfig(**sizes, zero_init_residual=True))
+    writers = {name for name, _ in silent.named_parameters() if "o_proj" in name or "down_proj" in name}
+    for name, parameter in silent.named_parameters():
+        assert bool(parameter.any()) == (name not in writers and "bias" not in name), name
+    embedded = silent.model.embed_tokens(tokens())
+    expected = silent.lm_head(silent.model.norm(embedded))
+    torch.testing.assert_close(silent(tokens(), use_cache=False).logits, expected)
+
+    silent(tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad.any() for name, p in silent.named_parameters() if "o_proj.w" in name)
+    disturbed(silent).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.zero_init_residual
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), silent.parameters(), strict=True))
+
+
 def test_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = CambiaForCausalLM(CambiaConfig(**UNEVEN))

@@ -36,7 +36,7 @@ from cambia.data.tokenizers import BytesTokenizer, TokenizerConfig
 from cambia.errors import ConfigError
 from cambia.growth.rules import GrowthRule
 from cambia.models.config import CambiaConfig
-from cambia.training.optim import OPTIMIZERS, AdamW
+from cambia.training.optim import OPTIMIZERS, AdamW, Muon
 from cambia.training.settings import CheckpointConfig, EvaluationConfig, TrainingConfig
 
 
@@ -115,6 +115,8 @@ class NativeModel:
     """Epsilon of the norms."""
     initializer_range: Annotated[float, Gt(0)] = 0.02
     """Standard deviation of new weights."""
+    zero_init_residual: bool = False
+    """Layers start silent: what they add to the residual stream is zero at first. Learns faster."""
     max_position_embeddings: Annotated[int, Gt(0)] | None = None
     """Longest sequence it is meant for; training.sequence_length where it is left out. Generation reads
     the last half of a longer text again as a prompt."""
@@ -183,7 +185,7 @@ class Experiment:
         default_factory=NativeModel
     )
     """The model at the start."""
-    optimizer: Annotated[AdamW, Member(OPTIMIZERS, "optimizer", default="adamw")] = field(
+    optimizer: Annotated[AdamW | Muon, Member(OPTIMIZERS, "optimizer", default="adamw")] = field(
         default_factory=AdamW
     )
     """The optimizer."""

@@ -109,11 +109,12 @@ class SliceWarmup:
 
     def _decay_by_parameter(self) -> dict[int, float]:
         """The share of a weight that one step's decoupled weight decay takes away, by parameter."""
-        if not self.newborns or not isinstance(self.optimizer, torch.optim.AdamW):
+        if not self.newborns:
             return {}
         return {
             id(parameter): float(group["lr"]) * float(group["weight_decay"])
             for group in self.optimizer.param_groups
+            if group.get("decoupled_weight_decay")  # AdamW and Muon say so
             for parameter in group["params"]
             if parameter.grad is not None  # the others are left alone
         }

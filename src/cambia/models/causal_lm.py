@@ -24,6 +24,7 @@ from transformers import (
     DynamicCache,
     GenerationMixin,
     PreTrainedModel,
+    initialization,
 )
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -76,6 +77,17 @@ class CambiaPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["CambiaDecoderLayer"]  # noqa: RUF012 (transformers' own form)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """As in transformers, and then the layers fall silent if the configuration says so."""
+        super().initialize_weights()
+        if self.config.zero_init_residual:
+            for layer in self.modules():
+                if isinstance(layer, CambiaDecoderLayer):
+                    # transformers' own zeros_ leaves alone what was loaded from a file
+                    initialization.zeros_(layer.self_attn.o_proj.weight)
+                    initialization.zeros_(layer.mlp.down_proj.weight)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

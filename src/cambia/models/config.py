@@ -46,6 +46,8 @@ class CambiaConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     """Standard deviation of new weights."""
+    zero_init_residual: bool = False
+    """New layers start silent: what writes to the residual stream (o_proj, down_proj) starts at zero."""
     rms_norm_eps: float = 1e-6
     use_cache: bool = True
     """Whether generation keeps keys and values; training never does."""

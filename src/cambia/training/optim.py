@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 from torch import nn
+from transformers import PreTrainedModel
 
 from cambia.errors import CheckpointError
+from cambia.training import muon
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,52 @@ class AdamW:
         )
 
 
-OPTIMIZERS: dict[str, str] = {"adamw": "cambia.training.optim:AdamW"}
+@dataclass(frozen=True)
+class Muon:
+    """Muon for the matrices inside the layers, AdamW for the rest: fewer steps to the same loss.
+
+    See `cambia.training.muon`. Rates and decay are AdamW's.
+    """
+
+    learning_rate: Annotated[float, Gt(0)] = 3e-3
+    """The highest rate; the schedule multiplies it."""
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.95
+    """Memory of the momentum of matrices."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Memory of the first and second moment of the rest."""
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """Added to the root of the second moment, so that nothing is divided by zero."""
+    weight_decay: Annotated[float, Ge(0)] = 0.1
+    """Decoupled decay of matrices."""
+
+    def build(self, model: nn.Module) -> muon.Muon:
+        """An optimizer of all of the model's trainable parameters."""
+        tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        apart = {id(weight) for weight in (*tables, getattr(head, "weight", None))}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        matrices = [p for p in trained if p.dim() == 2 and id(p) not in apart]
+        inside = {id(p) for p in matrices}
+        rest = [p for p in trained if id(p) not in inside]
+        groups = [
+            {"params": matrices, "orthogonal": True},
+            {"params": [p for p in rest if p.dim() >= 2]},
+            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return muon.Muon(
+            [group for group in groups if group["params"]],
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+        )
+
+
+OPTIMIZERS: dict[str, str] = {
+    "adamw": "cambia.training.optim:AdamW",
+    "muon": "cambia.training.optim:Muon",
+}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -72,6 +73,101 @@ def test_a_domain_is_text_of_its_kind_and_the_same_each_time(domain, documents):
     typical = {"english": r"\bthe\b", "python": r"\bdef ", "cpp": r"#include", "legal": r"(?i)\bwarrant"}
     assert len(re.findall(typical[domain], text)) > 50
     assert "\0" not in text
+
+
+PYTHON = '''"""A module."""
+# a comment
+import  os
+
+class Empty:
+    """Nothing but this."""
+
+def pick(
+        rows,  # all of them
+         last=None):
+    """Which one."""
+    text = "# no comment"
+    if rows:
+            return   rows[0]
+
+
+    if last:
+        return f"""no
+docstring"""
+    return [rows,
+            {last}
+    ]
+'''
+BARE_PYTHON = '''import os
+
+class Empty:
+\t...
+
+def pick(
+\trows,
+\tlast=None):
+\ttext = "# no comment"
+\tif rows:
+\t\treturn rows[0]
+
+\tif last:
+\t\treturn f"""no
+\t\tdocstring"""
+\treturn [rows,
+\t\t{last}
+\t]
+'''
+CPP = """#if !defined(TORCH_STABLE_ONLY) && !defined(TORCH_TARGET_VERSION)
+/* A header
+   of two lines. */
+#pragma once
+namespace a { // opened
+    int  f(int x);   /// what it does
+
+    const char* url = "http://x"; char q = '"'; /* and */ int y;
+}
+
+#else
+#error "This file should not be included when either TORCH_STABLE_ONLY or TORCH_TARGET_VERSION is defined."
+#endif  // !defined(TORCH_STABLE_ONLY) && !defined(TORCH_TARGET_VERSION)
+"""
+BARE_CPP = """#pragma once
+namespace a {
+  int f(int x);
+
+  const char* url = "http://x"; char q = '"'; int y;
+}
+"""
+
+
+def test_code_comes_without_its_prose_and_in_one_layout():
+    assert [*installed._python_code(PYTHON)] == [("", BARE_PYTHON)]
+    assert [*installed._cpp_code(CPP)] == [("", BARE_CPP)]
+    assert [*installed._python_code('"""Only a docstring."""\n# and a comment\n')] == []
+    assert [*installed._cpp_code("// nothing\n")] == []
+
+
+def test_python_without_its_prose_is_still_python():
+    stdlib, _ = installed.DOMAINS["python"](installed.places())
+    read = [text for file in stdlib[::4] for _, text in file.read()]
+    assert len(read) > 50
+    for text in read:
+        tree = ast.parse(text)
+        assert not any(ast.get_docstring(owner) for owner in installed._owners(tree))
+
+
+def test_english_is_whole_sentences():
+    text = """
+    Return the mean of the values.  The values are `numbers`, as a list of
+    them is
+    longer. It takes two arguments and gives back one of them.
+
+        >>> mean([1, 2])
+
+    x : array_like
+    """
+    plain = "Return the mean of the values. It takes two arguments and gives back one of them.\n"
+    assert installed._prose_of(text) == plain
 
 
 def test_missing_text_is_replaced_by_generated_text_and_said(monkeypatch):

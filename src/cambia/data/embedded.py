@@ -1,7 +1,9 @@
 """Text that is already on every machine with Python and torch: four domains without a download.
 
-english: the language reference (pydoc topics), readmes of installed packages, docstrings.
-python: the standard library's own modules. cpp: torch's C++ headers. legal: license texts.
+english: plain sentences of the language reference (pydoc topics), readmes of installed packages, docstrings.
+python: the standard library's own modules. cpp: torch's C++ headers. legal: license texts. Code comes without
+its comments and docstrings, which are prose, and in one layout: a tab for each level in Python, two spaces
+in C++.
 
 One rule splits them all, by file: a module's docstrings (english) and its code (python) have one key
 and fall on one side. The bytes differ between versions of Python and torch, so `describe` names them;
@@ -43,7 +45,7 @@ class EmbeddedSource(Source):
     """Real text found on this machine; where it is missing generated text, as the description then says."""
 
     domain: Literal["english", "python", "cpp", "legal"] = "english"
-    """english (reference prose and docstrings), python, cpp (C++ headers) or legal (license texts)."""
+    """english (plain sentences of documentation), python, cpp (C++ headers) or legal (license texts)."""
     limit_bytes: int | None = field(default=3_000_000, kw_only=True)
     """Read at most this many bytes of text (UTF-8); none reads everything that is there."""
 

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import sysconfig
+import tokenize
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ Owner = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 Reader = Callable[[str], Iterator[tuple[str, str]]]
 """A file's text -> its documents as (what to add to the key, text)."""
 
-READER_VERSION = 2
+READER_VERSION = 9
 """Goes into a corpus's hash; raise it when a change here changes the text."""
 
 _PACKAGES = ("numpy", "torch", "transformers")
@@ -63,6 +64,21 @@ _LICENSE = re.compile(r"licen[cs]e|copying|notice|copyright", re.I)
 _GENERATED = re.compile(
     r"do not edit|@generated|auto-?generated|generated (by|from|file|automatically)", re.I
 )
+_CPP_COMMENT = re.compile(
+    r"""(?P<lines>^[ \t]*(?://[^\n]*|/\*.*?\*/[ \t]*)\n)"""  # what goes: whole lines,
+    r"""|//[^\n]*|/\*.*?\*/"""  # and parts of lines
+    r"""|"(?:\\.|[^"\\\n])*"|'(?:\\[^'\n]+|[^'\\\n])'""",  # what stays: strings and characters
+    re.S | re.M,
+)
+_GONE = "\0"
+"""Stands for a line that is left out."""
+_TORCH_GUARD = re.compile(
+    r"^#if !defined\(TORCH_STABLE_ONLY\).*\n"
+    r"|^#else\n#error \"This file should not be included.*\n#endif.*\n?",
+    re.M,
+)
+_SENTENCE = re.compile(r"[A-Z][A-Za-z0-9 ,;:'\"()\-.!?]*[.!?]")
+_WORD = re.compile(r"(?<![\w.])[A-Za-z]?[a-z]+(?![\w(])")
 
 
 @dataclass(frozen=True)
@@ -140,14 +156,14 @@ def _english(where: Places) -> list[list[TextFile]]:
 
 def _python(where: Places) -> list[list[TextFile]]:
     return [
-        _below(where.stdlib, "stdlib", (".py",), _code),
-        _below(where.packages.get("torch"), "torch", (".py",), _code),
+        _below(where.stdlib, "stdlib", (".py",), _python_code),
+        _below(where.packages.get("torch"), "torch", (".py",), _python_code),
     ]
 
 
 def _cpp(where: Places) -> list[list[TextFile]]:
     torch = where.packages.get("torch")
-    return [_below(torch and torch / "include", "torch/include", (".h", ".hpp", ".cuh"), _code)]
+    return [_below(torch and torch / "include", "torch/include", (".h", ".hpp", ".cuh"), _cpp_code)]
 
 
 def _legal(where: Places) -> list[list[TextFile]]:
@@ -200,6 +216,89 @@ def _code(text: str) -> Iterator[tuple[str, str]]:
         yield "", text
 
 
+def _python_code(text: str) -> Iterator[tuple[str, str]]:
+    """A module without its docstrings, which are the English domain's, and without comments."""
+    for key, code in _code(text):
+        lines = code.split("\n")
+        levels = _python_levels(lines)
+        for owner in _owners(_parsed(code)):
+            if ast.get_docstring(owner, clean=False) is not None:
+                docstring = owner.body[0]
+                first, last = docstring.lineno - 1, docstring.end_lineno or docstring.lineno
+                lines[first:last] = [_GONE] * (last - first)
+                if len(owner.body) == 1 and not isinstance(owner, ast.Module):
+                    lines[first] = "..."
+        bare = _laid_out(zip(levels, lines, strict=True), "\t")
+        if bare:
+            yield key, bare
+
+
+def _python_levels(lines: list[str]) -> list[int]:
+    """How deep each line stands, in blocks and open brackets; takes comments out of the lines."""
+    levels = [-1] * len(lines)
+    blocks = brackets = 0
+    for token in tokenize.generate_tokens(iter([line + "\n" for line in lines]).__next__):
+        (row, column), (last, _) = token.start, token.end
+        if token.type == tokenize.COMMENT:
+            lines[row - 1] = lines[row - 1][:column].rstrip() or _GONE
+        elif token.type == tokenize.INDENT:
+            blocks += 1
+        elif token.type == tokenize.DEDENT:
+            blocks -= 1
+        elif token.string.strip():
+            brackets -= token.string in (")", "]", "}")
+            for place in range(row - 1, last):
+                if levels[place] < 0:
+                    levels[place] = blocks + brackets
+            brackets += token.string in ("(", "[", "{")
+    return levels
+
+
+def _cpp_code(text: str) -> Iterator[tuple[str, str]]:
+    """A header without comments, which are prose, and without the guard around every header of torch."""
+    for key, code in _code(text):
+        code = _TORCH_GUARD.sub("", code)
+        bare = _laid_out(_by_column(_CPP_COMMENT.sub(_without_comment, code)), "  ")
+        if bare:
+            yield key, bare
+
+
+def _without_comment(found: re.Match[str]) -> str:
+    if found["lines"]:
+        return ""
+    return " " if found.group().startswith("/") else found.group()
+
+
+def _by_column(code: str) -> Iterator[tuple[int, str]]:
+    """How deep each line stands, by what it is indented below; then the line."""
+    columns = [0]  # where the open levels began
+    for line in code.expandtabs(4).split("\n"):
+        column = len(line) - len(line.lstrip())
+        if line.strip():
+            while columns[-1] > column:
+                columns.pop()
+            if column > columns[-1]:
+                columns.append(column)
+        yield len(columns) - 1, line
+
+
+def _laid_out(lines: Iterable[tuple[int, str]], indentation: str) -> str:
+    """Lines indented by their level alone, without alignment by spaces and blank lines in a row.
+
+    Layout by hand is mostly long runs of spaces, and those teach a small model to write nothing else.
+    """
+    kept: list[str] = []
+    for level, line in lines:
+        if line == _GONE:
+            continue
+        text = re.sub(r"\s{2,}", " ", line.strip())
+        if text:
+            kept.append(indentation * level + text)
+        elif kept and kept[-1]:
+            kept.append("")
+    return "\n".join(kept).rstrip("\n") + "\n" if kept else ""
+
+
 def _is_table(text: str) -> bool:
     """Mostly numbers and marks, or lines that nobody wrote by hand."""
     letters = sum(map(str.isalpha, text))
@@ -216,13 +315,16 @@ def _docstrings(text: str) -> Iterator[tuple[str, str]]:
     quoted = sum(map(len, text.split('"""')[1::2]))
     if quoted < 0.15 * len(text) or _GENERATED.search(text, 0, 2000):
         return  # parsing is slow; modules with little to say are not worth it
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's code
-        tree = ast.parse(text)
-    found = [ast.get_docstring(node) for node in _owners(tree)]
+    found = [ast.get_docstring(node) for node in _owners(_parsed(text))]
     joined = _prose_of("\n\n".join(docstring for docstring in found if docstring))
     if joined:
         yield "", joined
+
+
+def _parsed(text: str) -> ast.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in other people's code
+        return ast.parse(text)
 
 
 def _owners(node: Owner) -> Iterator[Owner]:
@@ -252,17 +354,22 @@ def _readme(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _prose_of(text: str) -> str:
-    """The paragraphs that are prose, their lines without indentation; code, tables and lists of names go.
+    """The plain sentences of a text, a paragraph to a line; code, tables, names and broken lines go.
 
     What is left of a docstring would otherwise look like the code around it, and the domains would differ
     in little but their names.
     """
-    kept = [paragraph for paragraph in re.split(r"\n\s*\n", text) if _is_prose(paragraph)]
-    lines = "\n\n".join(kept).splitlines()
-    return "\n".join(line.strip() for line in lines) + "\n" if kept else ""
+    kept = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(paragraph.split()))
+        plain = " ".join(sentence for sentence in sentences if _is_plain(sentence))
+        if plain:
+            kept.append(plain)
+    return "\n\n".join(kept) + "\n" if kept else ""
 
 
-def _is_prose(paragraph: str) -> bool:
-    words = re.findall(r"(?<![\w/.])[a-z]{2,}(?![\w/])", paragraph)
-    letters = sum(map(len, words))
-    return len(words) >= 8 and letters >= 0.55 * len(re.sub(r"\s", "", paragraph))
+def _is_plain(sentence: str) -> bool:
+    """Made of words and the marks between them: no markup, identifiers or formulas."""
+    if not 30 <= len(sentence) <= 400 or "--" in sentence or not _SENTENCE.fullmatch(sentence):
+        return False
+    return len(_WORD.findall(sentence)) >= 0.85 * len(sentence.split())

@@ -15,31 +15,21 @@ has no such way and keeps its logits. Neither keeps a cache of keys and values.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
+from harness import arguments, interleaved, machine, median_interval, write_result
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from cambia.models import CambiaConfig, CambiaForCausalLM
-
-BUSY_LOAD = 0.5
-"""1-minute load average above which a measurement would be of the other programs."""
 
 Step = Callable[[], float]
 """One training step; returns its seconds."""
@@ -165,17 +155,6 @@ def loss_of(model: PreTrainedModel, ids: torch.Tensor) -> float:
     return model(input_ids=ids, labels=ids, use_cache=False).loss.item()
 
 
-def race(other: Step, ours: Step, preset: Preset) -> tuple[list[float], list[float]]:
-    """Seconds of each, in turns."""
-    for _ in range(preset.warm_up):
-        other(), ours()
-    times: tuple[list[float], list[float]] = ([], [])
-    for pair in range(preset.pairs):
-        for side in (0, 1) if pair % 2 == 0 else (1, 0):
-            times[side].append((other, ours)[side]())
-    return times
-
-
 def result(
     name: str,
     other: str,
@@ -184,18 +163,16 @@ def result(
     times: tuple[list[float], list[float]],
     tokens: int,
 ) -> Result:
-    ratios = np.array(times[0]) / np.array(times[1])
-    draws = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
-    low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975))
+    ratio, low, high = median_interval([one / two for one, two in zip(*times, strict=True)])
     medians = [statistics.median(side) for side in times]
     return Result(
         name=name,
         other=other,
         goal=goals[0],
         goal_low=goals[1],
-        ratio=float(np.median(ratios)),
-        low=float(low),
-        high=float(high),
+        ratio=ratio,
+        low=low,
+        high=high,
         other_ms=1000 * medians[0],
         ours_ms=1000 * medians[1],
         ours_tokens_per_second=tokens / medians[1],
@@ -220,8 +197,11 @@ def native_against_stock(shape: Shape, preset: Preset) -> Result:
     losses = (loss_of(stock, ids), loss_of(native, ids))
     if abs(losses[0] - losses[1]) > 1e-5 * losses[0]:
         sys.exit(f"the two models do not compute the same loss: stock {losses[0]}, native {losses[1]}")
-    times = race(
-        stepper(stock, adamw(stock), ids, preset), stepper(native, adamw(native), ids, preset), preset
+    times = interleaved(
+        stepper(stock, adamw(stock), ids, preset),
+        stepper(native, adamw(native), ids, preset),
+        pairs=preset.pairs,
+        warmup=preset.warm_up,
     )
     return result(str(shape), "stock Llama", (1.05, 1.02), losses, times, ids.numel())
 
@@ -245,31 +225,16 @@ def grown_against_built(preset: Preset) -> Result:
     if shapes[0] != shapes[1]:
         sys.exit("the grown model has not the shape of the built one")
     losses = (loss_of(built, ids), loss_of(grown, ids))
-    times = race(stepper(built, adamw(built), ids, preset), stepper(grown, optimizer, ids, preset), preset)
+    times = interleaved(
+        stepper(built, adamw(built), ids, preset),
+        stepper(grown, optimizer, ids, preset),
+        pairs=preset.pairs,
+        warmup=preset.warm_up,
+    )
     return result(f"{final} (grown)", "built so", (0.97, 0.0), losses, times, ids.numel())
 
 
 # ---- the report ----------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def table(results: list[Result]) -> Table:
@@ -296,35 +261,11 @@ def table(results: list[Result]) -> Table:
     return table
 
 
-def write(path: Path, preset: Preset, results: list[Result], *, quiet: bool) -> None:
-    report = {
-        "command": " ".join(["python benchmarks/step_speed.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "quiet_machine": quiet,
-        "machine": machine(),
-        "preset": asdict(preset),
-        "results": [{**asdict(r), "reached": r.reached} for r in results],
-    }
-    path.write_text(json.dumps(report, indent=1) + "\n")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time training steps of the native model.")
-    parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--pairs", type=int, help="pairs of steps per row instead of the preset's")
-    parser.add_argument("--anyway", action="store_true", help="run on a busy machine too; the result says so")
-    parser.add_argument("--output", type=Path, help="where the figures go; quick writes none without it")
-    arguments = parser.parse_args()
-    preset = PRESETS[arguments.preset]
-    if arguments.pairs:
-        preset = replace(preset, pairs=arguments.pairs)
+    options = arguments(__doc__ or "", list(PRESETS))
+    preset = PRESETS[options.preset]
     if preset.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--preset gpu needs a CUDA device and torch finds none here; run --preset cpu")
-    load = os.getloadavg()[0]
-    quiet = load <= BUSY_LOAD
-    if not quiet and not arguments.anyway and arguments.preset != "quick":
-        sys.exit(f"the 1-minute load average is {load:.2f}, above {BUSY_LOAD}: wait, or run with --anyway")
-
     console = Console(width=120)
     console.print(f"{machine()['cpu']}, {torch.get_num_threads()} threads, {preset.pairs} pairs")
     results = []
@@ -333,18 +274,8 @@ def main() -> None:
         console.print(f"  {shape}: {results[-1].ratio:.3f}")
     results.append(grown_against_built(preset))
     console.print(table(results))
-    if not quiet:
-        console.print(f"The machine was busy (load {load:.2f} at the start): not a measurement to quote.")
-    default = (
-        None
-        if arguments.preset == "quick"
-        else Path(__file__).with_name(
-            "step_speed.json" if arguments.preset == "cpu" else f"step_speed_{arguments.preset}.json"
-        )
-    )
-    if path := arguments.output or default:
-        write(path, preset, results, quiet=quiet)
-        console.print(f"written to {path.name}")
+    rows = [{**asdict(row), "reached": row.reached} for row in results]
+    write_result(__file__, options, {"preset": asdict(preset), "results": rows})
 
 
 if __name__ == "__main__":

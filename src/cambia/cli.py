@@ -146,7 +146,7 @@ def generate(
     prompt: list[str],
     max_new_tokens: int = 256,
     temperature: float = 0.8,
-    top_p: float = 0.95,
+    top_p: float = 0.9,
     seed: int = 0,
 ) -> None:
     """Continue text with the model of a run, a checkpoint, or a Hugging Face folder.

@@ -95,11 +95,11 @@ def test_commands_run(here: Path) -> None:
                 assert command.split()[0] in ("make", "python3", ".", "pip", "pytest"), command
     assert Path("runs/first-try/report.html").is_file()
     assert Path("stock-llama/model.safetensors").is_file()
-    # A bare `cambia run` is the first growth: two events, about a million parameters at the end.
+    # A bare `cambia run` is the first growth: three events, about a million parameters at the end.
     lines = Path("runs/first_growth/growth.jsonl").read_text(encoding="utf-8").splitlines()
     grown = [json.loads(line) for line in lines]
-    assert [event["operators"][0]["type"] for event in grown] == ["widen_ffn", "add_layers"]
-    assert grown[-1]["parameters_after"] == 1_018_240
+    assert [event["operators"][0]["type"] for event in grown] == ["add_layers", "widen_ffn", "add_layers"]
+    assert grown[-1]["parameters_after"] == 1_017_984
 
 
 def _shorter(command: str) -> list[str]:

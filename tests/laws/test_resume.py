@@ -47,7 +47,7 @@ TREE = {
 }
 
 
-def live(name: str, root: str, death: tuple[str, int] | None) -> None:
+def live(name: str, root: str, optimizer: str, death: tuple[str, int] | None) -> None:
     """One life: start or resume the run, and die where `death` says, the n-th time it comes by."""
     os.environ["CAMBIA_RUNS"], os.environ["CAMBIA_CACHE"] = root, f"{root}/cache"
     from cambia import files
@@ -69,7 +69,8 @@ def live(name: str, root: str, death: tuple[str, int] | None) -> None:
     elif death and death[0] == "between the renames":
         die_after(files.os, "rename", death[1])  # type: ignore[attr-defined]
     resume = (Path(root) / name / "config.json").exists()
-    train(experiment_from(TREE, source="test", flags={}), name=name, resume=resume)
+    tree = {**TREE, "optimizer": {"type": optimizer}}
+    train(experiment_from(tree, source="test", flags={}), name=name, resume=resume)
 
 
 def die_after(owner: object, attribute: str, times: int) -> None:
@@ -93,8 +94,8 @@ def server():
     return context
 
 
-def be_born(server, name: str, root: Path, death: tuple[str, int] | None):
-    process = server.Process(target=live, args=(name, str(root), death))
+def be_born(server, name: str, root: Path, optimizer: str, death: tuple[str, int] | None):
+    process = server.Process(target=live, args=(name, str(root), optimizer, death))
     process.start()
     return process
 
@@ -133,23 +134,26 @@ DEATHS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["chosen", pytest.param("random", marks=pytest.mark.slow)])
-def test_a_killed_run_equals_the_uninterrupted_one(server, tmp_path, kind):
-    be_born(server, "warm", tmp_path, None).join()  # starts the server, prepares the data
+@pytest.mark.parametrize(
+    ("kind", "optimizer"),
+    [("chosen", "adamw"), ("chosen", "muon"), pytest.param("random", "adamw", marks=pytest.mark.slow)],
+)
+def test_a_killed_run_equals_the_uninterrupted_one(server, tmp_path, kind, optimizer):
+    be_born(server, "warm", tmp_path, optimizer, None).join()  # starts the server, prepares the data
     began = time.monotonic()
-    be_born(server, "reference", tmp_path, None).join()
+    be_born(server, "reference", tmp_path, optimizer, None).join()
     whole = time.monotonic() - began
     assert json.loads((tmp_path / "reference/summary.json").read_text())["status"] == "finished"
 
     chance = random.Random(5)
     kills = 0
     for death in DEATHS:
-        process = be_born(server, "killed", tmp_path, death if kind == "chosen" else None)
+        process = be_born(server, "killed", tmp_path, optimizer, death if kind == "chosen" else None)
         if kind == "random":
             time.sleep(chance.uniform(0.05, 0.5) * whole)
             process.kill()
         process.join()
         kills += process.exitcode == -signal.SIGKILL
     assert kills >= (8 if kind == "chosen" else 2), "most lives must have been cut short"
-    be_born(server, "killed", tmp_path, None).join()
+    be_born(server, "killed", tmp_path, optimizer, None).join()
     check_equal(tmp_path / "reference", tmp_path / "killed")

@@ -145,7 +145,7 @@ def generate(
     *,
     prompt: list[str],
     max_new_tokens: int = 256,
-    temperature: float = 0.8,
+    temperature: float = 0.7,
     top_p: float = 0.9,
     seed: int = 0,
 ) -> None:

@@ -27,8 +27,8 @@ def continue_text(
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 64,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
     seed: int = 0,
 ) -> list[str]:
     """The continuation of each prompt, without the prompt.

@@ -13,6 +13,8 @@ both moments, which is what the event leaves behind once the old tensors are gon
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import statistics
 import time
 from pathlib import Path
@@ -72,6 +74,9 @@ def peak_rise(action) -> int | None:
     if not reset.exists():
         action()
         return None
+    # What training steps have freed goes back to the system first, or growth would hide in it.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     reset.write_text("5")  # the peak starts anew at the present size
 
     def kilobytes(name: str) -> int:

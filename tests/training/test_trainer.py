@@ -67,6 +67,15 @@ def test_loss_falls_and_everything_is_logged(trained):
     assert measured == [step % 2 == 0 for step in range(1, 41)]
 
 
+def test_a_task_may_be_longer_or_shorter_than_the_others(trained):
+    reader, _ = trained(data__tasks__0__share=1.5, training__steps=4)
+    assert len(column(reader, "loss")) == 6
+    reader, _ = trained("own", data__tasks__0__share=1.5, data__tasks__0__steps=3)
+    assert len(column(reader, "loss")) == 3
+    reader, _ = trained("tokens", data__tasks__0__share=0.5, training__steps=None, training__tokens=6 * 32 * 4)
+    assert len(column(reader, "loss")) == 2
+
+
 def test_accumulation_gives_the_same_run(trained):
     whole, _ = trained("whole")
     parts, _ = trained("parts", training__accumulation=3)

@@ -244,14 +244,14 @@ def stage_steps(experiment: Experiment, stream: Stream) -> list[int]:
     per_batch = training.batch_size * training.sequence_length
     result = []
     for i, task in enumerate(experiment.data.tasks):
-        steps = task.steps or training.steps
-        if steps:
-            result.append(steps)
+        if task.steps or training.steps:
+            steps = float(task.steps or training.steps or 1)
         elif training.tokens:
-            result.append(math.ceil(training.tokens / per_batch))
+            steps = training.tokens / per_batch
         else:
             tokens = len(stream.tasks[i].corpus.splits["train"].tokens)
-            result.append(max(1, math.ceil((training.epochs or 1.0) * tokens / per_batch)))
+            steps = (training.epochs or 1.0) * tokens / per_batch
+        result.append(max(1, math.ceil(steps * (1.0 if task.steps else task.share))))
     return result
 
 

@@ -50,6 +50,8 @@ class TaskConfig:
     """What it is called in tables; the source's name where it is left out."""
     steps: Annotated[int, Gt(0)] | None = None
     """Optimizer steps on this task, instead of the length in `training`."""
+    share: Annotated[float, Gt(0)] = 1.0
+    """Length of this task as a multiple of the length in `training`."""
 
 
 @dataclass

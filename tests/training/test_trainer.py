@@ -72,7 +72,9 @@ def test_a_task_may_be_longer_or_shorter_than_the_others(trained):
     assert len(column(reader, "loss")) == 6
     reader, _ = trained("own", data__tasks__0__share=1.5, data__tasks__0__steps=3)
     assert len(column(reader, "loss")) == 3
-    reader, _ = trained("tokens", data__tasks__0__share=0.5, training__steps=None, training__tokens=6 * 32 * 4)
+    reader, _ = trained(
+        "tokens", data__tasks__0__share=0.5, training__steps=None, training__tokens=6 * 32 * 4
+    )
     assert len(column(reader, "loss")) == 2
 
 

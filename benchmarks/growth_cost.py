@@ -6,9 +6,10 @@ Goals: an event takes less time than two training steps of 2,048 tokens at the s
 most one extra copy of what grew and of its moments; signals and rules take under 1 % of a step.
 
 Each event runs on a fresh copy of a model with two steps of AdamW behind it, and is checked on a batch of
-4 x 128 tokens, as in a run. Steps and events alternate. Memory is the rise of the process's peak resident
-size during the event (Linux); "one extra copy" is the size of everything new that was built, weights and
-both moments, which is what the event leaves behind once the old tensors are gone.
+4 x 128 tokens, as in a run. Steps and events alternate. Memory is measured afterwards: the rise of the
+process's peak resident size during an event (Linux), with an allocator that gives every tensor pages of its
+own, so that holes in its heap do not count. "One extra copy" is the size of everything new that is built,
+weights and both moments; "check" is what a forward pass of the check batch needs by itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import ctypes
 import gc
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +40,7 @@ from cambia.growth import (
 )
 
 SIZES = [(128, 4, 384, 256), (256, 6, 768, 4096), (512, 8, 1408, 4096)]
+_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 EVENTS = {
     "widen_ffn x1.5": lambda: WidenFFN(factor=1.5),
     "add_layers +2": lambda: AddLayers(add=2),
@@ -76,7 +79,9 @@ def peak_rise(action) -> int | None:
         return None
     # What training steps have freed goes back to the system first, or growth would hide in it.
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, 65_536)
+    libc.malloc_trim(0)
     reset.write_text("5")  # the peak starts anew at the present size
 
     def kilobytes(name: str) -> int:
@@ -105,27 +110,17 @@ def measure(size: tuple[int, int, int, int], event: str, pairs: int) -> dict:
     ids = torch.randint(0, size[3], (8, 256))
     check = torch.randint(0, size[3], (4, 128))
     stepping = build(*size)
-    rises: list[int] = []
 
     def one_event() -> float:
         model, optimizer = build(*size)
         for _ in range(2):
             train_step(model, optimizer, ids)
-        seconds: list[float] = []
-
-        def act() -> None:
-            began = time.perf_counter()
-            grow(model, EVENTS[event](), optimizer=optimizer, check_batch=check)
-            seconds.append(time.perf_counter() - began)
-
-        rise = peak_rise(act)
-        if rise is not None:
-            rises.append(rise)
-        return seconds[0]
+        began = time.perf_counter()
+        grow(model, EVENTS[event](), optimizer=optimizer, check_batch=check)
+        return time.perf_counter() - began
 
     events, steps = interleaved(one_event, lambda: train_step(*stepping, ids), pairs=pairs, warmup=2)
     ratio, low, high = median_interval([e / s for e, s in zip(events, steps, strict=True)])
-    copy = new_bytes(build(*size)[0], EVENTS[event]())
     return {
         "size": dict(zip(("hidden", "layers", "ffn", "vocab"), size, strict=True)),
         "event": event,
@@ -135,9 +130,33 @@ def measure(size: tuple[int, int, int, int], event: str, pairs: int) -> dict:
         "event_in_steps": ratio,
         "interval_95": [low, high],
         "goal_met": high < 2,
-        "one_extra_copy_bytes": copy,
-        "peak_rise_bytes": int(statistics.median(rises)) if rises else None,
     }
+
+
+def memory(size: tuple[int, int, int, int], event: str, repeats: int = 3) -> dict:
+    """What an event needs beside what is there, and what of it its check needs."""
+    ids = torch.randint(0, size[3], (8, 256))
+    check = torch.randint(0, size[3], (4, 128))
+    events, checks = [], []
+    for _ in range(repeats):
+        model, optimizer = build(*size)
+        for _ in range(2):
+            train_step(model, optimizer, ids)
+        checks.append(peak_rise(partial(forward, model, check)))
+        events.append(
+            peak_rise(partial(grow, model, EVENTS[event](), optimizer=optimizer, check_batch=check))
+        )
+    known = None not in events
+    return {
+        "one_extra_copy_bytes": new_bytes(build(*size)[0], EVENTS[event]()),
+        "check_bytes": int(statistics.median(checks)) if known else None,
+        "peak_rise_bytes": int(statistics.median(events)) if known else None,
+    }
+
+
+@torch.no_grad()
+def forward(model: CambiaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False).logits
 
 
 def rules_cost(size: tuple[int, int, int, int], repeats: int) -> dict:
@@ -163,14 +182,15 @@ def main() -> None:
     options = arguments(__doc__ or "", ["full", "quick"])
     pairs = 20 if options.preset == "full" else 3
     sizes = SIZES if options.preset == "full" else SIZES[:1]
-    rows = [measure(size, event, pairs) for size in sizes for event in EVENTS]
+    cells = [(size, event) for size in sizes for event in EVENTS]
+    rows = [measure(*cell, pairs) for cell in cells]
     asking = rules_cost(SIZES[0], 2000)
-    table = Table(
-        "d, L, ffn, V", "event", "step ms", "event ms", "event / step (95 %)", "extra copy MB", "peak MB"
-    )
+    for row, cell in zip(rows, cells, strict=True):
+        row |= memory(*cell)
+    columns = ("event", "step ms", "event ms", "event / step (95 %)", "extra copy MB", "check MB", "peak MB")
+    table = Table("d, L, ffn, V", *columns)
     for row in rows:
         low, high = row["interval_95"]
-        peak = row["peak_rise_bytes"]
         table.add_row(
             ", ".join(map(str, row["size"].values())),
             row["event"],
@@ -178,7 +198,10 @@ def main() -> None:
             f"{row['event_ms']:.0f}",
             f"{row['event_in_steps']:.2f} ({low:.2f} to {high:.2f})",
             f"{row['one_extra_copy_bytes'] / 1e6:.0f}",
-            "" if peak is None else f"{peak / 1e6:.0f}",
+            *(
+                "" if row[key] is None else f"{row[key] / 1e6:.0f}"
+                for key in ("check_bytes", "peak_rise_bytes")
+            ),
         )
     console = Console()
     console.print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -280,6 +281,7 @@ def test_every_command_has_help_and_doctor_reports(cambia):
         assert cambia(command, "--help")[0] == 0
     code, out, _ = cambia("doctor")
     assert code == 0 and "torch" in out and "sandbox" in out
+    assert not re.search(r"missing \w+: pip install 'cambia'", out), "the extra's name is part of the command"
     assert cambia("--version")[1].strip() == __import__("cambia").__version__
     assert cambia("data", "list")[0] == 0
     assert cambia("data", "prepare", "tiny.yaml")[0] == 0

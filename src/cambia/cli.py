@@ -431,4 +431,4 @@ def doctor() -> None:
 
     console = _console()
     for line in examine():
-        console.print(line)
+        console.print(line, markup=False)  # an extra's name stands in brackets

@@ -40,7 +40,8 @@ def examine() -> Iterator[str]:
         yield f"extra {extra}: {state}"
     bubblewrap = shutil.which("bwrap")
     yield f"sandbox: {bubblewrap or 'no bubblewrap (bwrap); only needed to run generated code'}"
-    yield f"runs: {rundir.runs_root().resolve()} ({len(rundir.list_runs())} runs; $CAMBIA_RUNS moves them)"
+    count = len(rundir.list_runs())
+    yield f"runs: {count} in {rundir.runs_root().resolve()} ($CAMBIA_RUNS moves them)"
     folder = os.environ.get("CAMBIA_DATA")
     yield f"data: {folder or '$CAMBIA_DATA is not set (only needed for corpora of your own)'}"
     for domain in DOMAINS:

@@ -7,15 +7,18 @@ most one extra copy of what grew and of its moments; signals and rules take unde
 
 Each event runs on a fresh copy of a model with two steps of AdamW behind it, and is checked on a batch of
 4 x 128 tokens, as in a run. Steps and events alternate. Memory is measured afterwards: the rise of the
-process's peak resident size during an event (Linux), with an allocator that gives every tensor pages of its
-own, so that holes in its heap do not count. "One extra copy" is the size of everything new that is built,
-weights and both moments; "check" is what a forward pass of the check batch needs by itself.
+process's peak resident size during an event (Linux), in a process of its own whose allocator gives every
+tensor pages of its own, so that holes in its heap do not count. "One extra copy" is the size of everything
+new that is built, weights and both moments; "check" is what a forward pass of the check batch needs by
+itself, to which its logits before and after and their difference are added.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import multiprocessing
+import os
 import statistics
 import time
 from functools import partial
@@ -40,7 +43,6 @@ from cambia.growth import (
 )
 
 SIZES = [(128, 4, 384, 256), (256, 6, 768, 4096), (512, 8, 1408, 4096)]
-_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 EVENTS = {
     "widen_ffn x1.5": lambda: WidenFFN(factor=1.5),
     "add_layers +2": lambda: AddLayers(add=2),
@@ -79,9 +81,7 @@ def peak_rise(action) -> int | None:
         return None
     # What training steps have freed goes back to the system first, or growth would hide in it.
     gc.collect()
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, 65_536)
-    libc.malloc_trim(0)
+    ctypes.CDLL(None).malloc_trim(0)
     reset.write_text("5")  # the peak starts anew at the present size
 
     def kilobytes(name: str) -> int:
@@ -180,13 +180,15 @@ def rules_cost(size: tuple[int, int, int, int], repeats: int) -> dict:
 
 def main() -> None:
     options = arguments(__doc__ or "", ["full", "quick"])
-    pairs = 20 if options.preset == "full" else 3
+    pairs = 12 if options.preset == "full" else 3
     sizes = SIZES if options.preset == "full" else SIZES[:1]
     cells = [(size, event) for size in sizes for event in EVENTS]
     rows = [measure(*cell, pairs) for cell in cells]
     asking = rules_cost(SIZES[0], 2000)
-    for row, cell in zip(rows, cells, strict=True):
-        row |= memory(*cell)
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc reads it when a process starts
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        for row, found in zip(rows, process.starmap(memory, cells), strict=True):
+            row |= found
     columns = ("event", "step ms", "event ms", "event / step (95 %)", "extra copy MB", "check MB", "peak MB")
     table = Table("d, L, ffn, V", *columns)
     for row in rows:

@@ -172,6 +172,9 @@ def _kind(annotation: Any, path: str, families: dict[str, Member]) -> str:
     if origin in (list, tuple):
         inner = dict.fromkeys(_kind(each, f"{path}.0", families) for each in arguments if each is not ...)
         return "list of: " + ", ".join(inner)
+    if origin is dict:
+        inner = " to ".join(_kind(each, path, families) for each in arguments)
+        return f"mapping of {inner}"
     if origin in (Union, types.UnionType):
         return " or ".join(_kind(each, path, families) for each in arguments)
     if _is_section(annotation):

@@ -22,6 +22,7 @@ from cambia.config import (
     dump,
     explain,
     load_yaml,
+    merged,
     resolve,
     to_yaml,
 )
@@ -220,8 +221,12 @@ def test_old_spellings_are_refused_in_python_too() -> None:
 @given(word=st.text(max_size=6), known=st.lists(st.text(min_size=1, max_size=6), max_size=4))
 def test_a_hint_is_one_of_the_known_words(word: str, known: list[str]) -> None:
     hint = did_you_mean(word, known)
-    assert hint.startswith(("; did you mean ", "; known are "))
-    assert any(repr(name) in hint for name in known) or hint == f"; known are {', '.join(sorted(known))}"
+    assert hint.startswith(("; did you mean ", "; known are ")) if known else not hint
+    assert (
+        not known
+        or any(repr(name) in hint for name in known)
+        or hint == f"; known are {', '.join(sorted(known))}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -368,3 +373,18 @@ def test_an_empty_file_is_an_empty_tree(tmp_path: Path) -> None:
 def test_numbers_may_be_written_as_people_write_them(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("name: x\npage: {width: 1e-3}\n")
     assert build(Book, load_yaml(tmp_path / "x.yaml")).page.width == 0.001
+
+
+# ---- one tree over another -----------------------------------------------------------------------
+
+
+def test_a_tree_over_another_changes_what_it_names() -> None:
+    below = {"a": {"type": "x", "size": 1, "deep": {"b": 1, "c": 2}}, "list": [1, 2], "same": 3}
+    assert merged(below, {"a": {"deep": {"c": 5}}, "list": [9]}) == {
+        "a": {"type": "x", "size": 1, "deep": {"b": 1, "c": 5}},
+        "list": [9],
+        "same": 3,
+    }
+    assert merged(below, {"a": {"type": "y", "width": 2}})["a"] == {"type": "y", "width": 2}
+    assert merged(below, {"a": "x"})["a"] == "x"
+    assert below["a"]["deep"] == {"b": 1, "c": 2}, "what lies below stays as it is"

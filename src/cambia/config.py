@@ -18,7 +18,7 @@ import dataclasses
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module, resources
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -51,6 +51,8 @@ def dotted(path: Iterable[str | int]) -> str:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'steps'?"``, or the whole list where nothing is near."""
     known = sorted(known)
+    if not known:
+        return ""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.55)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
 
@@ -78,10 +80,24 @@ def _renamed(cls: type[Spelled], key: str) -> str:
 
 def resolve(name: str, registry: Mapping[str, str], family: str) -> type:
     """The class behind a short name of `registry` or behind ``"module:Name"``."""
-    target = registry.get(name, name)
+    found = _found(registry.get(name, name), name, registry, family)
+    if not isinstance(found, type):
+        raise ConfigError(f"{name!r} is a {type(found).__name__}; expected a class, a {family}")
+    return found
+
+
+def resolve_function(name: str, known: Iterable[str], family: str) -> Callable[..., Any]:
+    """The function behind ``"module:name"``; `known` are the short names that stand beside it."""
+    found = _found(name, name, known, family)
+    if not callable(found):
+        raise ConfigError(f"{name!r} is a {type(found).__name__}; expected a {family}")
+    return found
+
+
+def _found(target: str, name: str, known: Iterable[str], family: str) -> Any:
     if ":" not in target or target.startswith((":", ".")):
         raise ConfigError(
-            f"{name!r} is no {family}{did_you_mean(name, registry)} (your own: 'package.module:Name')"
+            f"{name!r} is no {family}{did_you_mean(name, known)} (your own: 'package.module:Name')"
         )
     module_name, _, attribute = target.partition(":")
     try:
@@ -95,10 +111,7 @@ def resolve(name: str, registry: Mapping[str, str], family: str) -> type:
         raise ConfigError(
             f"{target!r}: module {module_name!r} has no {attribute!r}{did_you_mean(attribute, vars(module))}"
         )
-    cls = vars(module)[attribute]
-    if not isinstance(cls, type):
-        raise ConfigError(f"{target!r} is a {type(cls).__name__}; expected a class, a {family}")
-    return cls
+    return vars(module)[attribute]
 
 
 def type_name(cls: type, registry: Mapping[str, str]) -> str:
@@ -317,6 +330,22 @@ def apply_overrides(tree: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[s
     # `type` first, so that settings given beside it belong to the new member.
     for name in sorted(flags, key=lambda flag: not flag.endswith("type")):
         _set(result, name.split("."), flags[name], name)
+    return result
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """One tree laid over another: mappings are merged, everything else is replaced.
+
+    A member of another `type` replaces the one below with all its settings.
+    """
+    result = _copy(below)
+    for key, value in above.items():
+        old = result.get(key)
+        both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        if both and value.get("type", old.get("type")) == old.get("type"):
+            result[key] = merged(old, value)
+        else:
+            result[key] = _copy(value)
     return result
 
 

@@ -1,4 +1,4 @@
-"""The task matrix: every task scored at every stage, and what follows from it.
+"""What a run has come to: the task matrix and what follows from it, and what growth has brought.
 
 ``R[i][j]`` is the bits per byte on task j after stage i; row 0 is the untrained model. Lower is better.
 Forgetting stands beside what was learned, since a model that learns nothing forgets nothing.
@@ -10,12 +10,15 @@ for accuracies; with losses the signs are turned so that positive transfer is go
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cambia.probes import Likelihood as Likelihood
 from cambia.probes import bits_per_byte as bits_per_byte
+from cambia.records import GrowthEvent
 
 
 @dataclass(frozen=True)
@@ -82,3 +85,74 @@ def task_matrix(
     stages = sorted({int(row["stage"]) for row in chosen})
     found = {(int(row["stage"]), str(row["task_eval"])): float(row["bits_per_byte"]) for row in chosen}
     return [[found[stage, task] for task in tasks] for stage in stages], tasks
+
+
+@dataclass(frozen=True)
+class GrowthMetrics:
+    """What the growth events of a run did, all together and each."""
+
+    events: int
+    """Growths that were done."""
+    not_done: int
+    """Growths that were asked for and left undone: over budget, not approved, a dry run."""
+    events_per_1000_steps: float
+    steps_between: tuple[int, ...]
+    """From each growth to the next."""
+    parameters_added: tuple[int, ...]
+    """By each growth."""
+    flops_per_token: tuple[float, ...]
+    """At first and after each growth."""
+    loss_jumps: tuple[float | None, ...]
+    """Loss on the check batch right after minus right before, nats per token; None where unchecked."""
+    loss_falls: tuple[float | None, ...]
+    """How far the training loss fell from each growth to the next or to the end, nats per token; the mean of
+    `window` steps before each is compared. It would have fallen without growth too."""
+    loss_per_million_parameters: tuple[float | None, ...]
+    """`loss_falls` for each million of added parameters."""
+
+
+def growth_metrics(
+    events: Sequence[GrowthEvent], losses: Sequence[tuple[int, float]], *, window: int = 50
+) -> GrowthMetrics:
+    """Metrics of growth events.
+
+    Args:
+        events: as `GrowthManager.history` or a run's growth.jsonl has them.
+        losses: (step, training loss) in the order of steps, nats per token.
+        window: steps whose mean loss is compared.
+    """
+    done = [event for event in events if event.done]
+    last = losses[-1][0] if losses else (done[-1].step if done else 0)
+    ends = [*(event.step for event in done[1:]), last]
+    falls: list[float | None] = []
+    for event, end in zip(done, ends, strict=False):
+        before = _loss_before(losses, event.step, window)
+        after = _loss_before(losses, end, min(window, end - event.step))
+        falls.append(None if before is None or after is None else before - after)
+    added = [event.parameters_after - event.parameters_before for event in done]
+    return GrowthMetrics(
+        events=len(done),
+        not_done=len(events) - len(done),
+        events_per_1000_steps=1000 * len(done) / last if last else 0.0,
+        steps_between=tuple(later.step - sooner.step for sooner, later in itertools.pairwise(done)),
+        parameters_added=tuple(added),
+        flops_per_token=(
+            *(event.flops_per_token_before for event in done[:1]),
+            *(event.flops_per_token_after for event in done),
+        ),
+        loss_jumps=tuple(
+            None if e.loss_before is None or e.loss_after is None else e.loss_after - e.loss_before
+            for e in done
+        ),
+        loss_falls=tuple(falls),
+        loss_per_million_parameters=tuple(
+            None if fall is None or not more else fall / more * 1e6
+            for fall, more in zip(falls, added, strict=True)
+        ),
+    )
+
+
+def _loss_before(losses: Sequence[tuple[int, float]], step: int, window: int) -> float | None:
+    """Mean loss of the `window` steps up to a step."""
+    near = [loss for at, loss in losses if step - window < at <= step and math.isfinite(loss)]
+    return sum(near) / len(near) if near else None

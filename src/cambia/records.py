@@ -40,7 +40,12 @@ class Signals:
     """What probes said, by name: "validation_loss", a slice's loss, one's own."""
 
     def fresh(self, name: str) -> float | None:
-        """The value of `name` if it was measured at this very step, else None."""
+        """The value of `name` if it was measured at this very step, else None.
+
+        "loss", "grad_norm" and "learning_rate" are what the step itself said.
+        """
+        if name in ("loss", "grad_norm", "learning_rate"):
+            return getattr(self, name)
         measured = self.values.get(name)
         return measured.value if measured is not None and measured.step == self.step else None
 
@@ -98,6 +103,8 @@ class GrowthEvent:
     tokens: int = 0
     config_changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     """Config fields that changed: name -> (before, after)."""
+    done: bool = True
+    """False for a growth that was planned and left undone; the reason says why."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for growth.jsonl; the clock is left out, so that equal runs write equal lines."""

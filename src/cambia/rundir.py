@@ -58,6 +58,16 @@ def run_folder(name: str) -> Path:
     return runs_root() / name
 
 
+def free_folder(name: str) -> Path:
+    """The first of NAME, NAME-2, NAME-3... that is no run yet."""
+    number = 1
+    folder = run_folder(name)
+    while (folder / CONFIG_JSON).exists():
+        number += 1
+        folder = run_folder(f"{name}-{number}")
+    return folder
+
+
 def find_run(name: str | Path) -> Path:
     """The folder of a run, by its name under `runs_root` or by its path.
 

@@ -153,6 +153,8 @@ def test_operators_are_described_by_what_was_said() -> None:
         "type": "widen_ffn",
         "factor": 1.5,
         "layers": "all",
+        "count": 1,
         "multiple_of": 8,
+        "initial": "random",
     }
     assert describe(Wrong())["type"] == f"{__name__}:Wrong"

@@ -11,11 +11,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from cambia.errors import CheckpointError, GrowthError
+from cambia.errors import CheckpointError, ConfigError, GrowthError
 from cambia.growth import (
     AddLayers,
+    Budget,
     GrowthEvent,
     GrowthManager,
+    GrowthPlan,
     GrowthRule,
     Measured,
     PlateauTrigger,
@@ -23,6 +25,7 @@ from cambia.growth import (
     Signals,
     Trigger,
     WidenFFN,
+    plan_growth,
 )
 from cambia.models.architectures import layer_ids
 from cambia.training.checkpoint import load_model, load_state, save_checkpoint
@@ -40,6 +43,16 @@ class Always(Trigger):
     def update(self, signals: Signals) -> str | None:
         self.asked += 1
         return f"asked {self.asked} times"
+
+
+@dataclass
+class AtSteps(Trigger):
+    """Fires at these steps, each time that it is asked."""
+
+    steps: list[int]
+
+    def update(self, signals: Signals) -> str | None:
+        return "now" if signals.step in self.steps else None
 
 
 def steps_of_events(manager: GrowthManager, steps: int) -> list[int]:
@@ -97,7 +110,161 @@ def test_no_rules_is_no_growth() -> None:
     assert steps_of_events(GrowthManager(model=tiny()), 3) == []
 
 
+def test_a_rule_that_is_switched_off_is_not_asked() -> None:
+    always = Always()
+    manager = GrowthManager([GrowthRule(when=always, then=WidenFFN(add=1), enabled=False)], model=tiny())
+    assert steps_of_events(manager, 3) == []
+    assert always.asked == 0
+
+
+def test_a_rule_is_armed_again_once_its_trigger_was_silent() -> None:
+    rule = GrowthRule(when=AtSteps([2, 3, 5, 6, 12, 13]), then=WidenFFN(add=1), rearm_steps=3)
+    assert steps_of_events(GrowthManager([rule], model=tiny()), 20) == [2, 12]
+
+
+# ---- budgets, approval, dry run -------------------------------------------------------------------
+
+
+def test_a_growth_beyond_the_budget_is_recorded_once_and_left_undone() -> None:
+    model = tiny()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    size = sum(p.numel() for p in before.values())
+    rule = GrowthRule(when=Always(), then=WidenFFN(add=1))
+    manager = GrowthManager([rule], model=model, budget=Budget(parameters=size + 200))
+    events = [event for step in range(1, 6) for event in manager.step(Signals(step=step))]
+    # 2 layers x 3 matrices x 24: one unit more is 144 parameters
+    assert [event.done for event in events] == [True, False]
+    assert f"not done: {size + 288:,} parameters, the budget is {size + 200:,}" in events[1].reason
+    assert model.config.intermediate_size == 21
+    assert manager.history == events
+
+
+@pytest.mark.parametrize("limit", ["parameters", "flops_per_token", "memory_mib"])
+def test_every_budget_limits_and_is_refused_when_exceeded_already(limit: str) -> None:
+    model = tiny()
+    plan = plan_growth(model, WidenFFN(add=8))
+    sizes = {
+        "parameters": (plan.parameters_before, plan.parameters_after),
+        "flops_per_token": (plan.flops_per_token_before, plan.flops_per_token_after),
+        "memory_mib": tuple(16 * n / 2**20 for n in (plan.parameters_before, plan.parameters_after)),
+    }
+    now, then = sizes[limit]
+    rule = GrowthRule(when=Always(), then=WidenFFN(add=8))
+
+    def first(budget: Budget) -> GrowthEvent:
+        (event,) = GrowthManager([rule], model=tiny(), budget=budget).step(Signals(step=1))
+        return event
+
+    def at(value: float) -> Budget:
+        return Budget(**{limit: type(now)(value)})
+
+    assert first(at(then)).done
+    assert not first(at((now + then) / 2)).done
+    with pytest.raises(ConfigError, match="beyond the budget before it has grown"):
+        GrowthManager([rule], model=model, budget=at(now * 0.9)).check()
+
+
+def test_who_approves_sees_the_plan_and_the_reason() -> None:
+    asked = []
+
+    def approve(plan: GrowthPlan, reason: str) -> bool:
+        asked.append((plan.parameters_after - plan.parameters_before, reason))
+        return len(asked) > 1
+
+    model = tiny()
+    manager = GrowthManager([GrowthRule(when=Always(), then=WidenFFN(add=1))], model=model, approve=approve)
+    (declined,), (done,) = (manager.step(Signals(step=step)) for step in (1, 2))
+    assert (declined.done, declined.reason) == (False, "asked 1 times; not done: not approved")
+    assert done.done and model.config.intermediate_size == 21
+    assert asked == [(144, "asked 1 times"), (144, "asked 2 times")]
+
+
+def test_a_dry_run_records_the_same_events_and_grows_nothing() -> None:
+    model = tiny()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rule = GrowthRule(when=Always(), then=AddLayers(add=1), cooldown_steps=2, max_events=3)
+    manager = GrowthManager([rule], model=model, dry_run=True)
+    assert steps_of_events(manager, 20) == [1, 4, 7]
+    assert all(not event.done and event.reason.endswith("not done: dry run") for event in manager.history)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+# ---- named values instead of signals --------------------------------------------------------------
+
+
+def test_named_values_become_signals() -> None:
+    seen: list[Signals] = []
+
+    class Looking(Trigger):
+        def update(self, signals: Signals) -> str | None:
+            seen.append(signals)
+            return None
+
+    model = tiny()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    manager = GrowthManager(
+        [GrowthRule(when=Looking(), then=WidenFFN(add=1))], model=model, optimizer=optimizer
+    )
+    manager.step(loss=2.0, grad_norm=0.5, validation_loss=None)
+    manager.step(loss=1.5, tokens=64, validation_loss=1.75, mood=3.0)
+    first, second = seen
+    assert (first.step, first.loss, first.grad_norm, first.learning_rate) == (1, 2.0, 0.5, 0.25)
+    assert first.values == {}
+    assert (second.step, second.tokens, second.fresh("validation_loss")) == (2, 64, 1.75)
+    assert second.values["mood"] == Measured(3.0, 2)
+    manager.step(step=10, loss=1.0)
+    assert seen[-1].step == 10
+    with pytest.raises(ConfigError, match="signals or named values, not both: loss"):
+        manager.step(Signals(step=4), loss=1.0)
+
+
+def test_a_loop_of_ones_own_grows_by_named_values() -> None:
+    model = tiny()
+    optimizer = torch.optim.AdamW(model.parameters())
+    rule = GrowthRule(when=PlateauTrigger(patience=2, metric="loss"), then=WidenFFN(add=1), max_events=1)
+    manager = GrowthManager([rule], model=model, optimizer=optimizer)
+    assert [len(manager.step(loss=3.0)) for _ in range(4)] == [0, 0, 1, 0]
+
+
+# ---- refused before training ----------------------------------------------------------------------
+
+
+def test_what_cannot_work_later_is_refused_at_once() -> None:
+    def manager(*operators: Any, **settings: Any) -> GrowthManager:
+        rules = [GrowthRule(when=PlateauTrigger(), then=operator) for operator in operators]
+        return GrowthManager(rules, model=tiny("cambia"), **settings)
+
+    for never in (WidenFFN(to=10), WidenFFN(add=1, layers=[7])):
+        with pytest.raises(GrowthError):
+            manager(never).step(Signals(step=1))
+    manager(WidenFFN(add=1, layers=[2]), AddLayers(add=1)).check()
+    with pytest.raises(GrowthError, match="trains no parameter of this model"):
+        manager(WidenFFN(add=1), optimizer=torch.optim.SGD(tiny("cambia").parameters(), lr=0.1)).check()
+    with pytest.raises(ConfigError, match=r"PlateauTrigger reads 'validation_loss', which nothing measures"):
+        manager(WidenFFN(add=1)).check({"loss", "grad_norm"})
+    manager(WidenFFN(add=1)).check({"loss", "validation_loss"})
+
+
 # ---- what is recorded ----------------------------------------------------------------------------
+
+
+def test_a_size_that_is_reached_is_reached_once() -> None:
+    rule = GrowthRule(when=Always(), then=WidenFFN(to=25))
+    manager = GrowthManager([rule], model=tiny())
+    assert steps_of_events(manager, 4) == [1]
+    with pytest.raises(ConfigError, match=r"max_events=2 contradicts to= of WidenFFN"):
+        GrowthRule(when=Always(), then=WidenFFN(to=25), max_events=2)
+
+
+def test_rules_may_be_written_in_any_order() -> None:
+    """Legal as the model is, legal once another rule has acted, or refused before training."""
+    late, soon = ScheduleTrigger(at_steps=[2]), ScheduleTrigger(at_steps=[1])
+    rules = [GrowthRule(when=late, then=WidenFFN(to=40)), GrowthRule(when=soon, then=WidenFFN(to=25))]
+    model = tiny()
+    assert steps_of_events(GrowthManager(rules, model=model), 3) == [1, 2]
+    assert model.config.intermediate_size == 40
+    with pytest.raises(GrowthError, match=r"25"):
+        GrowthManager([GrowthRule(when=soon, then=WidenFFN(to=25))], model=model).check()
 
 
 def test_events_say_when_and_are_kept() -> None:

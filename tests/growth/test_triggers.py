@@ -14,11 +14,18 @@ from cambia.config import build, dump
 from cambia.errors import ConfigError
 from cambia.growth import (
     TRIGGERS,
+    AllOf,
+    AnyOf,
+    GradientNormTrigger,
     GrowthRule,
+    LossSpikeTrigger,
+    Majority,
     Measured,
+    PerplexityTrigger,
     PlateauTrigger,
     ScheduleTrigger,
     Signals,
+    SliceSpikeTrigger,
     Trigger,
     WidenFFN,
 )
@@ -184,6 +191,241 @@ def test_patience_must_be_positive() -> None:
         build(
             GrowthRule, {"when": {"type": "plateau", "patience": 0}, "then": {"type": "widen_ffn", "add": 1}}
         )
+
+
+def test_a_window_compares_means() -> None:
+    noisy = [3.0, 3.2, 2.8, 3.1, 2.9, 3.0, 3.0, 3.1]
+    assert fired(PlateauTrigger(patience=1, min_improvement=0.05, window=4), noisy) == [8]
+    falling = [4.0, 4.2, 3.6, 3.8, 3.3, 3.5, 3.0, 3.2]
+    assert fired(PlateauTrigger(patience=1, min_improvement=0.05, window=2), falling) == []
+    whole = PlateauTrigger(patience=2, min_improvement=0.05, window=2)
+    assert fired(whole, [3.0] * 10) == [5, 10], "after growth both windows fill again"
+    with pytest.raises(ConfigError, match="window=0 must be at least 1"):
+        PlateauTrigger(window=0)
+
+
+# ---- perplexity ----------------------------------------------------------------------------------
+
+
+def test_perplexity_must_fall_by_a_share_of_itself() -> None:
+    trigger = PerplexityTrigger(min_improvement=0.1, patience=2)
+    perplexities = [100.0, 89.0, 79.0, 75.0, 72.0, 70.0, 66.0]
+    assert fired(trigger, [math.log(p) for p in perplexities]) == [5]
+    assert trigger.best == pytest.approx(math.log(70.0)), "from 79 to 70 is a tenth again"
+    whole = PerplexityTrigger(min_improvement=0.1, patience=1)
+    assert "not 10 % below 100 for 1 measurements" in (
+        whole.update(measured(1, math.log(100))) or whole.update(measured(2, math.log(95))) or ""
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 3.0])
+def test_a_share_of_perplexity_lies_between_0_and_1(share: float) -> None:
+    with pytest.raises(ConfigError, match=r"min_improvement=.* is a share"):
+        PerplexityTrigger(min_improvement=share)
+
+
+# ---- gradient norm -------------------------------------------------------------------------------
+
+
+def norms(trigger: Trigger, values: list[float]) -> list[int]:
+    return [i for i, norm in enumerate(values, start=1) if trigger.update(at(i, grad_norm=norm))]
+
+
+def test_a_gradient_norm_is_compared_with_the_first_window() -> None:
+    def trigger() -> GradientNormTrigger:
+        return GradientNormTrigger(below=0.5, above=2.0, window_steps=4, settle_steps=2)
+
+    settling, steady = [50.0, 50.0], [1.0, 1.2, 0.8, 1.0]
+    assert norms(trigger(), [*settling, *steady, 0.9, 1.1, 1.0, 1.0]) == []
+    assert norms(trigger(), [*settling, *steady, 0.4, 0.4, 0.3, 0.4]) == [10]
+    assert norms(trigger(), [*settling, *steady, 3.0, 3.0, 3.0, 3.0]) == [10]
+    assert norms(trigger(), [*settling, *steady, 99.0, 1.0, 1.0, 1.0, 99.0]) == [], "bursts do not count"
+
+
+def test_after_growth_it_settles_and_compares_anew() -> None:
+    trigger = GradientNormTrigger(below=0.5, window_steps=2, settle_steps=1)
+    assert norms(trigger, [9.0, 1.0, 1.0, 0.1, 0.1]) == [5]
+    trigger.reset()
+    assert norms(trigger, [9.0, 0.1, 0.1, 0.1, 0.1]) == []
+
+
+def test_plain_norms_need_no_first_window() -> None:
+    trigger = GradientNormTrigger(below=1e-3, window_steps=2, settle_steps=0, relative=False)
+    assert norms(trigger, [1.0, 1e-4, 1e-4]) == [3]
+
+
+def test_steps_without_a_norm_are_left_out() -> None:
+    trigger = GradientNormTrigger(above=2.0, window_steps=2, settle_steps=0, relative=False)
+    for step, norm in enumerate([3.0, None, math.nan, math.inf], start=1):
+        assert trigger.update(at(step, grad_norm=norm)) is None
+    assert trigger.update(at(5, grad_norm=3.0)) is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({}, "below=, above= or both"),
+        ({"below": 2.0, "above": 1.5, "relative": False}, "must be lower than above"),
+        ({"below": 1.5}, "below= is less than 1"),
+        ({"above": 0.5}, "above= more than 1"),
+    ],
+)
+def test_gradient_norms_that_say_too_little_are_refused(settings: Any, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        GradientNormTrigger(**settings)
+
+
+# ---- spikes --------------------------------------------------------------------------------------
+
+
+def losses(trigger: Trigger, values: list[float]) -> list[int]:
+    return [i for i, loss in enumerate(values, start=1) if trigger.update(at(i, loss=loss))]
+
+
+def test_a_loss_spike_is_a_shift_and_not_a_burst() -> None:
+    def trigger() -> LossSpikeTrigger:
+        return LossSpikeTrigger(ratio=1.2, window=6, patience=3)
+
+    assert losses(trigger(), [2.0] * 12) == []
+    assert losses(trigger(), [2.0] * 9 + [9.0] + [2.0] * 9) == []
+    assert losses(trigger(), [2.0] * 9 + [3.0, 3.0]) == [11], "two of three are the median"
+    assert losses(trigger(), [3.0 - 0.01 * i for i in range(40)]) == []
+
+
+def test_a_loss_spike_watches_any_measurement() -> None:
+    trigger = LossSpikeTrigger(window=2, patience=1, metric="validation_loss")
+    said = [trigger.update(measured(i, value)) for i, value in enumerate([2.0, 2.0, 2.0, 4.0], start=1)]
+    assert said == [
+        None,
+        None,
+        None,
+        "loss spike: median validation_loss of 1 is 4.0000, before it was 2.0000",
+    ]
+
+
+def test_a_slice_is_compared_with_the_rest() -> None:
+    trigger = SliceSpikeTrigger(slice="long", ratio=1.5, patience=2)
+    said = []
+    for step, (inside, rest) in enumerate([(2.0, 1.0), (1.4, 1.0), (2.0, 1.0), (2.1, 1.0)], start=1):
+        values = {"slice_loss/long": Measured(inside, step), "rest_loss/long": Measured(rest, step)}
+        said.append(trigger.update(Signals(step=step, values=values)))
+    assert said == [None, None, None, "slice spike: loss on long is 2.1000, on the rest 1.0000"]
+    assert trigger.needs == {"slice_loss/long", "rest_loss/long"}
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda: LossSpikeTrigger(ratio=1.0), "ratio=1.0 must be above 1"),
+        (lambda: LossSpikeTrigger(patience=0), "must be at least 1 value"),
+        (lambda: SliceSpikeTrigger(slice="a", patience=0), "at least 1"),
+        (lambda: AnyOf([]), "AnyOf takes at least one trigger"),
+    ],
+)
+def test_spikes_and_sets_that_make_no_sense_are_refused(make: Any, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        make()
+
+
+# ---- several together ----------------------------------------------------------------------------
+
+
+def marks(*steps: int) -> ScheduleTrigger:
+    return ScheduleTrigger(at_steps=list(steps))
+
+
+@pytest.mark.parametrize(
+    ("composite", "expected"),
+    [
+        (AnyOf([marks(3), marks(5)]), [3, 5]),
+        (AllOf([marks(3), marks(5)]), [5]),
+        (AllOf([marks(3), marks(5)], within_steps=1), []),
+        (Majority([marks(3), marks(5), marks(9)]), [5]),
+        (Majority([marks(3, 8), marks(5), marks(9)], within_steps=1), [9]),
+        (Majority([marks(3), marks(5)]), [5]),
+    ],
+)
+def test_enough_triggers_must_agree(composite: Trigger, expected: list[int]) -> None:
+    found = [step for step in range(1, 12) if composite.update(at(step))]
+    assert found == expected
+
+
+def test_together_they_tell_all_reasons_and_start_afresh_together() -> None:
+    plateau = PlateauTrigger(patience=1)
+    both = AllOf([marks(2), plateau])
+    said = [both.update(measured(step, 3.0)) for step in (1, 2)]
+    assert said[1] is not None and said[1].startswith("2 asked: schedule: 2 steps reached; plateau:")
+    plateau.waited = 7
+    both.reset()
+    assert plateau.waited == 0
+    assert both.needs == {"validation_loss"}
+
+
+# ---- every trigger -------------------------------------------------------------------------------
+
+EVERY = {
+    "schedule": lambda: ScheduleTrigger(at_steps=[4, 9]),
+    "plateau": lambda: PlateauTrigger(patience=2, min_improvement=0.3),
+    "plateau window": lambda: PlateauTrigger(patience=1, window=2, min_improvement=0.3),
+    "perplexity": lambda: PerplexityTrigger(patience=2, min_improvement=0.2),
+    "gradient_norm": lambda: GradientNormTrigger(below=0.7, above=1.4, window_steps=3, settle_steps=1),
+    "loss_spike": lambda: LossSpikeTrigger(ratio=1.1, window=3, patience=2),
+    "slice_spike": lambda: SliceSpikeTrigger(slice="s", ratio=1.2, patience=1),
+    "any": lambda: AnyOf([LossSpikeTrigger(ratio=1.1, window=3, patience=2), marks(7)]),
+    "all": lambda: AllOf([PlateauTrigger(patience=1), marks(3, 9)], within_steps=3),
+    "majority": lambda: Majority([AnyOf([marks(5)]), PlateauTrigger(patience=1), marks(6)], within_steps=4),
+}
+
+
+def everything(step: int, value: float) -> Signals:
+    names = (
+        ("validation_loss", "slice_loss/s")
+        if step % 2
+        else ("validation_loss", "slice_loss/s", "rest_loss/s")
+    )
+    values = {name: Measured(value + len(name) % 3, step) for name in names}
+    return Signals(step=step, loss=value, grad_norm=value, values=values)
+
+
+def told(trigger: Trigger, signals: list[Signals]) -> list[str | None]:
+    said = []
+    for item in signals:
+        said.append(trigger.update(item))
+        if said[-1]:
+            trigger.reset()
+    return said
+
+
+@pytest.mark.parametrize("name", EVERY)
+@given(values=st.lists(st.floats(0.5, 5) | st.just(math.nan), max_size=25), cut=st.integers(0, 25))
+def test_every_trigger_resumes_as_if_nothing_had_happened(name: str, values: list[float], cut: int) -> None:
+    signals = [everything(step, value) for step, value in enumerate(values, start=1)]
+    whole, first = EVERY[name](), EVERY[name]()
+    expected = told(whole, signals)
+    before = told(first, signals[:cut])
+    assert expected == before + told(through_json(first, EVERY[name]()), signals[cut:])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_trigger_acts_on_fresh_measurements_alone(name: str) -> None:
+    """The same old values, step after step, change nothing and fire nothing but a schedule."""
+    trigger = EVERY[name]()
+    stale = {n: Measured(9.0, 1) for n in ("validation_loss", "slice_loss/s", "rest_loss/s")}
+    trigger.update(Signals(step=1, values=stale))
+    state = trigger.state_dict()
+    for step in (2, 3):
+        assert trigger.update(Signals(step=step, values=stale)) is None or "majority" in name or "all" in name
+    if not {"schedule", "any", "all", "majority"} & {name}:
+        assert trigger.state_dict() == state
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_trigger_survives_its_configuration_and_has_a_name(name: str) -> None:
+    before = GrowthRule(when=EVERY[name](), then=WidenFFN(factor=1.3))
+    plain = dump(before)
+    assert plain["when"]["type"] == name.split()[0]
+    assert build(GrowthRule, json.loads(json.dumps(plain))) == before
+    assert set(TRIGGERS) == {key.split()[0] for key in EVERY}
 
 
 # ---- one's own, and configuration ----------------------------------------------------------------

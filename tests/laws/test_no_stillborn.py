@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cambia.growth import AddLayers, Contract, Operator, WidenFFN, grow, plan_growth
-from cambia.growth.operators import Shape, Step, lengthened
+from cambia.growth.operators import Shape, Step
+from cambia.growth.widen import lengthened
 from cambia.nn.param_map import Fill, TensorMap
 from tests.conftest import tiny
 from tests.laws.examples import EVERY, FAMILIES, loss_of, parameters
@@ -28,7 +29,11 @@ def new_entries(model: PreTrainedModel, operators: tuple[Operator, ...]) -> dict
     for name, parameter in plan.after.named_parameters():
         lineage = plan.lineages[name]
         reference = old[lineage.origin] if lineage.inherits else torch.empty(parameter.shape)
-        mask = lineage.new_mask(reference.detach()).expand(parameter.shape)
+        mask = lineage.new_mask(reference.detach()).expand(parameter.shape).clone()
+        # Clones are new as well, though they have a source: whatever lies outside the old block.
+        outside = torch.ones_like(mask)
+        outside[tuple(slice(0, size) for size in reference.shape)] = False
+        mask |= outside
         if mask.any():
             masks[name] = mask
     return masks

@@ -21,7 +21,7 @@ from cambia.models.architectures import layer_ids
 from cambia.nn.param_map import AxisMap, ParamMap, TensorMap
 from cambia.training.muon import Muon
 from tests.conftest import tiny
-from tests.laws.examples import EVERY, FAMILIES, logits, loss_of, parameters
+from tests.laws.examples import EVERY, EXACT, FAMILIES, logits, loss_of, parameters, without_upcasts
 
 POWERS = {"exp_avg": -1, "momentum_buffer": -1, "exp_avg_sq": -2, "max_exp_avg_sq": -2}
 KINDS: dict[str, Callable[[Any], Optimizer]] = {
@@ -35,6 +35,7 @@ KINDS: dict[str, Callable[[Any], Optimizer]] = {
     "sgd foreach": lambda groups: SGD(groups, lr=1e-2, momentum=0.9, foreach=True),
     "sgd without momentum": lambda groups: SGD(groups, lr=1e-2),
 }
+KEEPING = [operator for operator in EVERY if not operator.contract.rescales]
 OPERATORS = (WidenFFN(add=3), AddLayers(add=1, where="interpose"))
 
 
@@ -106,7 +107,7 @@ def check_everybody_is_in_one_group(model: PreTrainedModel, optimizer: Optimizer
     assert {id(parameter) for parameter in optimizer.state} <= set(members)
 
 
-@pytest.mark.parametrize(("family", "operator"), parameters(EVERY))
+@pytest.mark.parametrize(("family", "operator"), parameters(KEEPING))
 def test_moments_of_old_entries_are_bit_equal(family: str, operator: Operator) -> None:
     model = tiny(family, attention_bias=True, mlp_bias=True)
     optimizer = KINDS["adamw"](in_groups(model))
@@ -231,21 +232,23 @@ def test_moments_follow_a_multiplied_weight(kind: str) -> None:
                 assert torch.equal(after[name][key], value * factor ** POWERS[key])
 
 
-def test_a_multiplied_gradient_is_what_the_multiplied_moments_expect() -> None:
-    """The reason for m / c and v / c^2: after growth the gradient itself is divided by c."""
-    model = tiny(dtype=torch.float64)
-    loss_of(model).backward()
-    carried = {}
-    before = {name: p.grad.clone() for name, p in model.named_parameters()}
-    grow(model, Rescale())
-    for name, parameter in model.named_parameters():
-        carried[name] = parameter.grad.clone()
-        parameter.grad = None
-    loss_of(model).backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(carried[name], parameter.grad, rtol=1e-9, atol=1e-12)
-    name = "model.layers.0.mlp.up_proj.weight"
-    torch.testing.assert_close(carried[name], before[name] / 4)
+@pytest.mark.parametrize(("family", "operator"), [*parameters(EXACT), ("cambia", Rescale())])
+def test_old_entries_get_the_gradient_that_their_moments_expect(family: str, operator: Operator) -> None:
+    """Why moments are carried as they are: so does the gradient itself change (divided by c, or shared)."""
+    model = tiny(family, torch.float64, attention_bias=True)
+    plan = plan_growth(model, operator)
+    with without_upcasts(model):
+        loss_of(model).backward()
+    shapes = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    grow(model, operator)
+    carried = {n: p.grad.clone() for n, p in model.named_parameters() if plan.lineages[n].inherits}
+    model.zero_grad()
+    with without_upcasts(model):
+        loss_of(model).backward()
+    grown = dict(model.named_parameters())
+    for name, expected in carried.items():
+        old = ~plan.lineages[name].new_mask(shapes[plan.lineages[name].origin]).expand(expected.shape)
+        torch.testing.assert_close(expected[old], grown[name].grad[old], rtol=1e-6, atol=1e-9)
 
 
 # ---- new entries ---------------------------------------------------------------------------------
@@ -257,7 +260,7 @@ def test_new_second_moments_follow_the_policy(policy: Any) -> None:
     optimizer = KINDS["adamw"](in_groups(model))
     train(model, optimizer)
     old = remembered(model, optimizer)
-    grow(model, WidenFFN(add=3), holders=[OptimizerHolder(optimizer, new_second_moment=policy)])
+    grow(model, WidenFFN(add=3), holders=[OptimizerHolder(optimizer, moments=policy)])
     for name, state in remembered(model, optimizer).items():
         if "gate_proj" in name:
             mean = old[name]["exp_avg_sq"].mean().item()
@@ -279,7 +282,7 @@ def test_zero_second_moments_make_the_first_updates_large(policy: Any, lowest: f
             "exp_avg": torch.ones_like(parameter),
             "exp_avg_sq": torch.ones_like(parameter),
         }
-    grow(model, WidenFFN(add=3), holders=[OptimizerHolder(optimizer, new_second_moment=policy)])
+    grow(model, WidenFFN(add=3), holders=[OptimizerHolder(optimizer, moments=policy)])
     weight = model.model.layers[0].mlp.gate_proj.weight
     peak = 0.0
     for _ in range(40):

@@ -26,7 +26,7 @@ TREE = {
         ]
     },
     "model": {"hidden_size": 12, "intermediate_size": 18, "num_hidden_layers": 3, "num_attention_heads": 2},
-    "training": {"steps": 9, "batch_size": 6, "sequence_length": 32, "accumulation": 2},
+    "training": {"steps": 9, "batch_size": 6, "sequence_length": 32, "accumulation": 2, "average_decay": 0.7},
     "replay": {"fraction": 0.3, "capacity": 20},
     "growth": {
         "rewarm_steps": 4,
@@ -39,9 +39,34 @@ TREE = {
                 "max_events": 1,
                 "cooldown_steps": 3,
             },
+            {
+                # Windows, memories and a cooldown that are cut in two by most deaths.
+                "when": {
+                    "type": "any",
+                    "triggers": [
+                        {
+                            "type": "gradient_norm",
+                            "below": 0.5,
+                            "above": 1.01,
+                            "window_steps": 3,
+                            "settle_steps": 2,
+                        },
+                        {"type": "loss_spike", "ratio": 1.02, "window": 4, "patience": 2},
+                        {"type": "slice_spike", "slice": "long", "ratio": 0.1, "patience": 2},
+                    ],
+                },
+                "then": {"type": "widen_ffn", "add": 2, "layers": "gradient", "count": 1},
+                "cooldown_steps": 2,
+                "rearm_steps": 3,
+                "max_events": 3,
+            },
         ],
     },
-    "evaluation": {"every_steps": 4, "max_bytes": 2000},
+    "evaluation": {
+        "every_steps": 2,
+        "max_bytes": 2000,
+        "slices": [{"type": "length", "name": "long", "at_least": 8}],
+    },
     "checkpoint": {"every_steps": 3, "named_every_steps": 5, "keep": 2},
     "threads": 1,
 }
@@ -54,11 +79,12 @@ def live(name: str, root: str, optimizer: str, death: tuple[str, int] | None) ->
     from cambia.experiment import train
     from cambia.experiment.tree import experiment_from
     from cambia.rundir import RunWriter
+    from cambia.training.journal import Journal
     from cambia.training.trainer import Trainer
 
     places = {
         "after a step": (Trainer, "_step"),
-        "after a log row": (Trainer, "_log"),
+        "after a log row": (Journal, "stepped"),
         "after growth": (RunWriter, "append_json"),
         "writing a checkpoint": (files, "_seal"),
         "after a checkpoint": (Trainer, "save"),
@@ -136,7 +162,12 @@ DEATHS = [
 
 @pytest.mark.parametrize(
     ("kind", "optimizer"),
-    [("chosen", "adamw"), ("chosen", "muon"), pytest.param("random", "adamw", marks=pytest.mark.slow)],
+    [
+        ("chosen", "adamw"),
+        ("chosen", "muon"),
+        ("chosen", "sgd"),
+        pytest.param("random", "adamw", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_equals_the_uninterrupted_one(server, tmp_path, kind, optimizer):
     be_born(server, "warm", tmp_path, optimizer, None).join()  # starts the server, prepares the data

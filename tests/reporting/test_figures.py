@@ -118,7 +118,8 @@ def test_only_figures_imports_matplotlib_and_only_the_page_imports_figures() -> 
                 for wanted, files in importers.items():
                     if name == wanted or name.startswith(wanted + "."):
                         files.add(path.name)
-    assert importers == {"matplotlib": {"figures.py"}, "cambia.reporting.figures": {"page.py"}}
+    pages = {"page.py", "side_by_side.py"}
+    assert importers == {"matplotlib": {"figures.py"}, "cambia.reporting.figures": pages}
 
 
 # ---- curves --------------------------------------------------------------------------------------

@@ -172,7 +172,11 @@ def test_state_of_another_model_is_refused() -> None:
 
 
 def test_the_registry_and_the_ranges() -> None:
-    assert OPTIMIZERS == {"adamw": "cambia.training.optim:AdamW", "muon": "cambia.training.optim:Muon"}
+    assert OPTIMIZERS == {
+        "adamw": "cambia.training.optim:AdamW",
+        "muon": "cambia.training.optim:Muon",
+        "sgd": "cambia.training.optim:SGD",
+    }
     assert build(AdamW, {"learning_rate": 1, "betas": [0.5, 0.6]}).betas == (0.5, 0.6)
     for wrong in ({"learning_rate": 0}, {"eps": 0}, {"weight_decay": -1}, {"kernel": "slow"}, {"lr": 1}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):

@@ -8,11 +8,13 @@ import math
 import pytest
 import torch
 
-from cambia.experiment.build import assemble
+from cambia.errors import CheckpointError
+from cambia.experiment.build import assemble, model_folder
 from cambia.experiment.estimate import estimate
 from cambia.experiment.tree import Experiment, experiment_from
 from cambia.models.architectures import count_parameters, flops_per_token
 from cambia.rundir import RunReader, RunWriter
+from cambia.training.checkpoint import load_model
 
 TREE = {
     "data": {
@@ -103,7 +105,7 @@ def test_bfloat16_stays_close_and_keeps_weights_in_float32(trained):
 def test_float16_scales_the_loss(trained):
     plain, _ = trained("plain")
     half, trainer = trained("half", training__precision="float16")
-    assert trainer.scaler.get_scale() > 1
+    assert trainer.step.scaler.get_scale() > 1
     # The first steps may be left out while the scale comes down; the losses stay near.
     assert column(half, "loss")[0] == pytest.approx(column(plain, "loss")[0], rel=2e-2)
 
@@ -152,3 +154,53 @@ def test_estimate_plans_growth_and_counts_the_same_operations(trained, monkeypat
     assert result.flops == pytest.approx(column(reader, "flops")[-1])
     assert result.tokens == column(reader, "tokens")[-1]
     assert result.seconds > 0
+
+
+# ---- growth with limits, and averaged weights ----------------------------------------------------
+
+
+def never(plan: object, reason: str) -> bool:
+    return False
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "why"),
+    [
+        ("growth__budget", {"parameters": 9_000}, "parameters, the budget is 9,000"),
+        ("growth__approve", f"{__name__}:never", "not approved"),
+        ("growth__dry_run", True, "dry run"),
+    ],
+)
+def test_growth_that_is_not_allowed_is_recorded_and_not_done(trained, flag, value, why):
+    reader, trainer = trained(**{flag: value})
+    (event,) = reader.growth()
+    assert why in event["reason"] and event["step"] == 3
+    assert event["parameters_after"] > event["parameters_before"] == count_parameters(trainer.model)
+    assert len(set(column(reader, "parameters"))) == 1
+
+
+def test_what_the_configuration_says_of_newborn_weights_reaches_them(trained):
+    _, trainer = trained(growth__newborn_rate=0.5, growth__rewarm_steps=7, growth__moments="reset")
+    rewarm = trainer.growth.rewarm
+    assert (rewarm.steps, rewarm.factor, trainer.growth.moments) == (7, 0.5, "reset")
+    assert rewarm.newborns, "a rate of their own never ends"
+
+
+def test_a_growing_run_with_an_average_scores_and_saves_the_averaged_model(trained):
+    reader, trainer = trained("averaged", training__average_decay=0.8, training__steps=20)
+    plain, _ = trained("plain", training__steps=20)
+    assert column(reader, "loss") == column(plain, "loss"), "training itself does not notice"
+    assert column(reader, "validation_loss")[5] != column(plain, "validation_loss")[5]
+    latest = reader.folder / "latest"
+    assert model_folder(latest) == latest / "averaged" == model_folder(reader.folder)
+    averaged = dict(load_model(model_folder(reader.folder)).named_parameters())
+    weights = dict(load_model(latest).named_parameters())
+    with trainer.average.applied():
+        for name, parameter in trainer.model.named_parameters():
+            assert torch.equal(parameter, averaged[name])
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, weights[name])
+        assert not torch.equal(parameter, averaged[name])
+    (latest / "averaged/model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"averaged/model.safetensors is not what was written"):
+        load_model(latest / "averaged")

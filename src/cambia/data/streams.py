@@ -12,14 +12,14 @@ Replay of a twentieth to a tenth is the simplest cure of forgetting and the base
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import torch
 
-from cambia.data.batches import Batch, TrainBatches
+from cambia.data.batches import Batch, TrainBatches, evaluation_batches
 from cambia.data.corpus import PreparedCorpus
 from cambia.data.replay import ReplayBuffer
 from cambia.data.sources import TRAIN
@@ -66,7 +66,9 @@ class Stream:
         if not 0 <= replay_fraction < 1:
             raise ConfigError(f"replay_fraction is {replay_fraction}; expected at least 0 and below 1")
         self.tasks = list(tasks)
+        self.names = names
         self.batch_size = batch_size
+        self.sequence_length = sequence_length
         self.replay_fraction = replay_fraction
         self.batches = [
             TrainBatches(
@@ -99,6 +101,27 @@ class Stream:
             fresh.num_bytes + old.num_bytes,
             fresh.source,
         )
+
+    def evaluation(self, task_index: int, split: str, max_bytes: int, batch_size: int) -> Iterator[Batch]:
+        """The first documents of a task's split, each token a target once."""
+        task = self.tasks[task_index]
+        return evaluation_batches(
+            task.corpus.splits[split].head(max_bytes),
+            batch_size=batch_size,
+            sequence_length=self.sequence_length,
+            source=task.name,
+        )
+
+    has_validation = True
+
+    @property
+    def tokens_per_batch(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    @property
+    def lengths(self) -> list[int]:
+        """Training tokens of each task."""
+        return [task.corpus.splits[TRAIN].num_tokens for task in self.tasks]
 
     def _rows_to_replay(self) -> int:
         """Whole rows whose running total stays within one of the fraction; exact, without rounding error."""

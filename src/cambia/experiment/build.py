@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import platform
 import re
@@ -22,7 +21,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from cambia import __version__, files, rundir
-from cambia.config import to_yaml
+from cambia.config import resolve_function, to_yaml
 from cambia.data.prepare import prepare, train_texts
 from cambia.data.sources import Splits
 from cambia.data.streams import Stream, Task
@@ -34,7 +33,7 @@ from cambia.models.architectures import count_parameters
 from cambia.models.causal_lm import CambiaForCausalLM
 from cambia.rundir import RunReader, RunWriter
 from cambia.training import Trainer
-from cambia.training.checkpoint import load_model, load_state
+from cambia.training.checkpoint import AVERAGED, load_model, load_state
 
 RESUMABLE = (
     "device",
@@ -43,6 +42,7 @@ RESUMABLE = (
     "training.on_nonfinite",
     "checkpoint.",
     "growth.enabled",
+    "tracking.",
 )
 """Settings that may change when a run goes on; the others are what the run *is*."""
 
@@ -76,7 +76,7 @@ def train(
             experiment = read_experiment(experiment, flags)
         elif flags:
             experiment = experiment_from(plain_tree(experiment), source="experiment", flags=flags)
-        folder = rundir.run_folder(name) if name else _free_folder(experiment.name)
+        folder = rundir.run_folder(name) if name else rundir.free_folder(experiment.name)
     run = RunWriter(folder, resume=resume)
     try:
         with _one_line_when_out_of_memory(experiment):
@@ -96,15 +96,24 @@ def load(path: str | Path) -> PreTrainedModel:
 
 
 def model_folder(path: str | Path) -> Path:
-    """The folder that holds the model of a run, a checkpoint, or a Hugging Face model."""
+    """The folder that holds the model of a run, a checkpoint (also RUN/ckpt_step200), or of Hugging Face.
+
+    Of a run that averages its weights it is the averaged model.
+    """
     path = Path(path)
-    if (path / "config.json").exists() and any(path.glob("*.safetensors")):
-        return path
+    for folder in (path, rundir.runs_root() / path):
+        if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
+            return _averaged(folder)
     reader = RunReader(path)
     saved = reader.checkpoints()
     if not saved:
         raise RunError(f"the run {reader.name!r} has no checkpoint yet; wait until it saved one")
-    return saved[0]
+    return _averaged(saved[0])
+
+
+def _averaged(checkpoint: Path) -> Path:
+    folder = checkpoint / AVERAGED
+    return folder if folder.is_dir() else checkpoint
 
 
 # ---- putting a run together ----------------------------------------------------------------------
@@ -171,15 +180,21 @@ def assemble(experiment: Experiment, run: RunWriter) -> Assembly:
     model.train()
     optimizer = experiment.optimizer.build(model)
     growth = None
-    if experiment.growth.enabled and experiment.growth.rules:
+    settings = experiment.growth
+    if settings.enabled and settings.rules:
         growth = GrowthManager(
-            experiment.growth.rules,
+            settings.rules,
             model=model,
             optimizer=optimizer,
             check_batch=_check_batch(stream, experiment.training.sequence_length),
-            rewarm_steps=experiment.growth.rewarm_steps,
+            rewarm_steps=settings.rewarm_steps,
+            newborn_rate=settings.newborn_rate,
+            moments=settings.moments,
             seed=experiment.seed,
             context=experiment.training.sequence_length,
+            budget=settings.budget,
+            approve=resolve_function(settings.approve, (), "function") if settings.approve else None,
+            dry_run=settings.dry_run,
         )
     trainer = Trainer(
         model,
@@ -189,6 +204,7 @@ def assemble(experiment: Experiment, run: RunWriter) -> Assembly:
         checkpoint=experiment.checkpoint,
         growth=growth,
         tokenizer=tokenizer.hf,
+        tracking=experiment.tracking,
     )
     if resumed:
         state = load_state(latest)
@@ -240,19 +256,10 @@ def _in_turns(readers: Sequence[Iterator[str]]) -> Iterator[str]:
 
 def stage_steps(experiment: Experiment, stream: Stream) -> list[int]:
     """Optimizer steps of each task, from whichever length was given."""
-    training = experiment.training
-    per_batch = training.batch_size * training.sequence_length
-    result = []
-    for i, task in enumerate(experiment.data.tasks):
-        if task.steps or training.steps:
-            steps = float(task.steps or training.steps or 1)
-        elif training.tokens:
-            steps = training.tokens / per_batch
-        else:
-            tokens = len(stream.tasks[i].corpus.splits["train"].tokens)
-            steps = (training.epochs or 1.0) * tokens / per_batch
-        result.append(max(1, math.ceil(steps * (1.0 if task.steps else task.share))))
-    return result
+    return [
+        task.steps or experiment.training.steps_of(num_tokens, stream.tokens_per_batch, share=task.share)
+        for task, num_tokens in zip(experiment.data.tasks, stream.lengths, strict=True)
+    ]
 
 
 def find_device(name: str) -> torch.device:
@@ -299,16 +306,6 @@ def _resumed(name: str | None, flags: Mapping[str, Any]) -> tuple[Path, Experime
             f"or leave it out (these may change: {', '.join(RESUMABLE)})"
         )
     return reader.folder, experiment_from(reader.config(), source=str(reader.folder), flags=flags)
-
-
-def _free_folder(name: str) -> Path:
-    """The first of NAME, NAME-2, NAME-3... that is no run yet."""
-    number = 1
-    folder = rundir.run_folder(name)
-    while (folder / rundir.CONFIG_JSON).exists():
-        number += 1
-        folder = rundir.run_folder(f"{name}-{number}")
-    return folder
 
 
 @contextmanager

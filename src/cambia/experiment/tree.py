@@ -28,16 +28,19 @@ from cambia.config import (
     dump,
     explain,
     load_yaml,
+    merged,
     recipes,
 )
 from cambia.data import SOURCES, TOKENIZERS
 from cambia.data.sources import Source
 from cambia.data.tokenizers import BytesTokenizer, TokenizerConfig
 from cambia.errors import ConfigError
-from cambia.growth.rules import GrowthRule
+from cambia.growth.carry import Moments
+from cambia.growth.rules import Budget, GrowthRule
 from cambia.models.config import CambiaConfig
 from cambia.training.optim import OPTIMIZERS, AdamW, Muon
 from cambia.training.settings import CheckpointConfig, EvaluationConfig, TrainingConfig
+from cambia.training.tracking import TRACKERS, Tracker
 
 
 @dataclass
@@ -160,7 +163,19 @@ class GrowthConfig:
     rules: list[GrowthRule] = field(default_factory=list)
     """Each says when, then what, within which limits."""
     rewarm_steps: Annotated[int, Ge(0)] = 50
-    """Steps in which newborn weights come up to the full learning rate."""
+    """Steps in which newborn weights come up to their full learning rate; they are not decayed meanwhile."""
+    newborn_rate: Annotated[float, Gt(0)] = 1.0
+    """The full learning rate of newborn weights, as a multiple of that of the others."""
+    moments: Moments = "mean"
+    """What becomes of the optimizer's state. mean: kept, and second moments of new weights start with the
+    mean of the old ones · zero: kept, and they start with zero · reset: forgotten where a parameter grows."""
+    budget: Budget = field(default_factory=Budget)
+    """How large the model may become; a growth beyond it is recorded and not done."""
+    approve: str | None = None
+    """A function of your own, "my_module:function", asked before each growth with its plan and its reason;
+    where it returns false, the growth is recorded and not done."""
+    dry_run: bool = False
+    """Record what would grow, and train at the starting size."""
 
 
 @dataclass
@@ -196,6 +211,8 @@ class Experiment:
     growth: GrowthConfig = field(default_factory=GrowthConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: list[Annotated[Tracker, Member(TRACKERS, "tracker")]] = field(default_factory=list)
+    """Where the run's numbers are sent besides the run directory."""
 
     def __post_init__(self) -> None:
         try:  # sizes are checked here, long before the text is prepared
@@ -221,17 +238,29 @@ class Experiment:
         return self.model.config(vocab_size=vocab_size, eos_token_id=eos_token_id, sequence_length=length)
 
 
-def read_tree(experiment: str | Path) -> tuple[dict[str, Any], str]:
-    """The plain tree of a recipe (by name) or a YAML file, and what to call it in messages."""
+def read_tree(experiment: str | Path, *, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
+    """The plain tree of a recipe (by name) or a YAML file, and what to call it in messages.
+
+    A file may say `base:`, a recipe or another file beside it, and then only what differs.
+    """
     known = recipes()
     if str(experiment) in known:
-        return load_yaml(known[str(experiment)]), f"recipe {experiment}"
-    path = Path(experiment)
-    if path.suffix not in (".yaml", ".yml") and not path.exists():
-        raise ConfigError(
-            f"{str(experiment)!r} is neither a recipe nor a YAML file{did_you_mean(str(experiment), known)}"
-        )
-    return load_yaml(path), str(path)
+        path, source = known[str(experiment)], f"recipe {experiment}"
+    else:
+        path, source = Path(experiment), str(experiment)
+        if path.suffix not in (".yaml", ".yml") and not path.exists():
+            hint = did_you_mean(str(experiment), known)
+            raise ConfigError(f"{str(experiment)!r} is neither a recipe nor a YAML file{hint}")
+    tree = load_yaml(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree, source
+    if str(path) in above:
+        raise ConfigError(f"{source}: its base is, by way of others, itself: {' -> '.join(above)}")
+    if not isinstance(base, str):
+        raise ConfigError(f"{source}: base is {base!r}; expected a recipe's name or a YAML file")
+    below, _ = read_tree(base if base in known else path.parent / base, above=(*above, str(path)))
+    return merged(below, tree), source
 
 
 def read_experiment(experiment: str | Path, flags: Mapping[str, Any] | None = None) -> Experiment:

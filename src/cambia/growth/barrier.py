@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cambia.errors import GrowthError
-from cambia.growth.carry import Change, Holder, OptimizerHolder
+from cambia.growth.carry import Change, Holder, Moments, OptimizerHolder
 from cambia.growth.operators import Operator
-from cambia.growth.plan import GrowthPlan, describe, plan_growth
-from cambia.models.architectures import architecture_of, on_meta, resize_layers
+from cambia.growth.plan import GrowthPlan, describe, plan_growth, random_batch
+from cambia.models.architectures import architecture_of, body_of, resize_layers
 from cambia.records import GrowthEvent
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -39,6 +39,7 @@ def grow(
     holders: Sequence[Holder] = (),
     check_batch: Tensor | None = None,
     seed: int = 0,
+    moments: Moments = "mean",
     reason: str = "asked for",
     context: int = 1024,
 ) -> GrowthEvent:
@@ -52,6 +53,7 @@ def grow(
         check_batch: (B, T) token ids on which the model must say the same before and after; by default
             32 random tokens.
         seed: of new random weights; they depend on it and their name alone.
+        moments: what becomes of the optimizer's state (see `cambia.growth.carry.OptimizerHolder`).
         reason: for the record.
         context: tokens per sequence, for the count of operations.
 
@@ -62,12 +64,12 @@ def grow(
         GrowthError: illegal for this model, or not exact; model and optimizer are then as they were.
     """
     began = time.perf_counter()
-    plan = plan_growth(model, *operators, context=context)
-    batch = _random_batch(model, seed) if check_batch is None else check_batch
+    batch = random_batch(model, seed) if check_batch is None else check_batch
+    plan = plan_growth(model, *operators, context=context, seed=seed, check_batch=batch)
     before = _logits(model, batch)
 
     changes = _build(model, plan, seed)
-    everyone = [*holders, *([OptimizerHolder(optimizer)] if optimizer is not None else [])]
+    everyone = [*holders, *([OptimizerHolder(optimizer, moments=moments)] if optimizer is not None else [])]
     commits = [holder.prepare(changes) for holder in everyone]
     undo: list[Callable[[], None]] = [model.tie_weights]
     try:
@@ -114,10 +116,10 @@ def _build(model: PreTrainedModel, plan: GrowthPlan, seed: int) -> list[Change]:
             sibling = old[lineage.sibling]
             values = lineage.values(source, seed=seed).to(device=sibling.device, dtype=sibling.dtype)
             new = nn.Parameter(values, requires_grad=sibling.requires_grad)
-            replaced = source if lineage.inherits else None
-            if replaced is not None and replaced.grad is not None:
-                new.grad = lineage.carry(replaced.grad, power=-1)
-            changes.append(Change(name, lineage, new, replaced, sibling))
+            change = Change(name, lineage, new, source, sibling, seed)
+            if change.old is not None and change.old.grad is not None:
+                new.grad = lineage.carry(change.old.grad, power=-1)
+            changes.append(change)
     return changes
 
 
@@ -131,7 +133,7 @@ def _swap(
 
     born = _settings_by_module(model)
     layers = list(plan.layers)
-    if layers != list(range(model.config.num_hidden_layers)):
+    if layers != list(range(body_of(model).config.num_hidden_layers)):
         path = architecture_of(model.config).layers
         old_list = model.get_submodule(path)
         undo.append(lambda: _set_submodule(model, path, old_list))
@@ -163,7 +165,8 @@ def _settings_by_module(model: PreTrainedModel) -> dict[int, dict[str, int | flo
 
     Growth changes these where the grown config says otherwise, and leaves alone what somebody set by hand.
     """
-    made = dict(on_meta(type(model), model.config).named_modules())
+    body = body_of(model)
+    made = dict(body.like(body.config).named_modules())
     return {
         id(module): {key: value for key, value in vars(made[name]).items() if type(value) in (int, float)}
         for name, module in model.named_modules()
@@ -199,11 +202,6 @@ def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
 def _restore(holder: dict[str, Any], key: str) -> Callable[[], None]:
     old = holder[key]
     return lambda: holder.__setitem__(key, old)
-
-
-def _random_batch(model: PreTrainedModel, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, model.config.vocab_size, (2, 16), generator=generator).to(model.device)
 
 
 @torch.no_grad()

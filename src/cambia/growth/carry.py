@@ -27,6 +27,10 @@ STATE_POWERS = {
 """How a state behaves when the weight is multiplied by c: it is multiplied by c to this power."""
 
 
+Moments = Literal["mean", "zero", "reset"]
+"""What becomes of an optimizer's state when parameters grow."""
+
+
 @dataclass(frozen=True, eq=False)
 class Change:
     """One parameter of the grown model that is not simply the old one."""
@@ -34,10 +38,17 @@ class Change:
     name: str
     lineage: Lineage
     new: nn.Parameter
-    old: nn.Parameter | None
-    """The parameter it replaces; None if it is a new one."""
+    source: nn.Parameter | None
+    """The old parameter whose values it takes; None where all are new."""
     sibling: nn.Parameter
     """The old parameter that it is trained like."""
+    seed: int
+    """Of its random values: `lineage.values(..., seed=seed)` draws the same again."""
+
+    @property
+    def old(self) -> nn.Parameter | None:
+        """The parameter it replaces; None if it is a new one, or a copy."""
+        return self.source if self.lineage.inherits else None
 
 
 class Holder(Protocol):
@@ -58,14 +69,13 @@ class OptimizerHolder:
 
     Args:
         optimizer: any whose per-element state is named in `STATE_POWERS`.
-        new_second_moment: what second moments of new entries start with: "mean" of the old, or "zero".
+        moments: "mean" and "zero" keep what is known of old entries, and second moments of new ones start
+            with the mean of the old, or with zero; "reset" forgets all of a parameter that grows.
     """
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, *, new_second_moment: Literal["mean", "zero"] = "mean"
-    ):
+    def __init__(self, optimizer: torch.optim.Optimizer, *, moments: Moments = "mean"):
         self.optimizer = optimizer
-        self.new_second_moment = new_second_moment
+        self.moments = moments
 
     def prepare(self, changes: Sequence[Change]) -> Callable[[], None]:
         """Build the grown state; the returned call puts it in place.
@@ -87,6 +97,8 @@ class OptimizerHolder:
 
     def _grown_state(self, change: Change) -> dict[str, Any]:
         assert change.old is not None
+        if self.moments == "reset":
+            return {}
         result: dict[str, Any] = {}
         for key, value in self.optimizer.state.get(change.old, {}).items():
             if not isinstance(value, Tensor) or value.dim() == 0:
@@ -99,7 +111,7 @@ class OptimizerHolder:
                     f"in the parameter's own shape, are {', '.join(STATE_POWERS)}: use AdamW or SGD"
                 )
             power = STATE_POWERS[key]
-            seeded = power == -2 and self.new_second_moment == "mean"
+            seeded = power == -2 and self.moments == "mean"
             new = value.mean().item() if seeded else 0.0
             result[key] = change.lineage.carry(value, power=power, new=new)
         return result

@@ -11,19 +11,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cambia.config import type_name
 from cambia.errors import ConfigError, GrowthError
 from cambia.growth.operators import OPERATORS, Contract, Operator, Shape
 from cambia.models.architectures import (
-    architecture_of,
+    Body,
+    body_of,
     changed_fields,
     count_parameters,
     flops_per_token,
-    on_meta,
+    per_layer,
 )
 from cambia.nn.param_map import Lineage, ParamMap, lineages
+from cambia.records import GrowthEvent
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,34 +55,63 @@ class GrowthPlan:
         """The config afterwards."""
         return self.after.config
 
+    def not_done(self, reason: str) -> GrowthEvent:
+        """The record of a growth that was planned and left undone."""
+        return GrowthEvent(
+            operators=tuple(describe(operator) for operator in self.operators),
+            reason=reason,
+            parameters_before=self.parameters_before,
+            parameters_after=self.parameters_after,
+            flops_per_token_before=self.flops_per_token_before,
+            flops_per_token_after=self.flops_per_token_after,
+            exactness=self.contract.exactness,
+            config_changes=self.config_changes,
+            done=False,
+        )
+
     def extra_bytes(self, *, bytes_per_value: int = 4, moments: int = 2) -> int:
         """Memory held only while growing: the old copies of what is replaced, and of its moments."""
         return self.parameters_replaced * bytes_per_value * (1 + moments)
 
 
-def plan_growth(model: PreTrainedModel, *operators: Operator, context: int = 1024) -> GrowthPlan:
+def plan_growth(
+    model: PreTrainedModel,
+    *operators: Operator,
+    context: int = 1024,
+    seed: int = 0,
+    check_batch: Tensor | None = None,
+) -> GrowthPlan:
     """Plan a growth event.
 
     Args:
         model: the model as it is, real or on the meta device; it is only looked at.
         operators: applied in order, as one event.
         context: tokens per sequence, for the count of operations.
+        seed: of what operators choose at random.
+        check_batch: (B, T) token ids, for operators that choose layers by a measured gain; by default 32
+            random tokens. On the meta device nothing can be measured: they then take the topmost layers.
 
     Raises:
         GrowthError: illegal for this model; the message says why and what would do.
     """
     if not operators:
         raise GrowthError("nothing to do: name at least one operator, for example WidenFFN(factor=1.5)")
-    architecture_of(model.config)
-    shape = _shape_of(model)
+    body = body_of(model)
+    gains = None
+    if any(operator.needs_gains for operator in operators) and model.device.type != "meta":
+        gains = layer_gains(model, random_batch(model, seed) if check_batch is None else check_batch)
+    shape = _shape_of(model, seed, gains)
     steps: list[ParamMap] = []
     layers: list[int | None] = list(range(shape.num_layers))
-    after = model
+    after, sizes = model, body.config
     for operator in operators:
         step = operator.step(shape)
         layers = [None if i is None else layers[i] for i in step.layers]
-        after = _checked(type(model), step.config, shape, step.params, operator)
-        shape = _shape_of(after)
+        after = _checked(body, step.config, shape, step.params, operator)
+        sizes = step.config
+        # A layer that has just been born has no gain yet: nothing hears it.
+        known = None if gains is None else [0.0 if i is None else gains[i] for i in layers]
+        shape = _shape_of(after, seed, known)
         steps.append(step.params)
     ways = lineages(steps, shape.shapes)
     replaced = {way.origin for way in ways.values() if way.inherits and not way.is_same}
@@ -89,7 +121,7 @@ def plan_growth(model: PreTrainedModel, *operators: Operator, context: int = 102
         after=after,
         layers=tuple(layers),
         lineages=ways,
-        config_changes=changed_fields(model.config, after.config),
+        config_changes=changed_fields(body.config, sizes),
         parameters_before=count_parameters(model),
         parameters_after=count_parameters(after),
         parameters_replaced=sum(p.numel() for name, p in model.named_parameters() if name in replaced),
@@ -98,12 +130,65 @@ def plan_growth(model: PreTrainedModel, *operators: Operator, context: int = 102
     )
 
 
-def _shape_of(model: PreTrainedModel) -> Shape:
-    return Shape(model.config, {name: p.shape for name, p in model.named_parameters()})
+def layer_gains(model: PreTrainedModel, batch: Tensor) -> list[float]:
+    """How large a gradient one more unit in each layer's feed-forward part would get.
+
+    New units with random readers are like old ones to the loss, so the mean squared gradient of what old
+    units write with is what a new unit's writer, which starts at zero, can expect. (GradMax, Evci et al.
+    2022, arXiv:2201.05125, grows where that gradient is largest; it also chooses the readers.)
+
+    Args:
+        batch: (B, T) token ids.
+
+    Returns:
+        One value for each layer; 0 where the layer is frozen.
+    """
+    sizes = body_of(model).config
+    gains = dict.fromkeys(range(sizes.num_hidden_layers), 0.0)
+    for layer, gradient in loss_gradients(model, batch, "ffn").items():
+        units = per_layer(sizes.intermediate_size, len(gains))[layer]
+        gains[layer] = gradient.double().pow(2).sum().item() / units
+    return list(gains.values())
+
+
+def loss_gradients(model: PreTrainedModel, batch: Tensor, dimension: str) -> dict[int, Tensor]:
+    """For each layer the gradient of the loss on a batch by what reads a dimension there.
+
+    Nothing of the model is touched: no dropout, and `grad` stays as it is. Frozen layers are left out.
+    """
+    table = body_of(model).table
+    readers: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        axes, layer = table.axes(name), table.layer_of(name)
+        reads = axes.read is not None and axes.names[axes.read] == dimension
+        if layer is not None and reads and parameter.requires_grad:
+            readers[layer] = parameter
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        ids = batch.to(model.device)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        found = torch.autograd.grad(loss, list(readers.values())) if readers else ()
+    finally:
+        for module in training:
+            module.training = True
+    return dict(zip(readers, found, strict=True))
+
+
+def random_batch(model: PreTrainedModel, seed: int) -> Tensor:
+    """(2, 16) token ids, for a check where nobody gave text."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, model.config.vocab_size, (2, 16), generator=generator).to(model.device)
+
+
+def _shape_of(model: PreTrainedModel, seed: int, gains: Sequence[float] | None) -> Shape:
+    body = body_of(model)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    return Shape(body.config, shapes, body.table, gains, seed)
 
 
 def _checked(
-    model_class: type[PreTrainedModel],
+    body: Body,
     config: PreTrainedConfig,
     before: Shape,
     params: ParamMap,
@@ -111,7 +196,7 @@ def _checked(
 ) -> PreTrainedModel:
     """The grown model on meta; the map must give exactly its tensors."""
     try:
-        after = on_meta(model_class, config)
+        after = body.like(config)
     except ConfigError as error:
         raise GrowthError(f"{operator}: {error}") from None
     expected = {name: p.shape for name, p in after.named_parameters()}
@@ -137,7 +222,8 @@ def _weakest(contracts: Sequence[Contract]) -> Contract:
     # Zero writers stacked on zero writers wake up one after the other, so the waiting adds up.
     waiting = 1 + sum(contract.alive_within - 1 for contract in contracts)
     exact = all(contract.exactness == "tolerance" for contract in contracts)
-    return Contract("tolerance" if exact else "none", alive_within=waiting)
+    rescales = any(contract.rescales for contract in contracts)
+    return Contract("tolerance" if exact else "none", alive_within=waiting, rescales=rescales)
 
 
 def describe(operator: Operator) -> dict[str, Any]:

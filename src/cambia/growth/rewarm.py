@@ -5,6 +5,8 @@ birth they move at a rising fraction of the learning rate and are not decayed; d
 readers that nobody hears yet. The old entries beside them train on unchanged. (SPARKLING,
 arXiv:2602.02472, re-warms the new part alone.)
 
+They may also keep a rate of their own for good (`factor`).
+
 It works through two hooks of the optimizer, so it works in anybody's loop: before a step the newborn
 entries are put aside, after it they are moved only part of the way.
 """
@@ -44,19 +46,21 @@ class SliceWarmup:
 
     Args:
         optimizer: the optimizer to hook into.
-        steps: optimizer steps until newborn entries move at the full rate; 0 switches it off.
+        steps: optimizer steps until newborn entries move at their full rate; 0 is at once.
+        factor: what their full rate is, as a multiple of that of the entries beside them.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, steps: int):
+    def __init__(self, optimizer: torch.optim.Optimizer, *, steps: int, factor: float = 1.0):
         self.optimizer = optimizer
         self.steps = steps
+        self.factor = factor
         self.newborns: list[_Newborn] = []
         optimizer.register_step_pre_hook(lambda *_: self._put_aside())
         optimizer.register_step_post_hook(lambda *_: self._hold_back())
 
     def prepare(self, changes: Sequence[Change]) -> Callable[[], None]:
         """Follow the slices that are warming up and add the new ones."""
-        if not self.steps:
+        if not self.steps and self.factor == 1.0:
             return lambda: None
         by_old = {id(change.old): change for change in changes if change.old is not None}
         followed = [self._followed(newborn, by_old.get(id(newborn.parameter))) for newborn in self.newborns]
@@ -94,10 +98,12 @@ class SliceWarmup:
         decay = self._decay_by_parameter()
         for newborn in self.newborns:
             assert newborn.aside is not None
-            share = (newborn.age + 1) / (self.steps + 1)
+            warming = newborn.age < self.steps
+            share = self.factor * ((newborn.age + 1) / (self.steps + 1) if warming else 1.0)
             moved = newborn.entries() - newborn.aside
-            undecayed = moved + newborn.aside * decay.get(id(newborn.parameter), 0.0)
-            kept = newborn.aside.add_(undecayed, alpha=share)
+            if warming:  # the decay is taken back
+                moved += newborn.aside * decay.get(id(newborn.parameter), 0.0)
+            kept = newborn.aside.add_(moved, alpha=share)
             flat = newborn.parameter.detach().view(-1)
             if newborn.index is None:
                 flat.copy_(kept)
@@ -105,7 +111,8 @@ class SliceWarmup:
                 flat[newborn.index] = kept
             newborn.aside = None
             newborn.age += 1
-        self.newborns = [newborn for newborn in self.newborns if newborn.age < self.steps]
+        if self.factor == 1.0:
+            self.newborns = [newborn for newborn in self.newborns if newborn.age < self.steps]
 
     def _decay_by_parameter(self) -> dict[int, float]:
         """The share of a weight that one step's decoupled weight decay takes away, by parameter."""

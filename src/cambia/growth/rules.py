@@ -1,34 +1,41 @@
 """Rules say what to do when a trigger fires, and the manager keeps them.
 
-manager = GrowthManager(
-    [GrowthRule(when=PlateauTrigger(patience=5), then=WidenFFN(factor=1.3), cooldown_steps=500)],
-    model=model, optimizer=optimizer,
-)
-for batch in batches:
-    ...                                   # forward, backward, optimizer.step()
-    events = manager.step(signals)        # grows the model if a rule says so
+In anybody's loop, after the optimizer's step:
+
+    manager = GrowthManager(
+        [GrowthRule(when=PlateauTrigger(patience=5), then=WidenFFN(factor=1.3), cooldown_steps=500)],
+        model=model, optimizer=optimizer,
+    )
+    for batch in batches:
+        ...                                                    # forward, backward, optimizer.step()
+        manager.step(loss=loss.item(), validation_loss=score)  # grows the model if a rule says so
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cambia.config import Member
-from cambia.errors import CheckpointError
+from cambia.errors import CheckpointError, ConfigError, GrowthError
 from cambia.growth.barrier import grow
-from cambia.growth.carry import Holder
+from cambia.growth.carry import Holder, Moments
 from cambia.growth.operators import OPERATORS, Operator
+from cambia.growth.plan import GrowthPlan, plan_growth
 from cambia.growth.rewarm import SliceWarmup
 from cambia.growth.triggers import TRIGGERS, Trigger
-from cambia.records import GrowthEvent, Signals
+from cambia.models.architectures import count_parameters, flops_per_token
+from cambia.records import GrowthEvent, Measured, Signals
+
+Approval = Callable[[GrowthPlan, str], bool]
+"""(what would be done, why) -> whether it may be done."""
 
 
 @dataclass
@@ -42,7 +49,54 @@ class GrowthRule:
     cooldown_steps: Annotated[int, Ge(0)] = 0
     """Optimizer steps after any growth of the model in which this rule does not act."""
     max_events: Annotated[int, Ge(0)] | None = None
-    """How often this rule may grow the model; None: as often as it fires."""
+    """How often this rule may grow the model; None: as often as it fires, or once where the operator says
+    `to=`, which is then reached."""
+    rearm_steps: Annotated[int, Ge(0)] = 0
+    """Once it has acted, it acts again only after its trigger was silent for this many optimizer steps."""
+    enabled: bool = True
+    """False leaves the rule out."""
+
+    def __post_init__(self) -> None:
+        if self._reaches_once and (self.max_events or 0) > 1:
+            raise ConfigError(
+                f"max_events={self.max_events} contradicts to= of {type(self.then).__name__}, which the "
+                "first event reaches: leave max_events out, or grow by factor= or add="
+            )
+
+    @property
+    def _reaches_once(self) -> bool:
+        return getattr(self.then, "to", None) is not None
+
+    @property
+    def most_events(self) -> int | None:
+        """How often this rule can grow the model; None: there is no limit."""
+        return 1 if self.max_events is None and self._reaches_once else self.max_events
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large a model may become; a growth beyond it is not done."""
+
+    parameters: Annotated[int, Gt(0)] | None = None
+    """All parameters."""
+    flops_per_token: Annotated[float, Gt(0)] | None = None
+    """Floating-point operations of one training step, per token."""
+    memory_mib: Annotated[float, Gt(0)] | None = None
+    """Weights, gradients and two moments of the optimizer in the weights' own precision, MiB."""
+
+    def broken_by(self, parameters: int, flops_per_token: float, bytes_per_value: int = 4) -> str | None:
+        """Which limit a model of this size is beyond, in words; None where there is room."""
+        memory = 4 * parameters * bytes_per_value / 2**20
+        if self.parameters is not None and parameters > self.parameters:
+            return f"{parameters:,} parameters, the budget is {self.parameters:,}"
+        if self.flops_per_token is not None and flops_per_token > self.flops_per_token:
+            return f"{flops_per_token:.3g} FLOPs per token, the budget is {self.flops_per_token:.3g}"
+        if self.memory_mib is not None and memory > self.memory_mib:
+            return f"{memory:,.0f} MiB, the budget is {self.memory_mib:,.0f} MiB"
+        return None
+
+
+_SIGNAL_FIELDS = {f.name for f in dataclasses.fields(Signals)} - {"values"}
 
 
 class GrowthManager:
@@ -50,84 +104,235 @@ class GrowthManager:
 
     Args:
         rules: asked in order; several may act at one step.
-        model: the model to grow, in place.
+        model: the model to grow, in place; left out, `attach` names it, as `Trainer` does.
         optimizer: grown along with it.
         holders: whatever else keeps state per parameter (see `cambia.growth.carry.Holder`).
         check_batch: (B, T) token ids on which each growth is verified; random ones by default.
-        rewarm_steps: optimizer steps in which newborn entries come up to the full learning rate.
+        rewarm_steps: optimizer steps in which newborn entries come up to their full learning rate.
+        newborn_rate: their full rate, as a multiple of that of the entries beside them.
+        moments: what becomes of the optimizer's state (see `cambia.growth.carry.OptimizerHolder`).
         seed: of new random weights.
         context: tokens per sequence, for the count of operations.
+        budget: how large the model may become.
+        approve: asked before each growth with its plan and its reason; False leaves the model as it is.
+        dry_run: record what would be done and do none of it.
     """
 
     def __init__(
         self,
         rules: Sequence[GrowthRule] = (),
         *,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         holders: Sequence[Holder] = (),
         check_batch: Tensor | None = None,
         rewarm_steps: int = 100,
+        newborn_rate: float = 1.0,
+        moments: Moments = "mean",
         seed: int = 0,
         context: int = 1024,
+        budget: Budget | None = None,
+        approve: Approval | None = None,
+        dry_run: bool = False,
     ):
         self.rules = list(rules)
-        self.model = model
-        self.optimizer = optimizer
+        self.model: PreTrainedModel | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
         self.check_batch = check_batch
+        self.moments: Moments = moments
         self.seed = seed
         self.context = context
+        self.budget = budget or Budget()
+        self.approve = approve
+        self.dry_run = dry_run
         self.history: list[GrowthEvent] = []
-        self.rewarm = SliceWarmup(optimizer, steps=rewarm_steps) if optimizer is not None else None
-        self.holders = [*holders, *([self.rewarm] if self.rewarm is not None else [])]
+        self.rewarm: SliceWarmup | None = None
+        self.rewarm_steps, self.newborn_rate = rewarm_steps, newborn_rate
+        self.holders = list(holders)
         self._counts = [0] * len(self.rules)
-        self._last_step: int | None = None
+        self._spent = [rule.max_events == 0 for rule in self.rules]
+        self._last_fired: list[int | None] = [None] * len(self.rules)
+        self._last_growth: int | None = None
+        self._steps = 0
+        self._checked = False
+        if model is not None:
+            self.attach(model, optimizer)
 
-    def step(self, signals: Signals) -> list[GrowthEvent]:
+    def attach(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer | None) -> None:
+        """Name the model to grow and its optimizer."""
+        self.model, self.optimizer = model, optimizer
+        if optimizer is not None:
+            self.rewarm = SliceWarmup(optimizer, steps=self.rewarm_steps, factor=self.newborn_rate)
+            self.holders.append(self.rewarm)
+
+    def _grown_model(self) -> PreTrainedModel:
+        if self.model is None:
+            raise ConfigError("this growth manager has no model yet: GrowthManager(rules, model=...)")
+        return self.model
+
+    def check(self, measured: Collection[str] | None = None) -> None:
+        """Refuse, before training, what could not work later. The first `step` does it where nobody did.
+
+        Args:
+            measured: the names of all that will be measured; None where that is not known.
+
+        Raises:
+            ConfigError: the model is beyond the budget already, or a trigger reads what nobody measures.
+            GrowthError: a rule's growth is illegal for the model, also when the other rules have acted
+                once; or the optimizer trains nothing of the model.
+        """
+        self._checked = True
+        model = self._grown_model()
+        over = self.budget.broken_by(
+            count_parameters(model), flops_per_token(model, self.context), model.dtype.itemsize
+        )
+        if over:
+            raise ConfigError(f"the model is beyond the budget before it has grown: {over}")
+        if self.optimizer is not None:
+            owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+            if not any(id(p) in owned for p in model.parameters()):
+                raise GrowthError(
+                    "the optimizer trains no parameter of this model: build it with model.parameters()"
+                )
+        rules = [rule for rule in self.rules if rule.enabled and rule.max_events != 0]
+        for rule in rules if measured is not None else []:
+            missing = sorted(rule.when.needs - set(measured or ()))
+            if missing:
+                raise ConfigError(
+                    f"{type(rule.when).__name__} reads {missing[0]!r}, which nothing measures here; measured "
+                    f"are {', '.join(sorted(measured or ()))} (--evaluation.every_steps and "
+                    "--evaluation.slices switch measurements on)"
+                )
+        self._plan_all([rule.then for rule in rules])
+
+    def _plan_all(self, operators: list[Operator]) -> None:
+        """Each operator must be legal for the model as it is, or once the others have acted."""
+        start = latest = self._grown_model()
+        while operators:
+            problems: dict[int, GrowthError] = {}
+            for i, operator in enumerate(operators):
+                try:
+                    latest = plan_growth(latest, operator, context=self.context).after
+                except GrowthError as error:
+                    if not self._is_legal(start, operator):
+                        problems[i] = error
+            if len(problems) == len(operators):
+                raise problems[0]
+            operators = [operators[i] for i in problems]
+
+    def _is_legal(self, model: PreTrainedModel, operator: Operator) -> bool:
+        try:
+            plan_growth(model, operator, context=self.context)
+        except GrowthError:
+            return False
+        return True
+
+    def step(self, signals: Signals | None = None, **measured: float | None) -> list[GrowthEvent]:
         """Ask every rule once; returns the growth events of this step, mostly none.
+
+        Args:
+            signals: what is known. Left out, they are made from the named values: `step` (counted by
+                the manager where it is not given), `tokens`, `flops`, `progress`, `loss`, `grad_norm`
+                and `learning_rate` are what they are in `Signals`, every other name is a measurement
+                taken at this step. None means not measured.
 
         Raises:
             GrowthError: a rule's growth is illegal for the model or was rolled back.
         """
+        if signals is None:
+            signals = self._signals(measured)
+        elif measured:
+            raise ConfigError(f"give signals or named values, not both: {', '.join(measured)}")
+        if not self._checked:
+            self.check()
+        self._steps = signals.step
         events = []
-        grown_before = self._last_step
+        grown_before = self._last_growth
         for i, rule in enumerate(self.rules):
-            if rule.max_events is not None and self._counts[i] >= rule.max_events:
+            if not rule.enabled or self._spent[i]:
                 continue
             if grown_before is not None and signals.step - grown_before <= rule.cooldown_steps:
                 continue
             reason = rule.when.update(signals)
-            if reason is not None:
+            if reason is not None and self._armed(i, signals.step):
                 events.append(self._act(i, reason, signals))
         return events
 
+    def _signals(self, measured: Mapping[str, float | None]) -> Signals:
+        given: dict[str, Any] = {"step": self._steps + 1}
+        values = {}
+        for name, value in measured.items():
+            if value is None:
+                continue
+            if name in _SIGNAL_FIELDS:
+                given[name] = value
+            else:
+                values[name] = value
+        if self.optimizer is not None:
+            given.setdefault("learning_rate", float(self.optimizer.param_groups[0]["lr"]))
+        step = int(given["step"])
+        return Signals(**given, values={name: Measured(value, step) for name, value in values.items()})
+
+    def _armed(self, index: int, step: int) -> bool:
+        """Whether a rule whose trigger has just fired may act."""
+        before, self._last_fired[index] = self._last_fired[index], step
+        return self._counts[index] == 0 or before is None or step - before > self.rules[index].rearm_steps
+
     def _act(self, index: int, reason: str, signals: Signals) -> GrowthEvent:
         rule = self.rules[index]
-        event = grow(
-            self.model,
-            rule.then,
+        event = self._grown(index, reason)
+        event = dataclasses.replace(event, step=signals.step, tokens=signals.tokens)
+        rule.when.reset()
+        if event.done or self.dry_run:
+            self._counts[index] += 1
+            self._last_growth = signals.step
+            self._spent[index] |= rule.most_events is not None and self._counts[index] >= rule.most_events
+        self.history.append(event)
+        return event
+
+    def _grown(self, index: int, reason: str) -> GrowthEvent:
+        model, operator = self._grown_model(), self.rules[index].then
+        if self.budget != Budget() or self.approve is not None or self.dry_run:
+            plan = plan_growth(
+                model,
+                operator,
+                context=self.context,
+                seed=self.seed + len(self.history),
+                check_batch=self.check_batch,
+            )
+            over = self.budget.broken_by(
+                plan.parameters_after, plan.flops_per_token_after, model.dtype.itemsize
+            )
+            if over:
+                self._spent[index] = True  # a budget does not come back
+                return plan.not_done(f"{reason}; not done: {over}")
+            if self.dry_run:
+                return plan.not_done(f"{reason}; not done: dry run")
+            if self.approve is not None and not self.approve(plan, reason):
+                return plan.not_done(f"{reason}; not done: not approved")
+        return grow(
+            model,
+            operator,
             optimizer=self.optimizer,
             holders=self.holders,
             check_batch=self.check_batch,
             seed=self.seed + len(self.history),
+            moments=self.moments,
             reason=reason,
             context=self.context,
         )
-        event = dataclasses.replace(event, step=signals.step, tokens=signals.tokens)
-        rule.when.reset()
-        self._counts[index] += 1
-        self._last_step = signals.step
-        self.history.append(event)
-        return event
 
     def state_dict(self) -> dict[str, Any]:
         """Trigger states, counts and slices that are warming up; plain values and tensors."""
         return {
             "triggers": [rule.when.state_dict() for rule in self.rules],
             "counts": list(self._counts),
-            "last_step": self._last_step,
+            "spent": list(self._spent),
+            "last_fired": list(self._last_fired),
+            "last_growth": self._last_growth,
+            "steps": self._steps,
             "num_events": len(self.history),
-            "rewarm": self.rewarm.state_dict(self.model) if self.rewarm is not None else None,
+            "rewarm": self.rewarm.state_dict(self._grown_model()) if self.rewarm is not None else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], history: Sequence[GrowthEvent] = ()) -> None:
@@ -148,7 +353,11 @@ class GrowthManager:
         for rule, trigger_state in zip(self.rules, state["triggers"], strict=True):
             rule.when.load_state_dict(trigger_state)
         self._counts = list(state["counts"])
-        self._last_step = state["last_step"]
+        self._spent = list(state["spent"])
+        self._last_fired = list(state["last_fired"])
+        self._last_growth = state["last_growth"]
+        self._steps = state["steps"]
+        self._checked = True  # a growth that was legal may have been done since
         self.history = list(history)
         if self.rewarm is not None and state["rewarm"] is not None:
-            self.rewarm.load_state_dict(state["rewarm"], self.model)
+            self.rewarm.load_state_dict(state["rewarm"], self._grown_model())

@@ -8,26 +8,35 @@ on fresh measurements and keeps a state that a checkpoint can hold.
             return "bored" if signals.step % 1000 == 0 else None
 
 A trigger's dataclass fields are its configuration; fields with `init=False` are its state.
+
+`cambia.growth.watching` holds those that watch measurements.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
-from annotated_types import Gt
+from annotated_types import Ge
 
-from cambia.config import Spelled
+from cambia.config import Member, Spelled
 from cambia.errors import ConfigError
 from cambia.records import Signals
 
 TRIGGERS: dict[str, str] = {
-    "plateau": "cambia.growth.triggers:PlateauTrigger",
     "schedule": "cambia.growth.triggers:ScheduleTrigger",
+    "plateau": "cambia.growth.watching:PlateauTrigger",
+    "perplexity": "cambia.growth.watching:PerplexityTrigger",
+    "gradient_norm": "cambia.growth.watching:GradientNormTrigger",
+    "loss_spike": "cambia.growth.watching:LossSpikeTrigger",
+    "slice_spike": "cambia.growth.watching:SliceSpikeTrigger",
+    "any": "cambia.growth.triggers:AnyOf",
+    "all": "cambia.growth.triggers:AllOf",
+    "majority": "cambia.growth.triggers:Majority",
 }
 
 
@@ -38,6 +47,11 @@ class Trigger(Spelled, ABC):
     def update(self, signals: Signals) -> str | None:
         """Take in what is known after a step; return a reason to grow, or None."""
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the measurements without which it can never fire; none unless overridden."""
+        return frozenset()
+
     def reset(self) -> None:
         """Start afresh after the model has grown. Does nothing unless overridden."""
 
@@ -45,11 +59,11 @@ class Trigger(Spelled, ABC):
         """What must survive a restart, as plain values: the fields with `init=False`."""
         if not dataclasses.is_dataclass(self):
             return {}
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.init}
+        return {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(self) if not f.init}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, value in state.items():
-            setattr(self, name, value)
+            setattr(self, name, copy.deepcopy(value))
 
 
 @dataclass
@@ -93,45 +107,83 @@ class ScheduleTrigger(Trigger):
         return self.at_fractions or [], signals.progress, "of the run"
 
 
+# ---- several together ----------------------------------------------------------------------------
+
+
 @dataclass
-class PlateauTrigger(Trigger):
-    """Fires when a measured loss has stopped improving.
+class Composite(Trigger):
+    """Several triggers, of which enough must agree."""
 
-    It needs a measurement (`evaluation.every_steps`); between measurements it waits. For saving compute
-    in pretraining it fires too late by construction: use it on streams.
-    """
-
-    OLD_SPELLINGS: ClassVar[Mapping[str, str]] = {
-        "window_steps": "patience",
-        "eps": "min_improvement",
-        "threshold": "min_improvement",
-    }
-
-    patience: Annotated[int, Gt(0)] = 5
-    """Measurements in a row without improvement."""
-    min_improvement: float = 0.002
-    """An improvement is a loss lower than the best so far by at least this, in the loss's own unit."""
-    metric: str = "validation_loss"
-    """Name of the measurement to watch."""
-    best: float | None = field(default=None, init=False)
-    waited: int = field(default=0, init=False)
+    triggers: list[Annotated[Trigger, Member(TRIGGERS, "trigger")]]
+    """The triggers; each has its own settings."""
+    within_steps: Annotated[int, Ge(0)] = 100
+    """For how many optimizer steps a trigger that fired counts as agreeing, since they seldom fire at one."""
+    votes: dict[str, tuple[int, str]] = field(default_factory=dict, init=False)
+    """Place of a trigger that fired -> when, and why."""
 
     def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise ConfigError(f"patience={self.patience} must be at least 1 measurement")
+        if not self.triggers:
+            raise ConfigError(f"{type(self).__name__} takes at least one trigger in triggers=[...]")
+
+    @property
+    @abstractmethod
+    def quorum(self) -> int:
+        """How many must agree."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(trigger.needs for trigger in self.triggers))
 
     def update(self, signals: Signals) -> str | None:
-        value = signals.fresh(self.metric)
-        if value is None or not math.isfinite(value):
+        for place, trigger in enumerate(self.triggers):
+            reason = trigger.update(signals)
+            if reason is not None:
+                self.votes[str(place)] = (signals.step, reason)
+        self.votes = {
+            place: vote for place, vote in self.votes.items() if signals.step - vote[0] <= self.within_steps
+        }
+        if len(self.votes) < self.quorum:
             return None
-        if self.best is None or value <= self.best - self.min_improvement:
-            self.best, self.waited = value, 0
-            return None
-        self.waited += 1
-        if self.waited < self.patience:
-            return None
-        return f"plateau: {self.metric} not below {self.best:.4f} for {self.waited} measurements"
+        reasons = "; ".join(reason for _, (_, reason) in sorted(self.votes.items()))
+        self.votes = {}
+        return f"{len(self.triggers)} asked: {reasons}" if self.quorum > 1 else reasons
 
     def reset(self) -> None:
-        # The best so far stays: the grown model must beat it, not start from nothing.
-        self.waited = 0
+        self.votes = {}
+        for trigger in self.triggers:
+            trigger.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "triggers": [trigger.state_dict() for trigger in self.triggers]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.votes = {place: (step, reason) for place, (step, reason) in state["votes"].items()}
+        for trigger, inner in zip(self.triggers, state["triggers"], strict=True):
+            trigger.load_state_dict(inner)
+
+
+@dataclass
+class AnyOf(Composite):
+    """Fires when one of its triggers does."""
+
+    @property
+    def quorum(self) -> int:
+        return 1
+
+
+@dataclass
+class AllOf(Composite):
+    """Fires when all of its triggers have, within `within_steps` of each other."""
+
+    @property
+    def quorum(self) -> int:
+        return len(self.triggers)
+
+
+@dataclass
+class Majority(Composite):
+    """Fires when more than half of its triggers have, within `within_steps` of each other."""
+
+    @property
+    def quorum(self) -> int:
+        return len(self.triggers) // 2 + 1

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cambia.errors import GrowthError
+from cambia.nn.ffn import ExpandableFFN
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -123,6 +124,27 @@ _LLAMA_OUTSIDE = {
 }
 _LLAMA_WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
+
+@dataclass(frozen=True)
+class FoundModules(Architecture):
+    """The table of a model without one: the `ExpandableFFN` modules in it, numbered as they come."""
+
+    modules: tuple[str, ...] = ()
+    """Their paths."""
+
+    def axes(self, name: str) -> Axes:
+        number = self.layer_of(name)
+        if number is None:
+            return Axes(())  # nothing here can grow
+        return _LLAMA_LAYER[f"mlp.{name[len(self.modules[number]) + 1 :]}"]
+
+    def layer_of(self, name: str) -> int | None:
+        for number, path in enumerate(self.modules):
+            if name.startswith(f"{path}."):
+                return number
+        return None
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "cambia": Architecture(
         name="cambia",
@@ -154,9 +176,69 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     if config.model_type not in ARCHITECTURES:
         raise GrowthError(
             f"there is no architecture table for model type {config.model_type!r} yet; "
-            f"growable are {', '.join(ARCHITECTURES)}"
+            f"growable are {', '.join(ARCHITECTURES)}, and any model whose feed-forward parts are "
+            "cambia.nn.ExpandableFFN"
         )
     return ARCHITECTURES[config.model_type]
+
+
+@dataclass(frozen=True, eq=False)
+class Body:
+    """What growth must know of a model."""
+
+    table: Architecture
+    config: PreTrainedConfig
+    """Its sizes, by the names of `LlamaConfig`."""
+    like: Callable[[PreTrainedConfig], PreTrainedModel]
+    """Makes a model of such sizes without memory."""
+
+
+def body_of(model: PreTrainedModel) -> Body:
+    """A model's table and sizes: its family's, or those of the `ExpandableFFN` modules in it.
+
+    Raises:
+        GrowthError: it has neither.
+    """
+    config = model.config
+    if config.model_type in ARCHITECTURES:
+        return Body(architecture_of(config), config, lambda sizes: on_meta(type(model), sizes))
+    found = {path: m for path, m in model.named_modules() if isinstance(m, ExpandableFFN)}
+    if not found:
+        architecture_of(config)  # says that there is no table
+    table = FoundModules(
+        name=config.model_type,
+        outside={},
+        inside={},
+        layers="",
+        layer_writers=(),
+        per_layer_fields=("intermediate_size",),
+        uneven=True,
+        modules=tuple(found),
+    )
+    sizes = PreTrainedConfig.from_dict(
+        {
+            "num_hidden_layers": len(found),
+            "intermediate_size": uniform(ffn.intermediate_size for ffn in found.values()),
+            "initializer_range": getattr(config, "initializer_range", 0.02),
+        }
+    )
+    return Body(table, sizes, lambda sizes: _widened_on_meta(model, table.modules, sizes))
+
+
+def _widened_on_meta(
+    model: PreTrainedModel, paths: tuple[str, ...], sizes: PreTrainedConfig
+) -> PreTrainedModel:
+    """The same modules without memory, with feed-forward widths as they are said."""
+    empty: dict[int, torch.Tensor] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters()
+    }
+    empty |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+    twin = copy.deepcopy(model, memo=empty)
+    widths = dict(zip(paths, per_layer(sizes.intermediate_size, len(paths)), strict=True))
+    for path, module in twin.named_modules():
+        if isinstance(module, ExpandableFFN):
+            module.resize(widths[path])
+    return twin
 
 
 def layer_ids(config: PreTrainedConfig) -> list[int]:
@@ -198,7 +280,15 @@ def flops_per_token(model: PreTrainedModel, context: int) -> float:
         model: real or on the meta device.
         context: tokens per sequence.
     """
-    table = architecture_of(model.config)
+    table = body_of(model).table
+    if isinstance(table, FoundModules):
+        # Nothing is known of the rest: its matrices count as they are, and attention is as wide as the model.
+        lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        head = model.get_output_embeddings()
+        lookups -= {id(head.weight)} if isinstance(head, nn.Linear) else set()
+        known = sum(p.numel() for p in model.parameters() if p.dim() >= 2 and id(p) not in lookups)
+        width, depth = model.config.hidden_size, model.config.num_hidden_layers
+        return 3.0 * (2 * known + 2 * context * width * depth)
     matrices = 0
     attention = 0
     for name, parameter in model.named_parameters(remove_duplicate=False):

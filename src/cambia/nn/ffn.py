@@ -36,6 +36,21 @@ class ExpandableFFN(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # through (B, T, F)
 
+    def resize(self, intermediate_size: int) -> None:
+        """Another width, with weights that hold nothing: for planning on the meta device."""
+        hidden = self.hidden_size
+        for maker in (self.gate_proj, self.up_proj):
+            maker.weight = nn.Parameter(maker.weight.new_empty(intermediate_size, hidden))
+            if maker.bias is not None:
+                maker.bias = nn.Parameter(maker.bias.new_empty(intermediate_size))
+        self.down_proj.weight = nn.Parameter(self.down_proj.weight.new_empty(hidden, intermediate_size))
+        self._set_width(intermediate_size)
+
+    def _set_width(self, intermediate_size: int) -> None:
+        self.intermediate_size = intermediate_size
+        self.gate_proj.out_features = self.up_proj.out_features = intermediate_size
+        self.down_proj.in_features = intermediate_size
+
     @torch.no_grad()
     def widen(self, add: int, *, seed: int = 0) -> dict[str, TensorMap]:
         """Grow by `add` units in place: new ones are random readers that nothing reads yet, so outputs stay.
@@ -63,7 +78,5 @@ class ExpandableFFN(nn.Module):
             old = self.get_parameter(name)
             new = nn.Parameter(tensor_map.values(old, seed=seed + number), requires_grad=old.requires_grad)
             setattr(self.get_submodule(module), attribute, new)
-        self.intermediate_size += add
-        self.gate_proj.out_features = self.up_proj.out_features = self.intermediate_size
-        self.down_proj.in_features = self.intermediate_size
+        self._set_width(self.intermediate_size + add)
         return maps

@@ -9,7 +9,8 @@ tensors. From it follow the new weights *and* the new form of everything that is
     first moments (momentum)         m' = m / c      because the gradient is divided by c
     second moments, Fisher           v' = v / c^2
 
-(Staged Training, Shen et al. 2022, arXiv:2203.06211, maps moments this way; its c is 1/2.)
+(Staged Training, Shen et al. 2022, arXiv:2203.06211, maps moments this way; its c is 1/2.) Where growth
+changes the gradient in another way, as splitting a unit does, an `AxisMap` says so in `gradient`.
 
     >>> grown = TensorMap("w", {0: AxisMap.lengthened(2, 3)}, fill=Fill.zeros())
     >>> grown.values(torch.ones(2, 2), seed=0)
@@ -38,6 +39,8 @@ class AxisMap:
     """(new size,) int64: the old position that each position takes, or `NEW`."""
     scale: Tensor | None = None
     """(new size,) float64: what old values along this axis are multiplied by; None means 1."""
+    gradient: Tensor | None = None
+    """(new size,) float64: what gradients along this axis are multiplied by; None means 1 / scale."""
 
     @classmethod
     def lengthened(cls, old: int, new: int) -> AxisMap:
@@ -45,6 +48,12 @@ class AxisMap:
         index = torch.arange(new)
         index[old:] = NEW
         return cls(index)
+
+    def factor(self, power: int) -> Tensor | None:
+        """(new size,): what something that goes with the weight to this power is multiplied by."""
+        if power < 0 and self.gradient is not None:
+            return self.gradient.pow(-power)
+        return None if self.scale is None else self.scale.pow(power)
 
     @property
     def is_new(self) -> Tensor:
@@ -153,8 +162,9 @@ class TensorMap:
         result = old
         for dim, axis in self.axes.items():
             result = result.index_select(dim, axis.index.clamp_min(0).to(old.device))
-            if axis.scale is not None:
-                result = result * _along(axis.scale.pow(power).to(old.dtype), dim, old)
+            factor = axis.factor(power)
+            if factor is not None and power != 0:
+                result = result * _along(factor.to(old.dtype), dim, old)
         # A tensor that no axis changed is a copy nevertheless: nobody shares memory by accident.
         return result if self.axes else old.clone()
 

@@ -21,16 +21,38 @@ _HOME = {
     "check_health": "cambia.reporting.health",
     "print_summary": "cambia.reporting.terminal",
     "write_report": "cambia.reporting.page",
+    "Comparison": "cambia.reporting.comparison",
+    "compare": "cambia.reporting.comparison",
+    "load_for_comparison": "cambia.reporting.comparison",
+    "print_comparison": "cambia.reporting.side_by_side",
+    "write_comparison": "cambia.reporting.side_by_side",
 }
 
-__all__ = ["Check", "Run", "check_health", "load_run", "print_summary", "write_report"]
+__all__ = [
+    "Check",
+    "Comparison",
+    "Run",
+    "check_health",
+    "compare",
+    "load_for_comparison",
+    "load_run",
+    "print_comparison",
+    "print_summary",
+    "write_comparison",
+    "write_report",
+]
 
 if TYPE_CHECKING:
+    from cambia.reporting.comparison import Comparison as Comparison
+    from cambia.reporting.comparison import compare as compare
+    from cambia.reporting.comparison import load_for_comparison as load_for_comparison
     from cambia.reporting.health import Check as Check
     from cambia.reporting.health import check_health as check_health
     from cambia.reporting.page import write_report as write_report
     from cambia.reporting.run import Run as Run
     from cambia.reporting.run import load_run as load_run
+    from cambia.reporting.side_by_side import print_comparison as print_comparison
+    from cambia.reporting.side_by_side import write_comparison as write_comparison
     from cambia.reporting.terminal import print_summary as print_summary
 
 

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike
 
 from cambia.records import GrowthEvent
 from cambia.reporting import svg, units
+from cambia.reporting.comparison import Comparison
 from cambia.reporting.curves import corners, smoothed, thinned
 from cambia.reporting.run import Run
 
@@ -58,8 +59,8 @@ def loss_figure(run: Run) -> Figure | None:
     for stretch in run.stretches():
         keep = np.isfinite(loss[stretch.rows])
         x, y = tokens[stretch.rows][keep], loss[stretch.rows][keep]
-        raw += [_line(axes, *thinned(x, y), color="pale-leaf", width=0.6)]
-        smooth += [_line(axes, *thinned(x, smoothed(y)), color="leaf", width=1.7)]
+        raw += [line(axes, *thinned(x, y), color="pale-leaf", width=0.6)]
+        smooth += [line(axes, *thinned(x, smoothed(y)), color="leaf", width=1.7)]
     validation = _draw_validation(axes, run)
     # A single exploded step must not press everything else flat: the smoothed line sets the scale.
     finite = loss[np.isfinite(loss)]
@@ -70,7 +71,7 @@ def loss_figure(run: Run) -> Figure | None:
     smooth[0].set_label("smoothed")
     axes.set_ylabel("loss (nats per token)")
     _tokens_axis(axes)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -86,9 +87,9 @@ def _draw_validation(axes: Axes, run: Run) -> np.ndarray:
         if not len(x):
             continue
         if crowded:
-            _line(axes, *thinned(x, y), color="sky", width=1.1, label=label)
+            line(axes, *thinned(x, y), color="sky", width=1.1, label=label)
         else:
-            _dots(axes, x, y, color="sky", size=3.2, label=label)
+            dots(axes, x, y, color="sky", size=3.2, label=label)
         label = None
     return loss[keep]
 
@@ -98,10 +99,10 @@ def size_figure(run: Run) -> Figure | None:
     tokens = run.metrics["tokens"]
     if not len(tokens):
         return None
-    figure = _new_figure(3.7)
+    figure = new_figure(3.7)
     upper, lower = figure.subplots(2, 1, sharex=True)
     for axes in (upper, lower):
-        _dress(axes)
+        dress(axes)
         _marks(axes, run, labels=axes is upper, numbers=axes is lower)
     x = np.append(0, tokens)
     start = run.parameters_start if run.parameters_start is not None else run.metrics["parameters"][0]
@@ -120,12 +121,12 @@ def size_figure(run: Run) -> Figure | None:
             linestyle=(0, (4, 3)),
             label="had it had its last size from the start",
         )
-    _line(lower, *thinned(x, np.append(0.0, run.metrics["flops"])), color="leaf", width=1.7, label="spent")
+    line(lower, *thinned(x, np.append(0.0, run.metrics["flops"])), color="leaf", width=1.7, label="spent")
     lower.set_ylabel("operations (FLOP)")
     lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: units.flops(value) if value else "0"))
     lower.set_ylim(bottom=0)
     _tokens_axis(lower)
-    _legend(figure, lower)
+    legend(figure, lower)
     return figure
 
 
@@ -136,21 +137,21 @@ def rate_figure(run: Run) -> Figure | None:
         return None
     norm = run.metrics["grad_norm"]
     has_norm = bool((np.isfinite(norm) & (norm > 0)).any())
-    figure = _new_figure(3.7 if has_norm else 2.2)
+    figure = new_figure(3.7 if has_norm else 2.2)
     panels = np.atleast_1d(figure.subplots(2 if has_norm else 1, 1, sharex=True))
     for axes in panels:
-        _dress(axes)
+        dress(axes)
         _marks(axes, run, labels=axes is panels[0], numbers=axes is panels[-1])
     keep = np.isfinite(rate)
-    _line(panels[0], *thinned(tokens[keep], rate[keep]), color="leaf", width=1.7)
+    line(panels[0], *thinned(tokens[keep], rate[keep]), color="leaf", width=1.7)
     panels[0].set_ylabel("learning rate")
     panels[0].set_ylim(0, (float(np.nanmax(rate)) or 1.0) * 1.15)
     if has_norm:
         for stretch in run.stretches():
             keep = np.isfinite(norm[stretch.rows]) & (norm[stretch.rows] > 0)
             x, y = tokens[stretch.rows][keep], norm[stretch.rows][keep]
-            _line(panels[1], *thinned(x, y), color="pale-leaf", width=0.6)
-            _line(panels[1], *thinned(x, smoothed(y)), color="leaf", width=1.7)
+            line(panels[1], *thinned(x, y), color="pale-leaf", width=0.6)
+            line(panels[1], *thinned(x, smoothed(y)), color="leaf", width=1.7)
         panels[1].set_ylabel("gradient norm\n(before clipping)")
         panels[1].set_yscale("log")
         panels[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -183,8 +184,8 @@ def jump_figure(run: Run) -> Figure | None:
             color=COLORS["ink"],
         )
     rows = range(len(pairs))
-    _dots(axes, [before for before, _ in pairs], rows, color="sky", size=9, hollow=True, label="before")
-    _dots(axes, [after for _, after in pairs], rows, color="bark", size=4.5, label="after")
+    dots(axes, [before for before, _ in pairs], rows, color="sky", size=9, hollow=True, label="before")
+    dots(axes, [after for _, after in pairs], rows, color="bark", size=4.5, label="after")
     axes.set_yticks(rows, names)
     axes.set_ylim(len(pairs) - 0.4, -0.6)
     # Never so close that a rounding error looks like a jump.
@@ -195,7 +196,7 @@ def jump_figure(run: Run) -> Figure | None:
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("loss on the check batch (nats per token)")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -204,23 +205,59 @@ def _event_name(number: int, event: GrowthEvent) -> str:
     return f"{number}  {name if len(name) <= 30 else name[:29] + '…'}"
 
 
+_RUN_COLORS = ("leaf", "sky", "bark", "muted")
+_RUN_DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
+
+
+def curves_figure(comparison: Comparison) -> Figure:
+    """Validation loss of every run over tokens and over operations, with growth marked."""
+    figure = new_figure(3.4)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, column in zip(panels, ("tokens", "flops"), strict=True):
+        dress(axes)
+        for i, row in enumerate(comparison.rows):
+            metrics = row.run.metrics
+            known = np.isfinite(metrics["validation_bits_per_byte"])
+            x, y = thinned(metrics[column][known].astype(float), metrics["validation_bits_per_byte"][known])
+            style = _RUN_DASHES[i // len(_RUN_COLORS) % len(_RUN_DASHES)]
+            color = COLORS[_RUN_COLORS[i % len(_RUN_COLORS)]]
+            axes.plot(x, y, color=color, linestyle=style, linewidth=1.6, label=row.run.name)
+            for event in row.run.growth:
+                place = int(np.searchsorted(metrics["step"], event.step))
+                at = float(metrics[column][min(place, len(metrics[column]) - 1)])
+                height = float(np.interp(at, x, y))
+                axes.plot([at], [height], marker="D", color=color, markersize=4.5, linestyle="none")
+        axes.set_xscale("log")
+    panels[0].set_ylabel("validation (bits per byte)")
+    panels[0].set_xlabel("training tokens (diamonds: growth)")
+    panels[1].set_xlabel("operations (FLOP)")
+    panels[0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: units.count(value)))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=8
+    )
+    return figure
+
+
 # ---- their parts ---------------------------------------------------------------------------------
 
 
-def _new_figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
+    """A figure of the page's width, in inches high, without a background."""
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     figure.patch.set_visible(False)
     return figure
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = _new_figure(height)
+    figure = new_figure(height)
     axes = figure.subplots()
-    _dress(axes)
+    dress(axes)
     return figure, axes
 
 
-def _dress(axes: Axes) -> None:
+def dress(axes: Axes) -> None:
+    """The look that all pictures share."""
     axes.patch.set_visible(False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(COLORS["muted"])
@@ -297,16 +334,17 @@ def _number_growths(axes: Axes, events: Sequence[GrowthEvent], total: float) -> 
         )
 
 
-def _line(
+def line(
     axes: Axes, x: np.ndarray, y: np.ndarray, *, color: str, width: float, label: str | None = None
 ) -> Line2D:
+    """A line in one of `COLORS`, width in points."""
     # A line through one point cannot be seen; a dot can.
     marker = "o" if len(x) == 1 else None
     (line,) = axes.plot(x, y, color=COLORS[color], linewidth=width, marker=marker, markersize=4, label=label)
     return line
 
 
-def _dots(
+def dots(
     axes: Axes,
     x: ArrayLike,
     y: ArrayLike,
@@ -316,6 +354,7 @@ def _dots(
     hollow: bool = False,
     label: str | None = None,
 ) -> None:
+    """Dots in one of `COLORS`, size in points."""
     axes.plot(
         x,
         y,
@@ -344,7 +383,8 @@ def _tokens_axis(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: units.count(value)))
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure, axes: Axes) -> None:
+    """What the lines are, below the picture."""
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: labels[i] == "growth")  # lines of the curve first
     figure.legend(

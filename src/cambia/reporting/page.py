@@ -21,7 +21,15 @@ from cambia.reporting.figures import FIGURES, task_labels, to_svg
 from cambia.reporting.health import check_health
 from cambia.reporting.markup import Html, join, note, section, tag
 from cambia.reporting.run import Run
-from cambia.reporting.tables import data_table, growth_table, machine_facts, matrix_scale, matrix_table
+from cambia.reporting.tables import (
+    data_table,
+    growth_table,
+    machine_facts,
+    matrix_scale,
+    matrix_table,
+    pace_table,
+    undone_table,
+)
 from cambia.rundir import CONFIG_YAML
 
 _RINGS = Html(
@@ -218,13 +226,10 @@ def _loss(run: Run) -> Html:
 
 
 def _growth(run: Run) -> Html:
+    undone = _left_undone(run)
     if not run.growth:
-        return section(
-            "Growth",
-            note(
-                "The model did not grow: either the configuration has no growth rules, or none of them fired."
-            ),
-        )
+        why = "" if undone else ": either the configuration has no growth rules, or none of them fired"
+        return section("Growth", note(f"The model did not grow{why}."), undone)
     picture = _picture(
         run,
         "jump",
@@ -238,7 +243,30 @@ def _growth(run: Run) -> Html:
         tag("div", growth_table(run.growth), class_="growth"),
         note("Logit error: the largest change of a logit on the check batch, relative to the largest logit."),
         picture,
+        tag("details", tag("summary", "How often, how far, and what came of it"), _pace(run)),
+        undone,
     )
+
+
+def _pace(run: Run) -> Html:
+    rate = run.growth_metrics().events_per_1000_steps
+    return join(
+        [
+            pace_table(run),
+            note(
+                f"{rate:.2f} growths per 1,000 steps. Loss fell: the mean training loss of the last 50 steps "
+                "before a growth, less that before the next one or the end, nats per token. It would have "
+                "fallen without growth too, and rises where a new task begins: only `cambia compare` with a "
+                "run that did not grow tells what growth brought."
+            ),
+        ]
+    )
+
+
+def _left_undone(run: Run) -> Html:
+    if not run.not_grown:
+        return join([])
+    return join([tag("h3", "Asked for and not done"), undone_table(run.not_grown)])
 
 
 def _size(run: Run) -> Html:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cambia import rundir
-from cambia.evaluation import TransferMetrics
+from cambia.evaluation import GrowthMetrics, TransferMetrics, growth_metrics
 from cambia.evaluation import task_matrix as matrix_of
 from cambia.evaluation import transfer_metrics as transfer_of
 from cambia.records import GrowthEvent
@@ -73,6 +73,8 @@ class Run:
     """Columns of timing.csv."""
     growth: tuple[GrowthEvent, ...]
     """In the order in which the model grew."""
+    not_grown: tuple[GrowthEvent, ...]
+    """Growths that were asked for and left undone; their reasons say why."""
     scores: tuple[Mapping[str, Any], ...]
     """Rows of eval.csv."""
 
@@ -106,6 +108,12 @@ class Run:
         """What was learned and forgotten; None until every task was trained and scored."""
         matrix, tasks = self.task_matrix(split), self.tasks
         return transfer_of(matrix, tasks) if tasks and len(matrix) == len(tasks) + 1 else None
+
+    def growth_metrics(self, *, window: int = 50) -> GrowthMetrics:
+        """How often and how far the model grew, and how the training loss went on; see there."""
+        steps, losses = self.metrics["step"], self.metrics["loss"]
+        logged = [(int(step), float(loss)) for step, loss in zip(steps, losses, strict=True)]
+        return growth_metrics([*self.growth, *self.not_grown], logged, window=window)
 
     def stretches(self) -> list[Stretch]:
         """The logged rows, task by task."""
@@ -203,6 +211,7 @@ def load_run(name: str | Path) -> Run:
     reader = RunReader(name)
     summary = reader.summary() or {}
     yaml = reader.folder / rundir.CONFIG_YAML
+    events = [GrowthEvent.from_dict(line) for line in reader.growth()]
     return Run(
         name=reader.name,
         folder=reader.folder,
@@ -212,7 +221,8 @@ def load_run(name: str | Path) -> Run:
         summary=summary,
         metrics=_columns(reader.rows(rundir.METRICS), _METRICS),
         timing=_columns(reader.rows(rundir.TIMING), _TIMING),
-        growth=tuple(_event(line) for line in reader.growth()),
+        growth=tuple(event for event in events if event.done),
+        not_grown=tuple(event for event in events if not event.done),
         scores=tuple(reader.rows(rundir.EVAL)),
     )
 
@@ -221,11 +231,6 @@ def _status(reader: RunReader, summary: Mapping[str, Any]) -> Status:
     if summary.get("status") == "finished":
         return "finished"
     return "going" if reader.is_going() else "interrupted"
-
-
-def _event(line: Mapping[str, Any]) -> GrowthEvent:
-    values: dict[str, Any] = {**line, "operators": tuple(line["operators"])}
-    return GrowthEvent(**values)
 
 
 def _columns(rows: Sequence[Mapping[str, Any]], expected: Sequence[str]) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -96,6 +97,42 @@ def growth_table(events: tuple[GrowthEvent, ...]) -> Html:
         for number, event in enumerate(events, 1)
     ]
     return table(head, rows, numbers=(0, 1, 3, 4, 5))
+
+
+def pace_table(run: Run) -> Html:
+    """What each growth added, for how long, and how the training loss went on."""
+    found = run.growth_metrics()
+    head = ["", "added", "FLOPs per token", "steps until the next", "loss fell", "per million added"]
+    lasted = [str(steps) for steps in found.steps_between] + ["to the end"]
+    rows = [
+        [
+            number,
+            f"{found.parameters_added[i]:+,}",
+            f"x {after / before:.2f}" if before else "",
+            lasted[i],
+            _signed(found.loss_falls[i]),
+            _signed(found.loss_per_million_parameters[i]),
+        ]
+        for i, (number, (before, after)) in enumerate(enumerate(itertools.pairwise(found.flops_per_token), 1))
+    ]
+    return table(head, rows, numbers=(0, 1, 2, 3, 4, 5))
+
+
+def _signed(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.3f}"
+
+
+def undone_table(events: tuple[GrowthEvent, ...]) -> Html:
+    """Growths that a rule asked for and that were left undone, with the reason."""
+    rows = [
+        [
+            f"{event.step:,}",
+            _what(event),
+            f"{event.parameters_before:,} → {event.parameters_after:,}",
+        ]
+        for event in events
+    ]
+    return table(["step", "what and why not", "parameters there would be"], rows, numbers=(0, 2))
 
 
 def _two(line: str, small: str) -> Html:

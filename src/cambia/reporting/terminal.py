@@ -81,6 +81,8 @@ def _score(bits: float, *, own: bool) -> Text:
 
 
 def _print_growth(run: Run, console: Console) -> None:
+    for event in run.not_grown:
+        console.print(f"not grown at step {event.step:,}: {event.reason}", markup=False)
     if not run.growth:
         console.print("The model did not grow.\n")
         return

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from cambia.training.averaging import WeightAverage
 from cambia.training.settings import CheckpointConfig, EvaluationConfig, TrainingConfig
 from cambia.training.trainer import PlainAllocator, Trainer
 
-__all__ = ["CheckpointConfig", "EvaluationConfig", "PlainAllocator", "Trainer", "TrainingConfig"]
+__all__ = [
+    "CheckpointConfig",
+    "EvaluationConfig",
+    "PlainAllocator",
+    "Trainer",
+    "TrainingConfig",
+    "WeightAverage",
+]

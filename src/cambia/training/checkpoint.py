@@ -4,6 +4,8 @@
       config.json model.safetensors tokenizer.json ...    Hugging Face's own layout
       state.json state.safetensors                        everything else: optimizer, random state,
                                                           position in the data, triggers, log lengths
+      averaged/                                           the same model with averaged weights, where the
+                                                          run keeps an average: a model folder as well
       manifest.json                                       SHA-256 of each of these
 
 Only safetensors and JSON: opening a checkpoint runs no code.
@@ -32,8 +34,9 @@ from transformers.utils import logging as transformers_logging
 from cambia import files
 from cambia.errors import CheckpointError
 from cambia.models.causal_lm import align_memory  # its module registers the native model as well
+from cambia.training.averaging import WeightAverage
 
-STATE_JSON, STATE_TENSORS = "state.json", "state.safetensors"
+STATE_JSON, STATE_TENSORS, AVERAGED = "state.json", "state.safetensors", "averaged"
 _TENSOR, _FLOAT = "__tensor__", "__float__"
 
 
@@ -43,22 +46,31 @@ def save_checkpoint(
     model: PreTrainedModel,
     state: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None = None,
+    average: WeightAverage | None = None,
 ) -> None:
     """Write a checkpoint atomically.
 
     Args:
         folder: replaced if it is there.
         state: nested dictionaries and lists of tensors and plain values.
+        average: of the model's weights; the averaged model is written into a folder of its own.
     """
     tensors: dict[str, Tensor] = {}
     plain = _take_out_tensors(state, "", tensors)
     transformers_logging.disable_progress_bar()
     with files.atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+        _save_model(model, tokenizer, temporary)
+        if average is not None:
+            with average.applied():
+                _save_model(model, tokenizer, temporary / AVERAGED)
         save_file(tensors, temporary / STATE_TENSORS)
         files.write_json(temporary / STATE_JSON, plain)
+
+
+def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -79,8 +91,9 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTr
         CheckpointError: there is no model there that can be opened safely.
     """
     folder = Path(folder)
-    if (folder / files.MANIFEST).exists() or (folder / STATE_JSON).exists():
-        files.verified(folder)
+    checkpoint = folder.parent if folder.name == AVERAGED else folder
+    if (checkpoint / files.MANIFEST).exists() or (checkpoint / STATE_JSON).exists():
+        files.verified(checkpoint)
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} has no config.json: it is no model folder")
     if not any(folder.glob("*.safetensors")):

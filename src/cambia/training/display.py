@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cambia.data.streams import Stream
 from cambia.records import GrowthEvent, Signals
 
 
 class Display:
     """A progress bar over the whole run; on a plain file it prints about twenty lines instead."""
 
-    def __init__(self, stream: Stream, stage_steps: list[int], done: int, console: Console | None = None):
+    def __init__(
+        self, names: Sequence[str], stage_steps: list[int], done: int, console: Console | None = None
+    ):
         self.console = console or Console(stderr=True)
         self.total = sum(stage_steps)
         self._ends = [sum(stage_steps[: i + 1]) for i in range(len(stage_steps))]
-        self._names = [task.name for task in stream.tasks]
+        self._names = list(names)
         self._progress = Progress(
             TextColumn("[bold]{task.description:<10}"),
             BarColumn(bar_width=30),
@@ -65,6 +67,9 @@ class Display:
     def grew(self, event: GrowthEvent) -> None:
         """Say that the model grew."""
         names = ", ".join(str(operator["type"]) for operator in event.operators)
+        if not event.done:
+            self.console.print(f"[yellow]not grown[/yellow] at step {event.step}: {names}, {event.reason}")
+            return
         self.console.print(
             f"[green]grew[/green] at step {event.step}: {names}, "
             f"{event.parameters_before:,} → {event.parameters_after:,} parameters, "

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW in two groups, and its state by parameter name.
+"""The optimizers, and their state by parameter name.
 
 torch numbers an optimizer's state by position, which growth changes. Here it is kept by the name of the
 parameter, so a checkpoint can be read whatever order the groups have.
@@ -36,13 +36,8 @@ class AdamW:
 
     def build(self, model: nn.Module) -> torch.optim.AdamW:
         """An optimizer of all of the model's trainable parameters."""
-        trained = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
         return torch.optim.AdamW(
-            groups,
+            _decayed_and_not(model, self.weight_decay),
             lr=self.learning_rate,
             betas=self.betas,
             eps=self.eps,
@@ -93,10 +88,43 @@ class Muon:
         )
 
 
+@dataclass(frozen=True)
+class SGD:
+    """Stochastic gradient descent with momentum. Vectors, norm gains and biases, are not decayed."""
+
+    learning_rate: Annotated[float, Gt(0)] = 0.1
+    """The highest rate; the schedule multiplies it."""
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """Memory of the direction."""
+    nesterov: bool = False
+    """Look ahead along the momentum (Nesterov 1983)."""
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Decay of matrices, added to their gradient."""
+
+    def build(self, model: nn.Module) -> torch.optim.SGD:
+        """An optimizer of all of the model's trainable parameters."""
+        return torch.optim.SGD(
+            _decayed_and_not(model, self.weight_decay),
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+        )
+
+
 OPTIMIZERS: dict[str, str] = {
     "adamw": "cambia.training.optim:AdamW",
     "muon": "cambia.training.optim:Muon",
+    "sgd": "cambia.training.optim:SGD",
 }
+
+
+def _decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups: matrices, and vectors, which are not decayed."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 
 from cambia.config import Member
+from cambia.errors import ConfigError
+from cambia.probes import SLICES, Slice
 from cambia.training.schedules import SCHEDULES, WSD, Schedule
 
 
@@ -31,6 +34,9 @@ class TrainingConfig:
     """The learning rate over time."""
     clip_norm: Annotated[float, Gt(0)] | None = 1.0
     """Gradients of a larger global norm are scaled down to this; null switches it off."""
+    average_decay: Annotated[float, Gt(0), Lt(1)] | None = None
+    """Keep a moving average of the weights with this decay per step, and score and save the averaged model;
+    null keeps none. The checkpoint's folder averaged/ holds it."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the arithmetic; weights stay float32. float16 scales the loss."""
     compile: bool = False
@@ -41,6 +47,25 @@ class TrainingConfig:
     """At a loss that is infinite or not a number: stop, or leave the step out and count it."""
     log_every_steps: Annotated[int, Gt(0)] = 1
     """Steps between rows of metrics.csv."""
+
+    def steps_of(self, num_tokens: int | None, tokens_per_batch: int, *, share: float = 1.0) -> int:
+        """Optimizer steps on a text of so many tokens, from whichever length was given; else one pass.
+
+        Args:
+            share: of that length.
+
+        Raises:
+            ConfigError: it is told in passes, and nobody knows how long the text is.
+        """
+        if self.steps:
+            steps = float(self.steps)
+        elif self.tokens:
+            steps = self.tokens / tokens_per_batch
+        elif num_tokens is not None:
+            steps = (self.epochs or 1.0) * num_tokens / tokens_per_batch
+        else:
+            raise ConfigError("the data do not say how long a pass is: set steps, TrainingConfig(steps=1000)")
+        return max(1, math.ceil(share * steps))
 
 
 @dataclass
@@ -53,6 +78,18 @@ class EvaluationConfig:
     """Text per task and split that is scored, in whole documents."""
     batch_size: Annotated[int, Gt(0)] = 16
     """Sequences scored at once."""
+    slices: list[Annotated[Slice, Member(SLICES, "slice")]] = field(default_factory=list)
+    """Parts of the validation text that are measured beside the rest, for a slice spike trigger."""
+    probes: dict[str, str] = field(default_factory=dict)
+    """Measurements of your own: name -> "my_module:function" of (model, batches), which returns a number."""
+
+    @property
+    def measured(self) -> list[str]:
+        """Names of all that is measured every `every_steps`."""
+        if self.every_steps is None:
+            return []
+        sliced = [f"{side}_loss/{item.name}" for item in self.slices for side in ("slice", "rest")]
+        return ["validation_loss", "validation_bits_per_byte", *sliced, *self.probes]
 
 
 @dataclass

@@ -3,40 +3,46 @@
 It reads from top to bottom: a batch, what it trains, a step, what was measured, growth, records. It
 calls its parts by name and broadcasts nothing.
 
-    trainer = Trainer(model, optimizer=optimizer, growth=manager, config=TrainingConfig(steps=500))
-    trainer.train(stream, run=RunWriter("runs/mine"))
+    trainer = Trainer(model=model, growth=GrowthManager(rules), config=TrainingConfig(steps=500))
+    trainer.train(dataloader)
 
 Everything that a resumed run needs to go on bit by bit is in `state_dict`.
 """
 
 from __future__ import annotations
 
-import math
-import resource
-import sys
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cambia import rundir
-from cambia.data.batches import Batch, evaluation_batches
+from cambia.config import dump, resolve_function
+from cambia.data.batches import Batch
+from cambia.data.loaders import LoaderStream
 from cambia.data.streams import Stream
 from cambia.errors import NonFiniteLossError
 from cambia.growth import GrowthEvent, GrowthManager
 from cambia.models.architectures import count_parameters, flops_per_token
-from cambia.models.causal_lm import CambiaForCausalLM
-from cambia.probes import Likelihood, bits_per_byte
+from cambia.probes import Likelihood, bits_per_byte, slice_losses
 from cambia.records import Allocation, Allocator, Knobs, Measured, Signals
 from cambia.rundir import RunWriter
+from cambia.training.averaging import WeightAverage
 from cambia.training.checkpoint import random_state, save_checkpoint, set_random_state
 from cambia.training.display import Display
 from cambia.training.interrupts import Interrupts
-from cambia.training.optim import load_optimizer_state, optimizer_state, set_learning_rate
+from cambia.training.journal import Journal
+from cambia.training.optim import AdamW, load_optimizer_state, optimizer_state, set_learning_rate
 from cambia.training.settings import CheckpointConfig, EvaluationConfig, Progress, TrainingConfig
+from cambia.training.step import Stepper
+from cambia.training.tracking import Tracker, tracked
 
 
 class PlainAllocator:
@@ -53,55 +59,72 @@ class PlainAllocator:
 
 
 class Trainer:
-    """Trains a model on a stream, growing it on the way.
+    """Trains a model on a stream or on a data loader of one's own, growing it on the way.
 
     Args:
         model: trained in place.
-        optimizer: of the model's parameters.
-        config, evaluation, checkpoint: see there.
-        growth: asked after every step; None never grows.
+        optimizer: of the model's parameters; AdamW by default.
+        config, evaluation, checkpoint: see there. Without a length in `config` it is one pass over the data.
+        growth: asked after every step; None never grows. One without a model takes this one.
         allocator: decides what a batch trains.
-        tokenizer: saved beside the model.
+        tokenizer: saved beside the model, and with it a loader's text is counted in bytes.
+        tracking: who is told what the run directory is told.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         *,
-        optimizer: torch.optim.Optimizer,
-        config: TrainingConfig,
+        optimizer: torch.optim.Optimizer | None = None,
+        config: TrainingConfig | None = None,
         evaluation: EvaluationConfig | None = None,
         checkpoint: CheckpointConfig | None = None,
         growth: GrowthManager | None = None,
         allocator: Allocator | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        tracking: Sequence[Tracker] = (),
     ):
         self.model = model
-        self.optimizer = optimizer
-        self.config = config
+        self.optimizer = AdamW().build(model) if optimizer is None else optimizer
+        self.config = config or TrainingConfig()
         self.evaluation = evaluation or EvaluationConfig()
         self.checkpoint = checkpoint or CheckpointConfig()
         self.growth = growth
+        if growth is not None and growth.model is None:
+            growth.attach(model, self.optimizer)
+        decay = self.config.average_decay
+        self.average = WeightAverage(model, decay) if decay else None
+        if growth is not None and self.average is not None:
+            growth.holders.append(self.average)
         self.allocator = allocator or PlainAllocator()
         self.tokenizer = tokenizer
+        self.tracking = list(tracking)
         self.knobs = Knobs()
         self.progress = Progress()
-        self.base_rate = float(optimizer.param_groups[0]["lr"])
-        self.scaler = torch.amp.GradScaler(model.device.type, enabled=config.precision == "float16")
+        self.base_rate = float(self.optimizer.param_groups[0]["lr"])
+        self.context = self.config.sequence_length
         self.values: dict[str, Measured] = {}
-        if config.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+        self.step = Stepper(self.model, self.optimizer, self.config)
         self._shape_changed()
 
     # ---- the loop --------------------------------------------------------------------------------
 
-    def train(self, stream: Stream, *, run: RunWriter, stage_steps: list[int]) -> bool:
+    def train(
+        self,
+        data: Stream | LoaderStream | Iterable[Any],
+        *,
+        run: RunWriter | None = None,
+        stage_steps: list[int] | None = None,
+        validation: Iterable[Any] | None = None,
+    ) -> bool:
         """Train until every task has had its steps.
 
         Args:
-            stream: the tasks and their batches.
-            run: where everything is recorded.
-            stage_steps: optimizer steps of each task.
+            data: a stream, or any iterable of batches: tensors (B, T) of token ids, or mappings with
+                input_ids and, where it differs from them, labels (see `cambia.data.loaders`).
+            run: where everything is recorded; a new run directory named "training" by default.
+            stage_steps: optimizer steps of each task; by default what `config` says.
+            validation: batches to measure the validation loss on, where `data` is no stream.
 
         Returns:
             False if it was interrupted (the run is saved and can be resumed), else True.
@@ -109,12 +132,37 @@ class Trainer:
         Raises:
             NonFiniteLossError: the loss broke and `on_nonfinite` is "stop".
         """
-        p, config = self.progress, self.config
-        with Interrupts() as interrupts, Display(stream, stage_steps, p.step) as display:
+        if not isinstance(data, Stream | LoaderStream):
+            data = LoaderStream(data, validation=validation, tokenizer=self.tokenizer)
+        self.context = data.sequence_length
+        self._shape_changed()
+        if self.growth is not None and not self.progress.step:
+            measured = self.evaluation.measured if data.has_validation else []
+            self.growth.check({"loss", "grad_norm", "learning_rate", *measured})
+        lengths = stage_steps or [self.config.steps_of(n, data.tokens_per_batch) for n in data.lengths]
+        if run is not None:
+            return self._train(data, run, lengths)
+        run = RunWriter(rundir.free_folder("training"))
+        try:
+            run.write_config(self._described(), "")
+            finished = self._train(data, run, lengths)
+            run.write_summary(self._summary(finished))
+            return finished
+        finally:
+            run.close()
+
+    def _train(self, stream: Stream | LoaderStream, run: RunWriter, stage_steps: list[int]) -> bool:
+        p, config, names = self.progress, self.config, stream.names
+        with (
+            tracked(self.tracking, run.folder) as trackers,
+            Interrupts() as interrupts,
+            Display(names, stage_steps, p.step) as display,
+        ):
+            journal = Journal(run, self.evaluation.measured, trackers)
             if p.matrix_rows == 0:
-                self._score(stream, run, task_trained="none")
-                self.save(stream, run, rundir.LATEST)
-            while p.stage < len(stream.tasks):
+                self._score(stream, journal, task_trained="none")
+                self._save(stream, journal, rundir.LATEST)
+            while p.stage < len(names):
                 while p.stage_step < stage_steps[p.stage]:
                     began = time.perf_counter()
 
@@ -124,35 +172,43 @@ class Trainer:
                     allocation = self.allocator.allocate(batch, signals)
                     rate = self._learning_rate(stage_steps)
                     set_learning_rate(self.optimizer, rate * self.knobs.learning_rate_factor)
-                    loss, grad_norm = self._step(batch, run) if allocation.train else (None, None)
+                    loss, grad_norm = self._step(batch, run.folder) if allocation.train else (None, None)
                     p.step += 1
                     p.stage_step += 1
                     p.tokens += batch.input_ids.numel()
                     p.flops += batch.input_ids.numel() * self.flops_per_token
 
-                    # Once in a while: the validation loss.
+                    # Once in a while: the validation loss, and what else is asked for.
                     if self._due(self.evaluation.every_steps):
-                        self._validate(stream, run)
+                        self._validate(stream, journal)
 
                     # Signals up; the rules may answer with growth.
                     self._measured(allocation.measured)
                     signals = self._signals(loss, grad_norm, stage_steps)
                     events = self.growth.step(signals) if self.growth is not None else []
                     for event in events:
-                        run.append_json(rundir.GROWTH, event.as_dict())
+                        journal.grew(event)
                         display.grew(event)
                     if events:
                         self._shape_changed()
 
                     # Records, and once in a while a checkpoint.
                     if self._due(config.log_every_steps) or events:
-                        self._log(run, stream, signals)
-                        self._log_clock(run, batch, time.perf_counter() - began, events)
+                        journal.stepped(
+                            signals, task=names[p.stage], parameters=self.parameters, skipped=p.skipped
+                        )
+                        journal.clocked(
+                            p.step,
+                            seconds=time.perf_counter() - began,
+                            tokens=batch.input_ids.numel(),
+                            events=events,
+                            device=self.model.device,
+                        )
                     display.stepped(signals)
                     if self._due(self.checkpoint.every_steps) or interrupts.requested:
-                        self.save(stream, run, rundir.LATEST)
+                        self._save(stream, journal, rundir.LATEST)
                     if self._due(self.checkpoint.named_every_steps):
-                        self.save(stream, run, rundir.checkpoint_step_name(p.step))
+                        self._save(stream, journal, rundir.checkpoint_step_name(p.step))
                         run.keep_only(self.checkpoint.keep)
                     if interrupts.requested:
                         return False
@@ -160,60 +216,29 @@ class Trainer:
                 # The end of a task: score every task, so that the matrix has a whole row.
                 p.stage += 1
                 p.stage_step = 0
-                self._score(stream, run, task_trained=stream.tasks[p.stage - 1].name)
+                self._score(stream, journal, task_trained=names[p.stage - 1])
                 if self.checkpoint.keep_tasks:
-                    self.save(stream, run, rundir.checkpoint_task_name(p.stage - 1))
-                self.save(stream, run, rundir.LATEST)
+                    self._save(stream, journal, rundir.checkpoint_task_name(p.stage - 1))
+                self._save(stream, journal, rundir.LATEST)
         return True
 
     # ---- its parts -------------------------------------------------------------------------------
 
-    def _step(self, batch: Batch, run: RunWriter) -> tuple[float, float]:
-        """Forward, backward, clip, step; returns the loss (nats per token) and the gradient norm."""
-        device = self.model.device
-        count = int((batch.targets != -100).sum())
-        total = 0.0
-        rows = math.ceil(len(batch.input_ids) / self.config.accumulation)
-        for first in range(0, len(batch.input_ids), rows):
-            inputs = batch.input_ids[first : first + rows].to(device)  # (B / accumulation, T)
-            targets = batch.targets[first : first + rows].to(device)
-            with self._autocast():
-                loss = self.forward(
-                    input_ids=inputs,
-                    labels=targets,
-                    shift_labels=targets,
-                    num_items_in_batch=count,
-                    use_cache=False,
-                    **self._extra,
-                ).loss
-            self.scaler.scale(loss).backward()
-            total += loss.item()
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.config.clip_norm or math.inf
-        ).item()
-        # With float16 an infinite gradient is the loss scaler's daily work: it leaves the step out itself.
-        if not math.isfinite(total) or (not math.isfinite(norm) and not self.scaler.is_enabled()):
-            self._nonfinite(batch, total, norm, run)
-        else:
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total, norm
-
-    def _nonfinite(self, batch: Batch, loss: float, norm: float, run: RunWriter) -> None:
-        if self.config.on_nonfinite == "skip":
-            self.progress.skipped += 1
-            return
-        raise NonFiniteLossError(
-            f"loss {loss}, gradient norm {norm} at step {self.progress.step + 1} on a batch of "
-            f"{batch.source}; the last good checkpoint is {run.folder / rundir.LATEST}: lower "
-            "--optimizer.learning_rate, or leave such steps out with --training.on_nonfinite skip"
-        )
-
-    def _autocast(self) -> torch.autocast:
-        dtype = torch.float16 if self.config.precision == "float16" else torch.bfloat16
-        return torch.autocast(self.model.device.type, dtype, enabled=self.config.precision != "float32")
+    def _step(self, batch: Batch, folder: Path) -> tuple[float | None, float | None]:
+        try:
+            loss, grad_norm = self.step(batch)
+        except NonFiniteLossError as error:
+            if self.config.on_nonfinite == "skip":
+                self.progress.skipped += 1
+                return None, None
+            raise NonFiniteLossError(
+                f"{error}, at step {self.progress.step + 1}; the last good checkpoint is "
+                f"{folder / rundir.LATEST}: lower --optimizer.learning_rate, or leave such steps out "
+                "with --training.on_nonfinite skip"
+            ) from None
+        if self.average is not None:
+            self.average.update()
+        return loss, grad_norm
 
     def _learning_rate(self, stage_steps: list[int]) -> float:
         p, schedule = self.progress, self.config.schedule
@@ -244,116 +269,102 @@ class Trainer:
 
     def _shape_changed(self) -> None:
         """What depends on the model's shape."""
-        self.flops_per_token = flops_per_token(self.model, self.config.sequence_length)
+        self.flops_per_token = flops_per_token(self.model, self.context)
         self.parameters = count_parameters(self.model)
-        self.forward: Any = self.model
-        self._extra = {"skip_logits": True} if isinstance(self.model, CambiaForCausalLM) else {}
-        if self.config.compile:
-            torch.compiler.reset()
-            self.forward = torch.compile(self.model)
+        self.step.shape_changed()
 
-    # ---- scores and records ----------------------------------------------------------------------
+    # ---- scores ----------------------------------------------------------------------------------
 
-    def score(self, stream: Stream, stage: int, split: str) -> Likelihood:
-        """Likelihood of one task's text."""
-        head = stream.tasks[stage].corpus.splits[split].head(self.evaluation.max_bytes)
-        batches = evaluation_batches(
-            head, batch_size=self.evaluation.batch_size, sequence_length=self.config.sequence_length
-        )
-        with self._autocast():
-            return bits_per_byte(self.model, batches)
+    @contextmanager
+    def _as_scored(self) -> Generator[None]:
+        """The model as it is scored: in the precision of training, with averaged weights where there are."""
+        with self.step.autocast(), self.average.applied() if self.average is not None else nullcontext():
+            yield
 
-    def _validate(self, stream: Stream, run: RunWriter) -> None:
-        likelihood = self.score(stream, self.progress.stage, "valid")
-        self._measured(
-            {
-                "validation_loss": likelihood.nats_per_token,
-                "validation_bits_per_byte": likelihood.bits_per_byte,
-            }
-        )
-        if len(stream.tasks) == 1:
-            self._keep_best(likelihood.bits_per_byte, stream, run)
+    def _texts(self, stream: Stream | LoaderStream, stage: int, split: str) -> Iterable[Batch]:
+        """What a task is scored on."""
+        return stream.evaluation(stage, split, self.evaluation.max_bytes, self.evaluation.batch_size)
 
-    def _score(self, stream: Stream, run: RunWriter, *, task_trained: str) -> None:
-        """Score every task and append a whole row of the task matrix, split by split."""
-        means = {}
+    def score(self, stream: Stream | LoaderStream, stage: int, split: str) -> Likelihood | None:
+        """Likelihood of one task's text; None where it has no such split."""
+        with self._as_scored():
+            found = bits_per_byte(self.model, self._texts(stream, stage, split))
+        return found if found.tokens else None
+
+    def _validate(self, stream: Stream | LoaderStream, journal: Journal) -> None:
+        stage = self.progress.stage
+        likelihood = self.score(stream, stage, "valid")
+        if likelihood is None:
+            return
+        values = {
+            "validation_loss": likelihood.nats_per_token,
+            "validation_bits_per_byte": likelihood.bits_per_byte,
+        }
+        with self._as_scored():
+            if self.evaluation.slices:
+                # Of all tasks so far, so that one of them can be a slice.
+                seen = (self._texts(stream, i, "valid") for i in range(stage + 1))
+                texts = itertools.chain.from_iterable(seen)
+                values |= slice_losses(self.model, texts, self.evaluation.slices)
+            for name, function in self.evaluation.probes.items():
+                probe = resolve_function(function, (), "function")
+                values[name] = float(probe(self.model, self._texts(stream, stage, "valid")))
+        self._measured(values)
+        if len(stream.names) == 1:
+            self._keep_best([likelihood], stream, journal)
+
+    def _score(self, stream: Stream | LoaderStream, journal: Journal, *, task_trained: str) -> None:
+        """Score every task and write a whole row of the task matrix, split by split."""
+        valid: list[Likelihood] = []
         for split in ("valid", "test"):
-            scores = [self.score(stream, i, split) for i in range(len(stream.tasks))]
-            means[split] = sum(score.bits_per_byte for score in scores) / len(scores)
-            for task, score in zip(stream.tasks, scores, strict=True):
-                run.append_row(
-                    rundir.EVAL,
-                    {
-                        "task_trained": task_trained,
-                        "task_eval": task.name,
-                        "split": split,
-                        "route": "own",
-                        "nll_per_byte": score.nats_per_byte,
-                        "bits_per_byte": score.bits_per_byte,
-                        "tokens": score.tokens,
-                        "bytes": score.bytes,
-                        "stage": self.progress.stage,
-                        "step": self.progress.step,
-                    },
-                )
+            found = {name: self.score(stream, i, split) for i, name in enumerate(stream.names)}
+            scores = {name: score for name, score in found.items() if score is not None}
+            journal.scored(scores, split=split, task_trained=task_trained, progress=self.progress)
+            valid = valid or list(scores.values())
         self.progress.matrix_rows += 1
         if self.progress.step:
-            self._keep_best(means["valid"], stream, run)
+            self._keep_best(valid, stream, journal)
 
-    def _keep_best(self, bits: float, stream: Stream, run: RunWriter) -> None:
+    def _keep_best(
+        self, valid: Sequence[Likelihood], stream: Stream | LoaderStream, journal: Journal
+    ) -> None:
+        if not valid:
+            return
+        # Without bytes there is one task with one tokenizer, and tokens compare.
+        mean = fmean(score.bits_per_byte if score.bytes else score.nats_per_token for score in valid)
         best = self.progress.best_bits_per_byte
-        if best is None or bits < best:
-            self.progress.best_bits_per_byte = bits
-            self.save(stream, run, rundir.BEST)
-
-    def _log(self, run: RunWriter, stream: Stream, signals: Signals) -> None:
-        p = self.progress
-        run.append_row(
-            rundir.METRICS,
-            {
-                "step": p.step,
-                "task": stream.tasks[p.stage].name,
-                "tokens": p.tokens,
-                "flops": p.flops,
-                "loss": signals.loss,
-                "learning_rate": signals.learning_rate,
-                "grad_norm": signals.grad_norm,
-                "validation_loss": signals.fresh("validation_loss"),
-                "validation_bits_per_byte": signals.fresh("validation_bits_per_byte"),
-                "parameters": self.parameters,
-                "skipped": p.skipped,
-            },
-        )
-
-    def _log_clock(self, run: RunWriter, batch: Batch, seconds: float, events: list[GrowthEvent]) -> None:
-        run.append_row(
-            rundir.TIMING,
-            {
-                "step": self.progress.step,
-                "seconds": round(seconds, 6),
-                "growth_seconds": round(sum(event.seconds for event in events), 6),
-                "tokens_per_second": round(batch.input_ids.numel() / seconds, 1),
-                "memory_bytes": _peak_memory(self.model.device),
-            },
-        )
+        if best is None or mean < best:
+            self.progress.best_bits_per_byte = mean
+            self._save(stream, journal, rundir.BEST)
 
     # ---- saving and resuming ---------------------------------------------------------------------
 
-    def save(self, stream: Stream, run: RunWriter, name: str) -> None:
+    def _save(self, stream: Stream | LoaderStream, journal: Journal, name: str) -> None:
+        self.save(stream, journal.run, name)
+        journal.saved(name)
+
+    def save(self, stream: Stream | LoaderStream, run: RunWriter, name: str) -> None:
         """Write a checkpoint from which `load_state_dict` goes on bit by bit."""
         state = {
             **self.state_dict(),
             "stream": stream.state_dict(),
             "log_lengths": run.log_lengths(),
         }
-        save_checkpoint(run.checkpoint(name), model=self.model, state=state, tokenizer=self.tokenizer)
+        save_checkpoint(
+            run.checkpoint(name),
+            model=self.model,
+            state=state,
+            tokenizer=self.tokenizer,
+            average=self.average,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "progress": asdict(self.progress),
             "values": {name: asdict(measured) for name, measured in self.values.items()},
             "optimizer": optimizer_state(self.optimizer, self.model),
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.step.scaler.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
             "growth": self.growth.state_dict() if self.growth is not None else None,
             "allocator": self.allocator.state_dict(),
             "random": random_state(),
@@ -368,18 +379,33 @@ class Trainer:
         self.progress = replace(self.progress, **state["progress"])
         self.values = {name: Measured(**value) for name, value in state["values"].items()}
         load_optimizer_state(self.optimizer, self.model, state["optimizer"])
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
+        if self.step.scaler.is_enabled():
+            self.step.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         if self.growth is not None:
             self.growth.load_state_dict(state["growth"], events)
         self.allocator.load_state_dict(state["allocator"])
         set_random_state(state["random"])
         self._shape_changed()
 
+    def _summary(self, finished: bool) -> dict[str, Any]:
+        p = self.progress
+        return {
+            "status": "finished" if finished else "interrupted",
+            "parameters_end": self.parameters,
+            "steps": p.step,
+            "tokens": p.tokens,
+            "flops": p.flops,
+            "skipped_steps": p.skipped,
+        }
 
-def _peak_memory(device: torch.device) -> int:
-    """Highest memory use so far, in bytes: of the device, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
+    def _described(self) -> dict[str, Any]:
+        """The settings of a run that was put together in Python; it cannot be run again from them."""
+        return {
+            "description": "made in Python from a live model and data; not runnable from this file",
+            "training": dump(self.config),
+            "evaluation": dump(self.evaluation),
+            "checkpoint": dump(self.checkpoint),
+            "growth": {"rules": [dump(rule) for rule in self.growth.rules] if self.growth else []},
+        }

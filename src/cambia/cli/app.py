@@ -1,0 +1,34 @@
+"""The command tree, and what every command shares."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+
+from cambia import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = App(name="cambia", version=__version__, help="Language models that keep growing.")
+runs_app = App(name="runs", help="List, show and delete runs.")
+data_app = App(name="data", help="List, prepare and fetch text.")
+app.command(runs_app)
+app.command(data_app)
+
+Settings = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+
+
+def console() -> Console:
+    """Where a command's answer goes."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def recipe_and_flags(words: tuple[str, ...], parse: Any) -> tuple[str | None, dict[str, Any]]:
+    """`RECIPE --any.field value` taken apart."""
+    if words and not words[0].startswith("-"):
+        return words[0], parse(words[1:])
+    return None, parse(words)

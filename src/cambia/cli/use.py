@@ -1,0 +1,142 @@
+"""Commands that use or show what a run has made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cambia.cli.app import app, console
+from cambia.errors import ConfigError
+
+
+@app.command
+def generate(
+    model: str,
+    *,
+    prompt: list[str],
+    max_new_tokens: int = 256,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    seed: int = 0,
+) -> None:
+    """Continue text with the model of a run, a checkpoint, or a Hugging Face folder.
+
+    Args:
+        model: a run's name, or a folder.
+        prompt: text to continue; may be given several times.
+        max_new_tokens: how much to write (bytes, for a byte-level model).
+        temperature: 0 takes the likeliest token always.
+        top_p: sample from the likeliest tokens that together have this probability.
+        seed: the same seed writes the same text.
+    """
+    from cambia.experiment.build import model_folder
+    from cambia.generation import continue_text
+    from cambia.training.checkpoint import load_model, load_tokenizer
+
+    folder = model_folder(model)
+    texts = continue_text(
+        load_model(folder),
+        load_tokenizer(folder),
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    out = console()
+    for given, text in zip(prompt, texts, strict=True):
+        out.print(f"[bold]{_escape(given)}[/bold]{_escape(text)}\n")
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: str,
+    *files: Path,
+    data: list[Path] | None = None,
+    split: str = "test",
+    max_bytes: int = 262_144,
+) -> None:
+    """Score a model in bits per byte: on the tasks of its run, or on text files.
+
+    Args:
+        model: a run's name, a checkpoint, or a folder with a model.
+        files: text files; left out, the tasks of the run.
+        data: text files too; may be given several times.
+        split: of the run's tasks: valid or test.
+        max_bytes: text scored per task or file, in whole documents.
+    """
+    from rich.table import Table
+
+    from cambia.experiment.score import score_files, score_run
+
+    texts = [*files, *(data or [])]
+    scores = score_files(model, texts, max_bytes) if texts else score_run(model, split, max_bytes)
+    table = Table("text", "bytes", "bits per byte", "nats per byte", box=None)
+    for name, score in scores.items():
+        table.add_row(name, f"{score.bytes:,}", f"{score.bits_per_byte:.4f}", f"{score.nats_per_byte:.4f}")
+    console().print(table)
+
+
+@app.command
+def report(run: str) -> None:
+    """Print a run's results and write its report.html, also while it is still going.
+
+    Args:
+        run: a run's name or folder.
+    """
+    from cambia.reporting import load_run, print_summary, write_report
+
+    found = load_run(run)
+    write_report(found)
+    print_summary(found, console())
+
+
+@app.command
+def compare(*runs: str, out: Path = Path("comparison.html")) -> None:
+    """Compare runs at equal tokens, operations and parameters, and what growth did to them.
+
+    Args:
+        runs: names or folders of at least two runs, or checkpoints of them (RUN/ckpt_step200).
+        out: the page to write, with the curves.
+    """
+    from cambia.reporting import compare as compared
+    from cambia.reporting import load_for_comparison, print_comparison, write_comparison
+
+    comparison = compared([load_for_comparison(run) for run in runs])
+    print_comparison(comparison, console())
+    console().print(f"curves: {write_comparison(comparison, out)}")
+
+
+@app.command
+def export(model: str, out: Path, *, to: str = "llama") -> None:
+    """Write a model as a stock Hugging Face class with the same logits.
+
+    Args:
+        model: a run's name, or a folder with a native model.
+        out: the folder to write; must not exist.
+        to: the class: llama (uneven layers are padded with zeros).
+    """
+    from cambia.experiment.build import model_folder
+    from cambia.files import atomic_folder
+    from cambia.models.causal_lm import CambiaForCausalLM
+    from cambia.models.export import to_llama
+    from cambia.training.checkpoint import load_model, load_tokenizer
+
+    if to != "llama":
+        raise ConfigError(f"--to {to!r}: the only class so far is llama")
+    if out.exists():
+        raise ConfigError(f"{out} exists already; name a folder that does not")
+    folder = model_folder(model)
+    grown = load_model(folder)
+    if not isinstance(grown, CambiaForCausalLM):
+        raise ConfigError(f"{folder} holds a {type(grown).__name__}, which is a stock class already")
+    exported = to_llama(grown)
+    with atomic_folder(out) as temporary:
+        exported.save_pretrained(temporary)
+        load_tokenizer(folder).save_pretrained(temporary)
+    console().print(f"{out}: {type(exported).__name__}, {exported.num_parameters():,} parameters")

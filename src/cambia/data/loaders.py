@@ -1,0 +1,125 @@
+"""A data loader of one's own, made into a stream of one task.
+
+A batch may be a tensor of token ids (B, T), a tuple whose first item is one, or a mapping with
+`input_ids` and, where they are there, `labels` (what is trained on, -100 where it is not; not shifted, as
+everywhere in transformers) and `attention_mask` (0 on padding, which must be on the right).
+
+    >>> stream = LoaderStream(dataloader, validation=other_dataloader)
+    >>> stream.next_batch(0).input_ids.shape
+    torch.Size([16, 127])
+"""
+
+# B batch (rows), T time (sequence length)
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from cambia.data.batches import IGNORED, Batch
+from cambia.errors import DataError
+
+
+class LoaderStream:
+    """One task, read from an iterable of batches again and again.
+
+    Args:
+        loader: gives batches each time that it is iterated over; a generator is used up after one pass.
+        validation: batches for the validation loss.
+        tokenizer: with it text is counted in bytes, so that bits per byte can be told.
+        name: of the task.
+
+    Raises:
+        DataError: there is no batch in it.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        *,
+        validation: Iterable[Any] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str = "data",
+    ):
+        self.names = [name]
+        self.loader, self.validation, self.tokenizer = loader, validation, tokenizer
+        self.epoch = 0
+        self.index = 0  # batches taken in this epoch
+        self._batches: Iterator[Any] = iter(loader)
+        first = next(self._batches, None)
+        if first is None:
+            raise DataError("the data loader gives no batch")
+        self._batches = itertools.chain([first], self._batches)
+        self.batch_size, self.sequence_length = self._read(first).input_ids.shape
+
+    @property
+    def has_validation(self) -> bool:
+        return self.validation is not None
+
+    @property
+    def tokens_per_batch(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    @property
+    def lengths(self) -> list[int | None]:
+        """Training tokens of an epoch; None where the loader does not say how long it is."""
+        return [len(self.loader) * self.tokens_per_batch if isinstance(self.loader, Sized) else None]
+
+    def next_batch(self, task_index: int) -> Batch:
+        """The next batch; at the end it begins again."""
+        batch = next(self._batches, None)
+        if batch is None:
+            self.epoch, self.index = self.epoch + 1, 0
+            self._batches = iter(self.loader)
+            batch = next(self._batches, None)
+        if batch is None:
+            raise DataError(
+                "the data loader gave out before training ended, and begins with nothing: give a DataLoader "
+                "or a list instead of a generator, or fewer steps"
+            )
+        self.index += 1
+        return self._read(batch)
+
+    def evaluation(self, task_index: int, split: str, max_bytes: int, batch_size: int) -> Iterator[Batch]:
+        """The validation batches; there are no others, and they are read whole."""
+        if split == "valid":
+            yield from map(self._read, self.validation or ())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and batches taken in it."""
+        return {"epoch": self.epoch, "index": self.index}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on there, by reading over what was taken; a loader that shuffles must do so by a fixed seed."""
+        self.epoch, self.index = state["epoch"], state["index"]
+        self._batches = itertools.islice(iter(self.loader), self.index, None)
+
+    def _read(self, batch: Any) -> Batch:
+        given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+        ids = given.get("input_ids")
+        ids = ids[0] if isinstance(ids, list | tuple) and ids and isinstance(ids[0], Tensor) else ids
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < 2 or ids.is_floating_point():
+            told = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise DataError(
+                f"a batch holds {told} as input_ids; expected token ids (B, T) with at least two tokens a row"
+            )
+        labels = given.get("labels")
+        labels = ids if labels is None else labels
+        mask = given.get("attention_mask")
+        if mask is not None:
+            if bool((mask[:, 1:] > mask[:, :-1]).any()):
+                raise DataError("a batch is padded on the left: pad on the right (padding_side='right')")
+            labels = labels.masked_fill(mask == 0, IGNORED)
+        targets = labels[:, 1:].clone()
+        return Batch(ids[:, :-1], targets, self._count(targets), self.names[0])
+
+    def _count(self, targets: Tensor) -> int:
+        if self.tokenizer is None:
+            return 0
+        rows = [row[row != IGNORED].tolist() for row in torch.unbind(targets)]
+        return sum(len(text.encode("utf-8", "replace")) for text in self.tokenizer.batch_decode(rows))

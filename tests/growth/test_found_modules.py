@@ -1,0 +1,116 @@
+"""A model without an architecture table: growth acts on the ExpandableFFN modules that it finds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from cambia.errors import GrowthError
+from cambia.growth import (
+    AddLayers,
+    GrowthManager,
+    GrowthRule,
+    PlateauTrigger,
+    WidenFFN,
+    grow,
+    plan_growth,
+    prune,
+)
+from cambia.models.architectures import per_layer
+from cambia.nn import ExpandableFFN
+from tests.laws.examples import TOLERANCE, logits, loss_of, relative_error, tokens
+
+WIDTHS = {0: 20, 2: 12}
+
+
+def gpt2(dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """A stock GPT-2 of three blocks; two of them have a feed-forward part that can grow."""
+    torch.manual_seed(0)
+    settings = {"n_embd": 24, "n_layer": 3, "n_head": 3, "vocab_size": 31, "n_positions": 32}
+    model = GPT2LMHeadModel(GPT2Config(**{**settings, **changes}))
+    for place, width in WIDTHS.items():
+        model.transformer.h[place].mlp = ExpandableFFN(24, width, bias=True)
+    return model.to(dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("operator", "widths"),
+    [
+        (WidenFFN(add=3), (23, 15)),
+        (WidenFFN(factor=2), (40, 24)),
+        (WidenFFN(add=4, layers=[1]), (20, 16)),
+        (WidenFFN(add=4, layers="gradient"), None),
+        (WidenFFN(add=4, each=[0, 2.0]), (20, 20)),
+        (WidenFFN(add=5, initial="split"), (25, 17)),
+    ],
+)
+def test_it_grows_exactly_with_its_optimizer(operator: WidenFFN, widths: Any, dtype: torch.dtype) -> None:
+    model = gpt2(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loss_of(model).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before, config = logits(model), model.config.to_dict()
+    event = grow(model, operator, optimizer=optimizer)
+    assert relative_error(logits(model), before) <= TOLERANCE[dtype]
+    found = tuple(model.transformer.h[place].mlp.intermediate_size for place in WIDTHS)
+    if widths is not None:
+        assert found == widths
+        before_after = event.config_changes["intermediate_size"]
+        assert [per_layer(size, 2) for size in before_after] == [[20, 12], list(widths)]
+    assert all(
+        model.transformer.h[i].mlp.down_proj.in_features == n for i, n in zip(WIDTHS, found, strict=True)
+    )
+    assert model.config.to_dict() == config, "a stock config has no place for these widths"
+    assert event.parameters_after == sum(p.numel() for p in model.parameters())
+    assert event.flops_per_token_after > event.flops_per_token_before > 0
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert owned == {id(p) for p in model.parameters()}
+    for _ in range(2):
+        loss_of(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.isfinite(loss_of(model))
+
+
+def test_depth_is_refused_and_so_is_a_model_with_nothing_to_grow() -> None:
+    with pytest.raises(GrowthError, match="gpt2 model has no architecture table, so only its ExpandableFFN"):
+        plan_growth(gpt2(), AddLayers(add=1))
+    plain = GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=1, n_head=3, vocab_size=31))
+    with pytest.raises(GrowthError, match=r"no architecture table for model type 'gpt2'.*ExpandableFFN"):
+        plan_growth(plain, WidenFFN(add=1))
+    with pytest.raises(GrowthError, match="the model has layers 0 to 1"):
+        plan_growth(gpt2(), WidenFFN(add=1, layers=[2]))
+
+
+def test_a_plan_touches_nothing_and_ties_stay_tied() -> None:
+    model = gpt2()
+    before = [(name, id(p), p.shape) for name, p in model.named_parameters()]
+    plan = plan_growth(model, WidenFFN(add=3))
+    assert [(name, id(p), p.shape) for name, p in model.named_parameters()] == before
+    assert all(p.is_meta for p in plan.after.parameters())
+    assert model.lm_head.weight is model.transformer.wte.weight
+    grow(model, WidenFFN(add=3))
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert plan.parameters_after == sum(p.numel() for p in model.parameters())
+
+
+def test_it_grows_in_anybodys_loop_and_can_be_pruned_back() -> None:
+    model = gpt2()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    rule = GrowthRule(when=PlateauTrigger(patience=1, metric="loss"), then=WidenFFN(add=4), max_events=1)
+    manager = GrowthManager([rule], model=model, optimizer=optimizer, rewarm_steps=2)
+    events = []
+    for _ in range(6):
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        events += manager.step(loss=3.0)
+    assert [event.step for event in events] == [2]
+    prune(model, remove=4, batch=tokens(model))
+    assert [model.transformer.h[place].mlp.intermediate_size for place in WIDTHS] == [20, 12]

@@ -106,3 +106,13 @@ def write_result(script: str, options: argparse.Namespace, result: dict[str, Any
     if options.preset != "quick":
         path.write_text(json.dumps(content, indent=1) + "\n")
     return path
+
+
+def write_section(name: str, text: str) -> None:
+    """Put a table into docs/results.md, between the markers of that name."""
+    path = Path(__file__).parents[1] / "docs" / "results.md"
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    before, found, rest = path.read_text().partition(begin)
+    if not found or end not in rest:
+        raise SystemExit(f"{path} has no lines {begin.strip()} and {end}")
+    path.write_text(before + begin + text + "\n" + rest[rest.index(end) :])

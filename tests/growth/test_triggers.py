@@ -303,14 +303,30 @@ def test_a_loss_spike_watches_any_measurement() -> None:
     ]
 
 
-def test_a_slice_is_compared_with_the_rest() -> None:
-    trigger = SliceSpikeTrigger(slice="long", ratio=1.5, patience=2)
+def slice_told(trigger: Trigger, losses: list[tuple[float, float]]) -> list[str | None]:
     said = []
-    for step, (inside, rest) in enumerate([(2.0, 1.0), (1.4, 1.0), (2.0, 1.0), (2.1, 1.0)], start=1):
+    for step, (inside, rest) in enumerate(losses, start=1):
         values = {"slice_loss/long": Measured(inside, step), "rest_loss/long": Measured(rest, step)}
         said.append(trigger.update(Signals(step=step, values=values)))
-    assert said == [None, None, None, "slice spike: loss on long is 2.1000, on the rest 1.0000"]
+    return said
+
+
+def test_a_slice_is_compared_with_the_rest() -> None:
+    trigger = SliceSpikeTrigger(slice="long", ratio=1.5, patience=3, relative=False)
+    said = slice_told(trigger, [(2.0, 1.0), (1.4, 1.0), (1.4, 1.0), (2.0, 1.0), (4.2, 2.0)])
+    assert said == [None] * 4 + ["slice spike: loss on long is 2.00 times that on the rest"]
     assert trigger.needs == {"slice_loss/long", "rest_loss/long"}
+
+
+def test_a_slice_that_was_always_hard_is_no_spike() -> None:
+    def trigger() -> Trigger:
+        return SliceSpikeTrigger(slice="long", ratio=1.2, patience=2, window=3)
+
+    assert slice_told(trigger(), [(4.0 - 0.1 * i, 2.0 - 0.05 * i) for i in range(20)]) == [None] * 20
+    said = slice_told(trigger(), [(4.0, 2.0)] * 6 + [(5.0, 2.0)] * 2)
+    assert said == [None] * 7 + [
+        "slice spike: loss on long is 2.50 times that on the rest, before it was 2.00"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -319,6 +335,7 @@ def test_a_slice_is_compared_with_the_rest() -> None:
         (lambda: LossSpikeTrigger(ratio=1.0), "ratio=1.0 must be above 1"),
         (lambda: LossSpikeTrigger(patience=0), "must be at least 1 value"),
         (lambda: SliceSpikeTrigger(slice="a", patience=0), "at least 1"),
+        (lambda: SliceSpikeTrigger(slice="a", ratio=0.9), "ratio=0.9 must be above 1 where a slice"),
         (lambda: AnyOf([]), "AnyOf takes at least one trigger"),
     ],
 )
@@ -370,7 +387,7 @@ EVERY = {
     "perplexity": lambda: PerplexityTrigger(patience=2, min_improvement=0.2),
     "gradient_norm": lambda: GradientNormTrigger(below=0.7, above=1.4, window_steps=3, settle_steps=1),
     "loss_spike": lambda: LossSpikeTrigger(ratio=1.1, window=3, patience=2),
-    "slice_spike": lambda: SliceSpikeTrigger(slice="s", ratio=1.2, patience=1),
+    "slice_spike": lambda: SliceSpikeTrigger(slice="s", ratio=1.2, patience=1, window=2),
     "any": lambda: AnyOf([LossSpikeTrigger(ratio=1.1, window=3, patience=2), marks(7)]),
     "all": lambda: AllOf([PlateauTrigger(patience=1), marks(3, 9)], within_steps=3),
     "majority": lambda: Majority([AnyOf([marks(5)]), PlateauTrigger(patience=1), marks(6)], within_steps=4),

@@ -52,7 +52,7 @@ TREE = {
                             "settle_steps": 2,
                         },
                         {"type": "loss_spike", "ratio": 1.02, "window": 4, "patience": 2},
-                        {"type": "slice_spike", "slice": "long", "ratio": 0.1, "patience": 2},
+                        {"type": "slice_spike", "slice": "long", "ratio": 1.01, "patience": 1, "window": 2},
                     ],
                 },
                 "then": {"type": "widen_ffn", "add": 2, "layers": "gradient", "count": 1},

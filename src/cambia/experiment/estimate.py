@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from cambia.growth import GrowthPlan, ScheduleTrigger, plan_growth
 from cambia.growth.plan import describe
 from cambia.models.architectures import count_parameters, flops_per_token, on_meta
 from cambia.models.causal_lm import CambiaForCausalLM
+
+_LONG_STEP = 1.0
+"""Seconds; longer steps are not timed whole, so that a dry run stays quick."""
 
 
 @dataclass
@@ -45,10 +49,10 @@ class Estimate:
     memory_bytes: int
     """Weights, gradients and optimizer state at the largest size, and a batch's activations, roughly."""
     seconds: float
-    """Estimated from a few real steps here at the starting size; scoring and saving come on top."""
+    """Estimated from real steps here at the starting size; scoring and saving come on top."""
 
 
-def estimate(experiment: Experiment, *, timed_steps: int = 3) -> Estimate:
+def estimate(experiment: Experiment) -> Estimate:
     """Plan the whole run: growth on a model without memory, speed by a few real steps.
 
     Rules whose trigger is not a schedule are planned once, at no known step.
@@ -68,7 +72,7 @@ def estimate(experiment: Experiment, *, timed_steps: int = 3) -> Estimate:
         phases.append(_phase(plan, at_step))
     flops = _total_flops(phases, sum(steps), per_step)
     largest = phases[-1].parameters
-    rate = _measured_flops_per_second(experiment, config, device, timed_steps)
+    rate = _measured_flops_per_second(experiment, config, device)
     return Estimate(
         stage_steps=steps,
         tokens=sum(steps) * per_step,
@@ -97,7 +101,7 @@ def _growth_steps(experiment: Experiment, steps: list[int], per_step: int) -> li
             or [-(-tokens // per_step) for tokens in trigger.at_tokens or []]
             or [round(fraction * total) for fraction in trigger.at_fractions or []]
         )
-        known += [(mark, i) for mark in sorted(marks)[: rule.max_events] if mark <= total]
+        known += [(mark, i) for mark in sorted(marks)[: rule.most_events] if mark <= total]
     return [*sorted(known), *unknown]
 
 
@@ -128,22 +132,33 @@ def _activation_bytes(experiment: Experiment, config) -> int:
     return 4 * rows * (width // (4 if training.gradient_checkpointing else 1) + 2 * config.vocab_size)
 
 
-def _measured_flops_per_second(experiment: Experiment, config, device: torch.device, steps: int) -> float:
+def _measured_flops_per_second(experiment: Experiment, config, device: torch.device) -> float:
+    """Speed of real training steps, on batches that double until one takes `_LONG_STEP` or is a whole one."""
     training = experiment.training
     model = CambiaForCausalLM(config).to(device)
     optimizer = experiment.optimizer.build(model)
-    rows = max(1, training.batch_size // training.accumulation)
-    ids = torch.randint(0, config.vocab_size, (rows, training.sequence_length), device=device)
-    times = []
+    most = max(1, training.batch_size // training.accumulation)
+    rows, length = 1, min(32, training.sequence_length)
+
+    def step() -> float:
+        ids = torch.randint(0, config.vocab_size, (rows, length), device=device)
+        began = time.perf_counter()
+        model(input_ids=ids, labels=ids, use_cache=False, skip_logits=True).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
     try:
-        for _ in range(steps + 1):
-            began = time.perf_counter()
-            model(input_ids=ids, labels=ids, use_cache=False, skip_logits=True).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - began)
+        step()  # the first one warms up
+        while (seconds := step()) < _LONG_STEP and (rows, length) != (most, training.sequence_length):
+            if length < training.sequence_length:
+                length = min(2 * length, training.sequence_length)
+            else:
+                rows = min(2 * rows, most)
+        if seconds < _LONG_STEP:
+            seconds = statistics.median([seconds, step(), step()])
     except (MemoryError, RuntimeError) as error:
         raise ConfigError(f"one batch does not run on {device}: {error}") from error
-    return ids.numel() * flops_per_token(model, training.sequence_length) / sorted(times[1:])[steps // 2]
+    return rows * length * flops_per_token(model, length) / seconds

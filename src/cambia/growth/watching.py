@@ -40,7 +40,7 @@ class PlateauTrigger(Trigger):
         "threshold": "min_improvement",
     }
 
-    patience: Annotated[int, Gt(0)] = 5
+    patience: Annotated[int, Gt(0)] = 10
     """Measurements in a row without improvement."""
     min_improvement: float = 0.002
     """An improvement is a loss lower than the best so far by at least this, in the loss's own unit."""
@@ -107,7 +107,7 @@ class PerplexityTrigger(Trigger):
 
     min_improvement: Annotated[float, Gt(0)] = 0.01
     """An improvement is a perplexity lower than the best so far by this share of it."""
-    patience: Annotated[int, Gt(0)] = 5
+    patience: Annotated[int, Gt(0)] = 10
     """Measurements in a row without improvement."""
     metric: str = "validation_loss"
     """Name of the measurement, in nats per token; perplexity is its exponential."""
@@ -157,7 +157,7 @@ class GradientNormTrigger(Trigger):
     """Fire when the median norm is lower than this."""
     above: Annotated[float, Gt(0)] | None = None
     """Fire when the median norm is higher than this."""
-    window_steps: Annotated[int, Gt(0)] = 100
+    window_steps: Annotated[int, Gt(0)] = 30
     """Optimizer steps whose median is taken."""
     settle_steps: Annotated[int, Ge(0)] = 100
     """Steps after the start and after each growth that are left out: the rate warms up in them."""
@@ -216,7 +216,7 @@ class LossSpikeTrigger(Trigger):
     them. A burst shorter than half of `patience` is not seen; a shift to harder data is.
     """
 
-    ratio: Annotated[float, Gt(1)] = 1.15
+    ratio: Annotated[float, Gt(1)] = 1.3
     """Fire when the loss is more than this many times what it was."""
     window: Annotated[int, Gt(0)] = 100
     """Values of the past that are compared with."""
@@ -254,23 +254,35 @@ class LossSpikeTrigger(Trigger):
 
 @dataclass
 class SliceSpikeTrigger(Trigger):
-    """Fires when a slice of the data is much harder for the model than the rest, and stays so.
+    """Fires when a slice of the data has become harder for the model than the rest, and stays so.
 
-    The slice is one of `evaluation.slices`, whose probe measures "slice_loss/NAME" and
-    "rest_loss/NAME", or anything that a loop of one's own measures under these names.
+    What is watched is the slice's loss over that of the rest. Some slices are harder than others for good
+    (digits, first words), so the median of the last `patience` measurements is compared with the median of
+    the `window` before them; `relative=False` compares it with `ratio` itself. The slice is one of
+    `evaluation.slices`, whose probe measures "slice_loss/NAME" and "rest_loss/NAME", or anything that a loop
+    of one's own measures under these names.
     """
 
     slice: str
     """Name of the slice."""
-    ratio: Annotated[float, Gt(0)] = 1.5
-    """Fire when the slice's loss is more than this many times that of the rest."""
+    ratio: Annotated[float, Gt(0)] = 1.2
+    """Fire when the slice's share of difficulty is more than this many times what it was."""
     patience: Annotated[int, Gt(0)] = 3
-    """Measurements in a row above the ratio."""
-    above: int = field(default=0, init=False)
+    """Measurements of the present."""
+    window: Annotated[int, Gt(0)] = 10
+    """Measurements of the past that are compared with."""
+    relative: bool = True
+    """Compare with the slice's own past; False: with the rest alone."""
+    recent: list[float] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        if self.ratio <= 0 or self.patience < 1:
-            raise ConfigError(f"ratio={self.ratio} must be above 0 and patience={self.patience} at least 1")
+        if self.ratio <= 0 or (self.relative and self.ratio <= 1):
+            raise ConfigError(
+                f"ratio={self.ratio} must be above 1 where a slice is compared with its own past, and above "
+                "0 with relative=False"
+            )
+        if self.window < 1 or self.patience < 1:
+            raise ConfigError(f"window={self.window} and patience={self.patience} must be at least 1 value")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -279,12 +291,17 @@ class SliceSpikeTrigger(Trigger):
     def update(self, signals: Signals) -> str | None:
         inside = _finite(signals.fresh(f"slice_loss/{self.slice}"))
         rest = _finite(signals.fresh(f"rest_loss/{self.slice}"))
-        if inside is None or rest is None:
+        if inside is None or rest is None or rest <= 0:
             return None
-        self.above = self.above + 1 if inside > self.ratio * rest else 0
-        if self.above < self.patience:
+        past = self.window if self.relative else 0
+        self.recent = [*self.recent, inside / rest][-(past + self.patience) :]
+        if len(self.recent) < past + self.patience:
             return None
-        return f"slice spike: loss on {self.slice} is {inside:.4f}, on the rest {rest:.4f}"
+        now, before = median(self.recent[past:]), median(self.recent[:past]) if past else 1.0
+        if now <= self.ratio * before:
+            return None
+        was = f", before it was {before:.2f}" if past else ""
+        return f"slice spike: loss on {self.slice} is {now:.2f} times that on the rest{was}"
 
     def reset(self) -> None:
-        self.above = 0
+        self.recent = []

@@ -108,9 +108,9 @@ def write_result(script: str, options: argparse.Namespace, result: dict[str, Any
     return path
 
 
-def write_section(name: str, text: str) -> None:
-    """Put a table into docs/results.md, between the markers of that name."""
-    path = Path(__file__).parents[1] / "docs" / "results.md"
+def write_section(page: str, name: str, text: str) -> None:
+    """Put a table into a page of docs/, between the markers of that name."""
+    path = Path(__file__).parents[1] / "docs" / page
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
     before, found, rest = path.read_text().partition(begin)
     if not found or end not in rest:

@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import arguments, write_result
+from harness import arguments, write_result, write_section
 from rich.console import Console
-from rich.table import Table
 
 from cambia.data.batches import Batch
 from cambia.data.streams import Stream
@@ -78,7 +77,7 @@ TRIGGERS: dict[str, dict[str, Callable[[], Trigger]]] = {
     },
     "perplexity": {
         "default": PerplexityTrigger,
-        "min_improvement 0.002": lambda: PerplexityTrigger(min_improvement=0.002),
+        "min_improvement 0.01": lambda: PerplexityTrigger(min_improvement=0.01),
         "patience 5": lambda: PerplexityTrigger(patience=5),
     },
     "gradient norm, small": {
@@ -251,24 +250,29 @@ def main() -> None:
                         "delay_steps": delays,
                     }
                 )
-    Console(width=160).print(table(rows))
+    text = markdown(rows)
+    Console(width=160).print(text)
     events = {s: [event_of(s, recordings[s, seed]) for seed in range(seeds)] for s in SCENARIOS}
     write_result(__file__, options, {"steps": steps, "seeds": seeds, "events": events, "rows": rows})
+    if not quick:
+        write_section("triggers.md", "triggers", text)
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    shown = Table("trigger", "settings", *SCENARIOS, title="false alarms a run; seen in m of n runs, delay")
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """False alarms a run; and of an event, in how many runs it was seen and after how many steps."""
+    head = ["trigger", "settings", *SCENARIOS]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for kind, name in dict.fromkeys((row["trigger"], row["settings"]) for row in rows):
         cells = []
         for row in rows:
             if (row["trigger"], row["settings"]) == (kind, name):
                 false = f"{statistics.fmean(row['false_alarms']):.1f}"
                 seen = [delay for delay in row["delay_steps"] if delay is not None]
-                late = f", {statistics.median(seen):.0f} steps" if seen else ""
+                late = f" after {statistics.median(seen):.0f}" if seen else ""
                 told = f"; seen {len(seen)}/{len(row['delay_steps'])}{late}" if row["has_event"] else ""
                 cells.append(false + told)
-        shown.add_row(kind, name, *cells)
-    return shown
+        lines.append(f"| {kind} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def _dry_run(recipe: str | None, flags: dict[str, Any]) -> int:
     from rich.table import Table
 
     from cambia.experiment import estimate, read_experiment
-    from cambia.reporting.units import operators
+    from cambia.reporting.units import duration, operators
 
     result = estimate(read_experiment(recipe or "first_growth", flags))
     table = Table("from step", "what", "parameters", "FLOPs per token", "memory while growing", box=None)
@@ -64,7 +64,7 @@ def _dry_run(recipe: str | None, flags: dict[str, Any]) -> int:
     out.print(table)
     out.print(
         f"{sum(result.stage_steps):,} steps, {result.tokens:,} tokens, {result.flops:.3g} FLOPs, "
-        f"about {result.memory_bytes / 2**20:,.0f} MiB, about {result.seconds / 60:.1f} min of training here "
+        f"about {result.memory_bytes / 2**20:,.0f} MiB, about {duration(result.seconds)} of training here "
         "(scoring and saving not counted). Nothing was trained."
     )
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,8 @@ from cambia.growth.plan import describe
 from cambia.models.architectures import count_parameters, flops_per_token, on_meta
 from cambia.models.causal_lm import CambiaForCausalLM
 
-_LONG_STEP = 1.0
-"""Seconds; longer steps are not timed whole, so that a dry run stays quick."""
+_LONG = 1.0
+"""Seconds; batches that take longer are not timed whole, so that a dry run stays quick."""
 
 
 @dataclass
@@ -72,7 +72,6 @@ def estimate(experiment: Experiment) -> Estimate:
         phases.append(_phase(plan, at_step))
     flops = _total_flops(phases, sum(steps), per_step)
     largest = phases[-1].parameters
-    rate = _measured_flops_per_second(experiment, config, device)
     return Estimate(
         stage_steps=steps,
         tokens=sum(steps) * per_step,
@@ -80,7 +79,7 @@ def estimate(experiment: Experiment) -> Estimate:
         flops=flops,
         # Weights, gradients and two moments in float32; about 16 values per unit of width and layer.
         memory_bytes=16 * largest + _activation_bytes(experiment, model.config),
-        seconds=flops / rate,
+        seconds=_seconds(experiment, config, device, phases, sum(steps)),
     )
 
 
@@ -116,13 +115,15 @@ def _phase(plan: GrowthPlan, at_step: int | None) -> Phase:
     )
 
 
-def _total_flops(phases: Sequence[Phase], total_steps: int, per_step: int) -> float:
+def _lengths(phases: Sequence[Phase], total_steps: int) -> list[tuple[Phase, int]]:
+    """Every phase that has a place, with its steps."""
     known = [phase for phase in phases if phase.at_step is not None]
     ends = [phase.at_step or 0 for phase in known[1:]] + [total_steps]
-    return sum(
-        (end - (phase.at_step or 0)) * per_step * phase.flops_per_token
-        for phase, end in zip(known, ends, strict=True)
-    )
+    return [(phase, end - (phase.at_step or 0)) for phase, end in zip(known, ends, strict=True)]
+
+
+def _total_flops(phases: Sequence[Phase], total_steps: int, per_step: int) -> float:
+    return sum(steps * per_step * phase.flops_per_token for phase, steps in _lengths(phases, total_steps))
 
 
 def _activation_bytes(experiment: Experiment, config) -> int:
@@ -132,33 +133,52 @@ def _activation_bytes(experiment: Experiment, config) -> int:
     return 4 * rows * (width // (4 if training.gradient_checkpointing else 1) + 2 * config.vocab_size)
 
 
-def _measured_flops_per_second(experiment: Experiment, config, device: torch.device) -> float:
-    """Speed of real training steps, on batches that double until one takes `_LONG_STEP` or is a whole one."""
+def _seconds(
+    experiment: Experiment, config, device: torch.device, phases: Sequence[Phase], steps: int
+) -> float:
+    """From real steps: gradients cost by their operations, the optimizer's updates by the parameters."""
+    gradients, update = _timed(experiment, config, device)
+    updates = sum(
+        length * phase.parameters / phases[0].parameters for phase, length in _lengths(phases, steps)
+    )
+    tokens = experiment.training.batch_size * experiment.training.sequence_length
+    return _total_flops(phases, steps, tokens) * gradients + updates * update
+
+
+def _timed(experiment: Experiment, config, device: torch.device) -> tuple[float, float]:
+    """Seconds for one operation of a gradient, and for one update of the starting model.
+
+    Batches double until a gradient takes `_LONG` or the batch is a whole one.
+    """
     training = experiment.training
     model = CambiaForCausalLM(config).to(device)
     optimizer = experiment.optimizer.build(model)
     most = max(1, training.batch_size // training.accumulation)
     rows, length = 1, min(32, training.sequence_length)
 
-    def step() -> float:
-        ids = torch.randint(0, config.vocab_size, (rows, length), device=device)
+    def timed(action: Callable[[], object]) -> float:
         began = time.perf_counter()
-        model(input_ids=ids, labels=ids, use_cache=False, skip_logits=True).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        action()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - began
 
+    def gradient() -> float:
+        ids = torch.randint(0, config.vocab_size, (rows, length), device=device)
+        return timed(
+            lambda: model(input_ids=ids, labels=ids, use_cache=False, skip_logits=True).loss.backward()
+        )
+
     try:
-        step()  # the first one warms up
-        while (seconds := step()) < _LONG_STEP and (rows, length) != (most, training.sequence_length):
+        gradient(), optimizer.step()  # the first ones warm up
+        update = min(timed(optimizer.step), timed(optimizer.step))
+        while (seconds := gradient()) < _LONG and (rows, length) != (most, training.sequence_length):
             if length < training.sequence_length:
                 length = min(2 * length, training.sequence_length)
             else:
                 rows = min(2 * rows, most)
-        if seconds < _LONG_STEP:
-            seconds = statistics.median([seconds, step(), step()])
+        if seconds < _LONG:
+            seconds = statistics.median([seconds, gradient(), gradient()])
     except (MemoryError, RuntimeError) as error:
         raise ConfigError(f"one batch does not run on {device}: {error}") from error
-    return rows * length * flops_per_token(model, length) / seconds
+    return seconds / (rows * length * flops_per_token(model, length)), update

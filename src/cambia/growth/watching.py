@@ -105,7 +105,7 @@ class PerplexityTrigger(Trigger):
 
     OLD_SPELLINGS: ClassVar[Mapping[str, str]] = {"threshold": "min_improvement"}
 
-    min_improvement: Annotated[float, Gt(0)] = 0.01
+    min_improvement: Annotated[float, Gt(0)] = 0.002
     """An improvement is a perplexity lower than the best so far by this share of it."""
     patience: Annotated[int, Gt(0)] = 10
     """Measurements in a row without improvement."""

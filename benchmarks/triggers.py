@@ -179,8 +179,10 @@ def record(scenario: str, seed: int, steps: int) -> list[Signals]:
         )
         if scenario == "bursts":
             parts.stream.__class__ = Noisy
-        parts.trainer.train(parts.stream, run=run, stage_steps=parts.stage_steps)
+        finished = parts.trainer.train(parts.stream, run=run, stage_steps=parts.stage_steps)
         run.close()
+    if not finished:
+        raise SystemExit("interrupted")
     return recorder.signals
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import ArrayLike
 
 from cambia.records import GrowthEvent
@@ -228,6 +228,11 @@ def curves_figure(comparison: Comparison) -> Figure:
                 height = float(np.interp(at, x, y))
                 axes.plot([at], [height], marker="D", color=color, markersize=4.5, linestyle="none")
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    # The first tenth of a run falls so steeply that what the runs differ in would be a line.
+    late = [y[x >= 0.1 * x[-1]] for x, y in _measured(comparison)]
+    lowest, highest = min(map(np.min, late)), max(map(np.max, late))
+    panels[0].set_ylim(lowest - 0.05 * (highest - lowest), highest)
     panels[0].set_ylabel("validation (bits per byte)")
     panels[0].set_xlabel("training tokens (diamonds: growth)")
     panels[1].set_xlabel("operations (FLOP)")
@@ -237,6 +242,16 @@ def curves_figure(comparison: Comparison) -> Figure:
         handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=8
     )
     return figure
+
+
+def _measured(comparison: Comparison) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each run the tokens and the bits per byte of its measurements."""
+    found = []
+    for row in comparison.rows:
+        bits = row.run.metrics["validation_bits_per_byte"]
+        known = np.isfinite(bits)
+        found.append((row.run.metrics["tokens"][known].astype(float), bits[known]))
+    return found
 
 
 # ---- their parts ---------------------------------------------------------------------------------

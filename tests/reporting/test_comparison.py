@@ -67,6 +67,7 @@ def test_a_run_is_compared_with_its_own_checkpoint(made: Make) -> None:
     run = made("one", tasks=["english"], steps=200, growth_steps=(50, 150))
     folder = run.folder / "ckpt_step100"
     folder.mkdir()
+    files.write_json(folder / "config.json", {"model_type": "cambia"})  # a model's, and no run's
     files.write_json(folder / STATE_JSON, {"progress": {"step": 100}})
     early = load_for_comparison(folder)
     assert early.name == "one/ckpt_step100"

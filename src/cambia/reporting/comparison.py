@@ -22,7 +22,7 @@ import numpy as np
 from cambia import files
 from cambia.errors import RunError
 from cambia.reporting.run import Run, load_run
-from cambia.rundir import RunReader
+from cambia.rundir import RunReader, runs_root
 from cambia.training.checkpoint import STATE_JSON
 
 _DECAYED = 0.5
@@ -95,11 +95,13 @@ def load_for_comparison(name: str | Path) -> Run:
         RunError: there is no such run or checkpoint.
     """
     path = Path(name)
-    try:
-        return load_run(name)
-    except RunError:
-        if len(path.parts) < 2:
-            raise
+    is_checkpoint = any((root / path / STATE_JSON).is_file() for root in (Path(), runs_root()))
+    if not is_checkpoint:
+        try:
+            return load_run(name)
+        except RunError:
+            if len(path.parts) < 2:
+                raise
     run = load_run(path.parent)
     state = run.folder / path.name / STATE_JSON
     if not state.is_file():

@@ -32,7 +32,7 @@ def tables(comparison: Comparison) -> Iterator[tuple[str, list[str], Rows]]:
     """Title, head and rows of each table."""
     yield (
         "Validation bits per byte, lower is better",
-        ["run", "parameters", "tokens", "operations", "at the end", "at equal tokens", "at equal operations"],
+        ["run", "size", "tokens", "operations", "at the end", "at equal tokens", "at equal FLOPs"],
         [
             [
                 row.run.name,
@@ -98,7 +98,11 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     for title, head, rows in tables(comparison):
         shown = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
         for i, name in enumerate(head):
-            shown.add_column(name, justify="left" if i == 0 else "right")
+            if i == 0:  # a run's name is folded and never cut: two may differ in its end alone
+                shown.add_column(name, overflow="fold")
+            else:
+                words = [*name.split(), *(row[i] for row in rows)]
+                shown.add_column(name, justify="right", min_width=max(map(len, words)))
         for row in rows:
             shown.add_row(*row)
         console.print(title, style="bold")

@@ -133,7 +133,17 @@ def test_tensorboard_writes_event_files(here: Path) -> None:
 
 
 def test_weights_and_biases_works_offline(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_PROJECT", "rings")
-    train(experiment({"type": "wandb", "mode": "offline"}), name="biased")
+    sent: dict[str, set[str]] = {}
+    log = wandb.sdk.wandb_run.Run.log_artifact
+
+    def remembered(run: Any, artifact: Any, *rest: Any, **more: Any) -> Any:
+        sent[artifact.name] = set(artifact.manifest.entries)
+        return log(run, artifact, *rest, **more)
+
+    monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log_artifact", remembered)
+    train(experiment({"type": "wandb", "mode": "offline", "log_checkpoints": True}), name="biased")
     assert list((here / "biased/wandb").glob("offline-run-*"))
+    assert sent["biased-results"] == {"growth.jsonl", "eval.csv"}
+    assert "model.safetensors" in sent["biased-latest"]

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from cambia.errors import MissingExtraError
 from cambia.files import read_json
 from cambia.records import GrowthEvent
-from cambia.rundir import CONFIG_JSON
+from cambia.rundir import CONFIG_JSON, EVAL, GROWTH
 
 TRACKERS: dict[str, str] = {
     "tensorboard": "cambia.training.tracking:TensorBoard",
@@ -113,7 +113,10 @@ class TensorBoard(Tracker):
 
 @dataclass
 class WeightsAndBiases(Tracker):
-    """Weights & Biases; mode offline keeps everything on this machine until `wandb sync`."""
+    """Weights & Biases; mode offline keeps everything on this machine until `wandb sync`.
+
+    Growth events and the task matrix, growth.jsonl and eval.csv, become an artifact when the run ends.
+    """
 
     project: str | None = None
     """Project; $WANDB_PROJECT, else "cambia", where it is left out."""
@@ -124,8 +127,10 @@ class WeightsAndBiases(Tracker):
     log_checkpoints: bool = False
     """Upload checkpoints as artifacts."""
     run: Any = field(default=None, init=False, repr=False, compare=False)
+    folder: Path | None = field(default=None, init=False, repr=False, compare=False)
 
     def open(self, name: str, folder: Path, config: Mapping[str, Any]) -> None:
+        self.folder = folder
         self.run = _package("wandb").init(
             project=self.project or os.environ.get("WANDB_PROJECT") or "cambia",
             name=self.run_name or name,
@@ -150,8 +155,14 @@ class WeightsAndBiases(Tracker):
             self.run.log_artifact(artifact)
 
     def close(self) -> None:
-        if self.run is not None:
-            self.run.finish()
+        if self.run is None or self.folder is None:
+            return
+        results = _package("wandb").Artifact(f"{self.run.id}-results", type="results")
+        for name in (GROWTH, EVAL):
+            if (self.folder / name).exists():
+                results.add_file(str(self.folder / name))
+        self.run.log_artifact(results)
+        self.run.finish()
 
 
 @dataclass

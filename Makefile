@@ -13,7 +13,7 @@ demo: install
 	$(BIN)/cambia run
 
 test: install
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 $(ARGS)
 
 install: $(INSTALLED)
 

@@ -14,7 +14,7 @@ import platform
 import random
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,18 @@ import transformers
 BUSY_LOAD = 0.5
 
 
-def arguments(description: str, presets: Sequence[str]) -> argparse.Namespace:
-    """The options that every benchmark takes."""
+def arguments(
+    description: str, presets: Sequence[str], more: Mapping[str, str] | None = None
+) -> argparse.Namespace:
+    """The options that every benchmark takes, and more of its own: option -> its help."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=presets, default=presets[0])
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     parser.add_argument("--anyway", action="store_true", help="run on a busy machine and mark the result")
+    for name, help_text in (more or {}).items():
+        parser.add_argument(name, help=help_text)
     options = parser.parse_args()
     load = os.getloadavg()[0]
     if load > BUSY_LOAD and not options.anyway and options.preset != "quick":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -46,17 +47,28 @@ def tiny(
     Args:
         family: a model type of `ARCHITECTURES`.
         dtype: of the weights; float32 by default.
-        sizes: config fields other than `SIZES`.
+        sizes: config fields other than `SIZES`, by the family's names or `LlamaConfig`'s.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import cambia.models.causal_lm  # noqa: F401 (registers the native family)
+    from cambia.models.architectures import ARCHITECTURES
 
-    config = AutoConfig.for_model(family, **{**SIZES, **sizes})
+    names = ARCHITECTURES[family].fields if family in ARCHITECTURES else {}
+    config = AutoConfig.for_model(family, **{names.get(k, k): v for k, v in {**SIZES, **sizes}.items()})
+    if "head_dim" in vars(config) and "head_dim" not in sizes:  # Qwen3's default is 128, whatever the rest
+        config.head_dim = config.hidden_size // config.num_attention_heads
     for name in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"):
         if name in vars(config):
             setattr(config, name, EPSILON)
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):  # GPT-2's dropout
+        if name in vars(config) and name not in sizes:
+            setattr(config, name, 0.0)
+    for name in ("bos_token_id", "eos_token_id"):  # GPT-2's are beyond so small a vocabulary
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value >= config.vocab_size:
+            setattr(config, name, None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Not `.to(dtype)`, which would round the rotary tables' frequencies as well.
@@ -65,6 +77,16 @@ def tiny(
             for parameter in model.parameters():
                 parameter.add_(0.2 * torch.randn(parameter.shape).to(parameter))
     return model
+
+
+def checkpoint(folder: Path, family: str = "llama", **sizes: Any) -> Path:
+    """A model folder as transformers writes it, with a tokenizer of bytes and a vocabulary padded to 272."""
+    from cambia.data.tokenizers import BytesTokenizer, build_tokenizer
+
+    model = tiny(family, **{"vocab_size": 272, "bos_token_id": 256, "eos_token_id": 256, **sizes})
+    model.save_pretrained(folder)
+    build_tokenizer(BytesTokenizer()).save(folder)
+    return folder
 
 
 @pytest.fixture(name="tiny", scope="session")

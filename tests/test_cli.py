@@ -8,12 +8,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from cambia import cli
+from tests.conftest import checkpoint
 
 TINY = {
     "name": "tiny",
@@ -88,6 +90,37 @@ def test_a_run_from_the_first_step_to_the_report(cambia, tmp_path):
     assert cambia("runs", "delete", "again")[0] == 2  # nobody there to ask
     assert cambia("runs", "delete", "again", "--yes")[0] == 0
     assert not (tmp_path / "runs/again").exists()
+
+
+def test_a_stock_checkpoint_from_the_first_step_to_the_export(cambia, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    checkpoint(tmp_path / "base", "gpt2")
+    tree = {**TINY, "model": {"type": "pretrained", "path": "base"}}
+    (tmp_path / "tuned.yaml").write_text(yaml.safe_dump(tree))
+    code, out, _ = cambia("run", "tuned.yaml", "--dry-run")
+    assert code == 0 and "widen_ffn" in out
+    code, out, err = cambia("run", "tuned.yaml", "--name", "tuned")
+    assert code == 0, err
+    assert "pretrained" in out and "untrained" not in out
+    page = (tmp_path / "runs/tuned/report.html").read_text()
+    assert "pretrained" in page and "untrained" not in page
+    assert "tokenizer: {type: model" in (tmp_path / "runs/tuned/config.yaml").read_text()
+    # Three times as long as GPT-2 has positions.
+    words = ("--prompt", "1 2 3", "--max-new-tokens", "192", "--temperature", "0")
+    code, out, _ = cambia("generate", "tuned", *words)
+    assert code == 0 and out.startswith("1 2 3")
+    code, out, _ = cambia("eval", "tuned")
+    assert code == 0 and "counting" in out and "copy" in out
+    (tmp_path / "mine.txt").write_text("1 2 3 4 5 6\n" * 40)
+    assert cambia("eval", "base", "mine.txt")[0] == 0
+    assert cambia("report", "tuned")[0] == 0
+    assert "leave out --to llama" in cambia("export", "tuned", "out", "--to", "llama")[2]
+    code, out, _ = cambia("export", "tuned", "out")
+    assert code == 0 and "GPT2LMHeadModel" in out
+    assert not (tmp_path / "out/state.json").exists()
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert exported.config.n_inner == 20 + 8
 
 
 def test_dry_run_trains_nothing(cambia, tmp_path):
@@ -255,6 +288,7 @@ def test_signals_finish_the_step_and_save(tmp_path, cache, which):
     metrics = tmp_path / "runs/tiny/metrics.csv"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
         assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
     # While it is going, nobody else may write to it.
     other = subprocess.run(
         [*command[:3], "run", "--resume", "tiny"],

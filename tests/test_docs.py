@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import fcntl
 import importlib
 import importlib.util
+import io
 import json
 import re
 import shutil
@@ -20,6 +22,7 @@ from typing import Any
 import pytest
 
 from tests.markdown import ROOT, Block, Said, blocks, cambia
+from tests.test_readme import assert_same_text
 
 SRC = ROOT / "src" / "cambia"
 DOCS = ROOT / "docs"
@@ -155,6 +158,23 @@ def _spelled() -> Iterator[Any]:
             renamed = vars(value).get("OLD_SPELLINGS") if isinstance(value, type) else None
             if isinstance(renamed, Mapping) and renamed and dataclasses.is_dataclass(value):
                 yield value
+
+
+# ---- other_loops.md ------------------------------------------------------------------------------
+
+
+def test_other_loops_run_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = blocks("docs/other_loops.md")
+    names: dict[str, object] = {}
+    for block, after in zip(shown, [*shown[1:], None], strict=True):
+        if block.language != "python":
+            continue
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+            exec(compile(block.text, "docs/other_loops.md", "exec"), names)
+        if after is not None and after.language == "text":
+            assert_same_text(printed.getvalue(), after.text)
 
 
 # ---- papers.md -----------------------------------------------------------------------------------

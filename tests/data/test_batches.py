@@ -136,3 +136,56 @@ def test_what_cannot_be_batched_is_refused(byte_tokenizer):
     )
     with pytest.raises(DataError, match="no text to evaluate"):
         next(evaluation_batches(empty, batch_size=1, sequence_length=4))
+
+
+def masked_file(documents):
+    """Documents of (untrained, trained) lengths; tokens are their own positions, a trained one is a byte."""
+    mask, starts, sizes = [1], [], []
+    for head, tail in documents:
+        starts.append(len(mask))
+        sizes.append(tail)
+        mask += [0] * head + [1] * (tail + 1)
+    tokens = np.arange(len(mask), dtype=np.uint32)
+    return TokenFile(tokens, np.array(starts), np.array(sizes), np.array(mask, dtype=np.uint8))
+
+
+documents = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30)), min_size=1, max_size=12)
+
+
+@settings(deadline=None, max_examples=80)
+@given(documents=documents, batch_size=st.integers(1, 4), length=st.integers(2, 40))
+def test_under_a_mask_each_answer_is_scored_once_with_all_before_it(documents, batch_size, length):
+    file = masked_file(documents)
+    batches = [*evaluation_batches(file, batch_size=batch_size, sequence_length=length)]
+    rows = [row for batch in batches for row in zip(batch.input_ids, batch.targets, strict=True)]
+    counted = [int(t) for _, targets in rows for t in targets[targets != -100]]
+    assert counted == (np.flatnonzero(file.mask[1:]) + 1).tolist()
+    assert sum(batch.num_bytes for batch in batches) == file.num_bytes == sum(tail for _, tail in documents)
+    ends = [*(file.starts[1:] - 1), file.num_tokens - 1]
+    for inputs, targets in rows:
+        assert (targets != -100).any(), "no row is empty"
+        for target in targets[targets != -100].tolist():
+            document = int(np.searchsorted(file.starts, target, side="right")) - 1
+            begin, end = int(file.starts[document]), int(ends[document])
+            if end - begin + 1 <= length:  # then it is whole in this row
+                assert {*range(begin - 1, end)} <= set(inputs.tolist())
+            elif target == end:
+                assert {*range(end - length, end)} <= set(inputs.tolist())
+
+
+@settings(deadline=None, max_examples=40)
+@given(documents=documents, length=st.integers(2, 40))
+def test_training_rows_under_a_mask_are_those_of_evaluation(documents, length):
+    file = masked_file(documents)
+    batches = TrainBatches(file, batch_size=1, sequence_length=length, seed=3)
+    expected = sorted(
+        batch.targets.tolist() for batch in evaluation_batches(file, batch_size=1, sequence_length=length)
+    )
+    for _ in range(2):
+        epoch = [next(batches) for _ in range(batches.windows_per_epoch)]
+        assert sorted(batch.targets.tolist() for batch in epoch) == expected
+        assert sum(batch.num_bytes for batch in epoch) == file.num_bytes
+    assert batches.packed.cut == sum(head + tail + 1 > length for head, tail in documents)
+    again = TrainBatches(file, batch_size=1, sequence_length=length, seed=3)
+    again.load_state_dict(batches.state_dict())
+    assert torch.equal(next(again).input_ids, next(batches).input_ids)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from cambia.data import BpeTokenizer, BytesTokenizer, HfTokenizer, build_tokenizer
+from cambia.data import BpeTokenizer, BytesTokenizer, HfTokenizer, TokenFile, Tokenizer, build_tokenizer
+from cambia.data.tokenizers import EOS
 from cambia.errors import ConfigError, DataError
 
 TEXTS = [
@@ -124,3 +125,22 @@ def test_what_cannot_be_a_tokenizer_is_refused(tmp_path, byte_tokenizer):
 def test_fingerprints_differ_between_families(byte_tokenizer, bpe):
     assert byte_tokenizer.fingerprint != bpe.fingerprint
     assert byte_tokenizer.fingerprint == build_tokenizer(BytesTokenizer()).fingerprint
+
+
+def test_documents_begin_as_the_tokenizer_begins_a_text():
+    from tokenizers import processors
+
+    tokenizer = build_tokenizer(BpeTokenizer(vocab_size=300), texts=lambda: TEXTS)
+    assert tokenizer.opening.tolist() == []
+    plain = tokenizer.fingerprint
+    rust = tokenizer.hf.backend_tokenizer
+    rust.add_special_tokens(["<s>"])
+    begin = rust.token_to_id("<s>")
+    rust.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    llama = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<s>", eos_token=EOS))
+    assert llama.opening.tolist() == [begin]
+    assert llama.encode("a").tolist() == tokenizer.encode("a").tolist()
+    assert llama.fingerprint != plain
+    file = TokenFile.from_texts(["a", "b"], llama)
+    assert [int(file.tokens[start]) for start in file.starts] == [begin, begin]
+    assert [int(file.tokens[start - 1]) for start in file.starts] == [llama.eos_id] * 2

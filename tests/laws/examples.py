@@ -19,11 +19,18 @@ from transformers import PreTrainedModel
 
 from cambia.config import resolve
 from cambia.growth.operators import OPERATORS, Amount, Operator
-from cambia.models.architectures import ARCHITECTURES
+from cambia.models.architectures import ARCHITECTURES, architecture_of
 
 FAMILIES = sorted(ARCHITECTURES)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 AMOUNTS: list[dict[str, Any]] = [{"add": 3}, {"factor": 1.6}]
+LEGAL_AMOUNTS: dict[str, list[dict[str, Any]]] = {
+    "AddHeads": [{"add": 4}, {"factor": 3}],
+    "AddKVHeads": [{"add": 1}, {"factor": 2}],
+    "WidenHidden": [{"add": 12}, {"factor": 2}],
+    "WidenHidden clone": [{"factor": 2}, {"factor": 3}],
+}
+"""Amounts that stock configs accept of the sizes in `tests.conftest`, where others would not be."""
 
 
 def choices(hint: Any) -> tuple[Any, ...]:
@@ -38,27 +45,40 @@ def choices(hint: Any) -> tuple[Any, ...]:
 def forms(cls: type[Operator], amounts: list[dict[str, Any]]) -> list[Operator]:
     """An operator in every form that its fields allow."""
     hints = get_type_hints(cls)
-    amounts = amounts if issubclass(cls, Amount) else [{}]
     listed: dict[str, tuple[Any, ...]] = {}
     for field in dataclasses.fields(cls):
         if field.name in ("factor", "add", "to"):
-            continue
+            continue  # amounts are said above
         if values := choices(hints[field.name]):
             listed[field.name] = values
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise TypeError(
                 f"{cls.__name__}.{field.name} has no default: say here how the laws should set it"
             )
-    return [
-        cls(**amount, **dict(zip(listed, values, strict=True)))
-        for values in itertools.product(*listed.values())
-        for amount in amounts
-    ]
+    found = []
+    for values in itertools.product(*listed.values()):
+        legal = next(
+            (LEGAL_AMOUNTS[k] for v in values if (k := f"{cls.__name__} {v}") in LEGAL_AMOUNTS), None
+        )
+        legal = (legal or LEGAL_AMOUNTS.get(cls.__name__, AMOUNTS))[: len(amounts)]
+        for amount in legal if issubclass(cls, Amount) else [{}]:
+            found.append(cls(**amount, **dict(zip(listed, values, strict=True))))
+    return found
 
 
 def every(amounts: list[dict[str, Any]]) -> list[Operator]:
-    """Every operator in every form."""
-    return [form for name in OPERATORS for form in forms(resolve(name, OPERATORS, "operator"), amounts)]
+    """Every operator in every form; adapters are no part of a plain model and have tests of their own."""
+    kinds = [resolve(name, OPERATORS, "operator") for name in OPERATORS if name != "widen_lora_rank"]
+    return [form for kind in kinds for form in forms(kind, amounts)]
+
+
+def once(operators: list[Operator], *but: str) -> list[Operator]:
+    """One of those that differ in nothing but the fields named; without names, one of each kind."""
+    seen: dict[Any, Operator] = {}
+    for operator in operators:
+        fields = {k: repr(v) for k, v in vars(operator).items() if but and k not in but}
+        seen.setdefault((type(operator), *sorted(fields.items())), operator)
+    return list(seen.values())
 
 
 EVERY = every(AMOUNTS[:1])
@@ -74,24 +94,111 @@ def told(operator: Operator) -> str:
 
 
 def parameters(operators: list[Operator]) -> list[Any]:
-    """Every family with every operator, as pytest parameters."""
-    return [
-        pytest.param(family, operator, id=f"{family}-{told(operator)}")
-        for family in FAMILIES
-        for operator in possible(family, operators)
-    ]
+    """Every family with every operator, as pytest parameters.
+
+    Families with the same table, as Llama, Mistral and Qwen2 have, take the same way through an operator:
+    the first of them goes through all its forms, the others through one of each kind.
+    """
+    seen: set[Any] = set()
+    cases = []
+    for family in FAMILIES:
+        table = ARCHITECTURES[family]
+        way = (id(table.inside), table.uneven)
+        forms = possible(family, operators)
+        for operator in once(forms) if way in seen else forms:
+            cases.append(pytest.param(family, operator, id=f"{family}-{told(operator)}"))
+        seen.add(way)
+    return cases
+
+
+IMPOSSIBLE = {"gpt2": ("AddHeads", "AddKVHeads", "WidenHeadDim")}
+"""What a family's stock class has no place for."""
 
 
 def possible(family: str, operators: list[Operator]) -> list[Operator]:
     """Those that are legal for the family: a stock model cannot be uneven."""
-    even = [operator for operator in operators if getattr(operator, "layers", "all") == "all"]
-    return operators if ARCHITECTURES[family].uneven else even
+    left = [operator for operator in operators if type(operator).__name__ not in IMPOSSIBLE.get(family, ())]
+    if not ARCHITECTURES[family].hides_tokens:
+        left = [operator for operator in left if not getattr(operator, "hidden", False)]
+    even = [operator for operator in left if getattr(operator, "layers", "all") == "all"]
+    return left if ARCHITECTURES[family].uneven else even
+
+
+# ---- modules by the tables, whatever a family calls them -------------------------------------------
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of layers."""
+    layers = model.get_submodule(architecture_of(model.config).layers)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm before the head."""
+    table = architecture_of(model.config)
+    (name,) = (name for name, axes in table.outside.items() if axes.is_gain)
+    return model.get_submodule(name.removesuffix(".weight"))
+
+
+def along(model: PreTrainedModel, dimension: str, *, reads: bool, layer: int | None = None) -> dict[str, int]:
+    """Parameters along which a dimension runs, as what they read or as what they make: name -> its axis."""
+    table = architecture_of(model.config)
+    found = {}
+    for name, _ in model.named_parameters():
+        axes = table.axes(name)
+        if dimension in axes.names and (layer is None or table.layer_of(name) == layer):
+            dim = axes.names.index(dimension)
+            if (axes.read == dim) == reads:
+                found[name] = dim
+    return found
+
+
+def readers(model: PreTrainedModel, dimension: str, *, layer: int | None = None) -> dict[str, int]:
+    """The matrices that read a dimension: name -> axis."""
+    return along(model, dimension, reads=True, layer=layer)
+
+
+def makers(model: PreTrainedModel, dimension: str, *, layer: int | None = None) -> dict[str, int]:
+    """What makes a dimension, matrices and biases: name -> axis."""
+    return along(model, dimension, reads=False, layer=layer)
+
+
+def units(model: PreTrainedModel, layer: int) -> Tensor:
+    """(F, ...): for each feed-forward unit of a layer all weights that make it and all that it says."""
+    found = makers(model, "ffn", layer=layer) | readers(model, "ffn", layer=layer)
+    return torch.cat(_as_rows(model, found), dim=1)
+
+
+def gate(model: PreTrainedModel, layer: int) -> Tensor:
+    """(F, C): the first matrix that makes a layer's feed-forward units, one row for each."""
+    return _as_rows(model, makers(model, "ffn", layer=layer))[0]
+
+
+def _as_rows(model: PreTrainedModel, found: dict[str, int]) -> list[Tensor]:
+    every = [(model.get_parameter(name).detach(), dim) for name, dim in found.items()]
+    return [parameter.movedim(dim, 0) for parameter, dim in every if parameter.dim() == 2]
+
+
+def size_of(model: PreTrainedModel, name: str) -> Any:
+    """A size in a model's config, by `LlamaConfig`'s name."""
+    return architecture_of(model.config).size(model.config, name)
+
+
+def field(model: PreTrainedModel, name: str) -> str:
+    """What a family's config calls a size on disk."""
+    name = architecture_of(model.config).fields.get(name, name)
+    return model.config.attribute_map.get(name, name)
+
+
+# ---- measuring -----------------------------------------------------------------------------------
 
 
 def tokens(model: PreTrainedModel, *, rows: int = 3, length: int = 13, seed: int = 1) -> Tensor:
     """(rows, length) token ids."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, model.config.vocab_size, (rows, length), generator=generator)
+    hidden = getattr(model.config, "predictable_tokens", None)  # a native model may hide some
+    return torch.randint(0, hidden or model.config.vocab_size, (rows, length), generator=generator)
 
 
 @torch.no_grad()
@@ -102,13 +209,54 @@ def logits(model: PreTrainedModel, batch: Tensor | None = None) -> Tensor:
 
 def relative_error(after: Tensor, before: Tensor) -> float:
     """max |after - before| / max |before|."""
-    return ((after - before).abs().max() / before.abs().max()).item()
+    difference = (after - before).masked_fill(after == before, 0.0)  # hidden tokens: minus infinity
+    return (difference.abs().max() / before.masked_fill(before.isinf(), 0.0).abs().max()).item()
 
 
 def loss_of(model: PreTrainedModel, batch: Tensor | None = None) -> Tensor:
     """Mean loss on fixed tokens, nats per token."""
     batch = tokens(model) if batch is None else batch
     return model(input_ids=batch, labels=batch, use_cache=False).loss
+
+
+def bits(tensor: Tensor | None) -> bytes | None:
+    """A tensor's values, as they are in memory."""
+    if tensor is None:
+        return None
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def everything(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """All that a growth could touch, by identity and by bits."""
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    settings = {
+        name: {
+            key: str(value)
+            for key, value in vars(module).items()
+            if not key.startswith("_") or key.endswith("_hooks")
+        }
+        for name, module in model.named_modules()
+    }
+    return {
+        "parameters": [(name, id(p), bits(p), p.requires_grad) for name, p in parameters],
+        "gradients": [(name, id(p.grad), bits(p.grad)) for name, p in parameters],
+        "buffers": [(name, id(b), bits(b)) for name, b in model.named_buffers()],
+        "modules": [(name, id(module)) for name, module in model.named_modules()],
+        "settings": settings,
+        "config": (id(model.config), {key: str(value) for key, value in vars(model.config).items()}),
+        "logits": bits(logits(model)),
+        "groups": [
+            {key: [id(p) for p in value] if key == "params" else value for key, value in group.items()}
+            for group in optimizer.param_groups
+        ],
+        "moments": [
+            (
+                id(p),
+                [(k, id(v), bits(v) if isinstance(v, Tensor) else v) for k, v in state.items()],
+            )
+            for p, state in optimizer.state.items()
+        ],
+    }
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ from cambia.training.optim import load_optimizer_state, optimizer_state
 from tests.conftest import tiny
 from tests.laws.examples import FAMILIES, TOLERANCE, logits, loss_of, possible, relative_error, tokens
 
-STEPS = 22
+STEPS = 18
 
 # Each fires in the middle of the loop on what the loop below measures.
 EVERY_TRIGGER: dict[str, Callable[[], Trigger]] = {

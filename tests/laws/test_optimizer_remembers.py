@@ -14,14 +14,24 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from cambia.errors import GrowthError
-from cambia.growth import AddLayers, Contract, Operator, WidenFFN, grow, plan_growth
+from cambia.growth import AddLayers, Contract, Operator, WidenFFN, WidenHidden, grow, plan_growth
 from cambia.growth.carry import OptimizerHolder
 from cambia.growth.operators import Shape, Step
 from cambia.models.architectures import layer_ids
 from cambia.nn.param_map import AxisMap, ParamMap, TensorMap
 from cambia.training.muon import Muon
 from tests.conftest import tiny
-from tests.laws.examples import EVERY, EXACT, FAMILIES, logits, loss_of, parameters, without_upcasts
+from tests.laws.examples import (
+    EVERY,
+    EXACT,
+    FAMILIES,
+    everything,
+    logits,
+    loss_of,
+    once,
+    parameters,
+    without_upcasts,
+)
 
 POWERS = {"exp_avg": -1, "momentum_buffer": -1, "exp_avg_sq": -2, "max_exp_avg_sq": -2}
 KINDS: dict[str, Callable[[Any], Optimizer]] = {
@@ -107,7 +117,8 @@ def check_everybody_is_in_one_group(model: PreTrainedModel, optimizer: Optimizer
     assert {id(parameter) for parameter in optimizer.state} <= set(members)
 
 
-@pytest.mark.parametrize(("family", "operator"), parameters(KEEPING))
+# Whether a copy's writers are silent is no matter to the optimizer: no copy has a past.
+@pytest.mark.parametrize(("family", "operator"), parameters(once(KEEPING, "preserve")))
 def test_moments_of_old_entries_are_bit_equal(family: str, operator: Operator) -> None:
     model = tiny(family, attention_bias=True, mlp_bias=True)
     optimizer = KINDS["adamw"](in_groups(model))
@@ -117,8 +128,15 @@ def test_moments_of_old_entries_are_bit_equal(family: str, operator: Operator) -
     train(model, optimizer, 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        (kind, family)
+        for kind in KINDS
+        for family in FAMILIES
+        if kind == "adamw" or family in ("cambia", "gpt2")
+    ],
+)
 def test_every_kind_of_optimizer_goes_on(kind: str, family: str) -> None:
     model = tiny(family, attention_bias=True, tie_word_embeddings=True)
     optimizer = KINDS[kind](in_groups(model))
@@ -211,7 +229,7 @@ class Rescale(Operator):
                     index = torch.arange(size[dim])
                     scale = torch.full((size[dim],), factor, dtype=torch.float64)
                     tensors[name] = TensorMap(name, {dim: AxisMap(index, scale)})
-        return Step(shape.copied_config(), ParamMap(tensors), list(range(shape.num_layers)))
+        return Step(shape.with_sizes(), ParamMap(tensors), list(range(shape.num_layers)))
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw fused", "adamw amsgrad", "muon", "sgd"])
@@ -232,9 +250,16 @@ def test_moments_follow_a_multiplied_weight(kind: str) -> None:
                 assert torch.equal(after[name][key], value * factor ** POWERS[key])
 
 
+APPROXIMATE = {("gpt2", "WidenHidden"), ("qwen3", "WidenHeadDim")}
+"""Where new entries are copies or means of old ones inside a norm, and take a share of its gradient."""
+
+
 @pytest.mark.parametrize(("family", "operator"), [*parameters(EXACT), ("cambia", Rescale())])
 def test_old_entries_get_the_gradient_that_their_moments_expect(family: str, operator: Operator) -> None:
     """Why moments are carried as they are: so does the gradient itself change (divided by c, or shared)."""
+    is_clone = operator == WidenHidden(factor=2, initial="clone")
+    if is_clone or (family, type(operator).__name__) in APPROXIMATE:
+        pytest.skip("moments are carried as an approximation: a norm's statistics weigh old entries less")
     model = tiny(family, torch.float64, attention_bias=True)
     plan = plan_growth(model, operator)
     with without_upcasts(model):
@@ -316,17 +341,6 @@ class Factored(SGD):
             for parameter in group["params"]:
                 self.state[parameter]["exp_avg_sq"] = parameter.grad.pow(2).mean(-1, keepdim=True)
         return super().step(closure)
-
-
-def everything(model: PreTrainedModel, optimizer: Optimizer) -> list[Any]:
-    """What must be untouched: identities, values, config, groups, state."""
-    return [
-        [(name, id(p), p.tolist()) for name, p in model.named_parameters()],
-        model.config.to_dict(),
-        [[id(p) for p in group["params"]] for group in optimizer.param_groups],
-        [(id(p), {k: (id(v), str(v)) for k, v in state.items()}) for p, state in optimizer.state.items()],
-        [id(layer) for layer in model.model.layers],
-    ]
 
 
 @pytest.mark.parametrize(

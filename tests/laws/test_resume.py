@@ -14,11 +14,14 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-TREE = {
+from tests.conftest import checkpoint
+
+TREE: dict[str, Any] = {
     "data": {
         "tasks": [
             {"name": "counting", "source": {"type": "generated", "task": "counting", "limit_bytes": 60_000}},
@@ -64,7 +67,7 @@ TREE = {
     },
     "evaluation": {
         "every_steps": 2,
-        "max_bytes": 2000,
+        "max_bytes": 700,
         "slices": [{"type": "length", "name": "long", "at_least": 8}],
     },
     "checkpoint": {"every_steps": 3, "named_every_steps": 5, "keep": 2},
@@ -72,9 +75,29 @@ TREE = {
 }
 
 
-def live(name: str, root: str, optimizer: str, death: tuple[str, int] | None) -> None:
+def tree_of(start: str, optimizer: str, root: str) -> dict[str, Any]:
+    """The settings of a run, native from scratch or from a stock checkpoint that learns instructions."""
+    tree = {**TREE, "optimizer": {"type": optimizer}}
+    if start == "native":
+        return tree
+    path = f"{root}/rows.jsonl"
+    asked = {"type": "files", "path": path, "instruction_field": "q", "output_field": "a"}
+    tree["data"] = {
+        "tasks": [{"name": "asked", "source": asked}, TREE["data"]["tasks"][1]],
+        "test_fraction": 0.1,
+    }
+    tree["model"] = {"type": "pretrained", "path": f"{root}/model"}
+    tree["training"] = {**TREE["training"], "gradient_checkpointing": True}
+    even = [{**rule, "then": {**rule["then"]}} for rule in TREE["growth"]["rules"]]
+    for key in ("layers", "count"):
+        even[-1]["then"].pop(key)
+    tree["growth"] = {**TREE["growth"], "rules": even}
+    return tree
+
+
+def live(name: str, root: str, start: str, optimizer: str, death: tuple[str, int] | None) -> None:
     """One life: start or resume the run, and die where `death` says, the n-th time it comes by."""
-    os.environ["CAMBIA_RUNS"], os.environ["CAMBIA_CACHE"] = root, f"{root}/cache"
+    os.environ["CAMBIA_RUNS"], os.environ["CAMBIA_CACHE"] = root, f"{Path(root).parent}/cache"
     from cambia import files
     from cambia.experiment import train
     from cambia.experiment.tree import experiment_from
@@ -95,7 +118,7 @@ def live(name: str, root: str, optimizer: str, death: tuple[str, int] | None) ->
     elif death and death[0] == "between the renames":
         die_after(files.os, "rename", death[1])  # type: ignore[attr-defined]
     resume = (Path(root) / name / "config.json").exists()
-    tree = {**TREE, "optimizer": {"type": optimizer}}
+    tree = tree_of(start, optimizer, root)
     train(experiment_from(tree, source="test", flags={}), name=name, resume=resume)
 
 
@@ -114,14 +137,16 @@ def die_after(owner: object, attribute: str, times: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def server():
+def server(tmp_path_factory):
+    """Started, and the data prepared, by a first run."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cambia.experiment"])
+    context.set_forkserver_preload(["cambia.experiment", "cambia.data", "transformers", "torch.profiler"])
+    be_born(context, "warm", tmp_path_factory.mktemp("warm"), ("native", "adamw"), None).join()
     return context
 
 
-def be_born(server, name: str, root: Path, optimizer: str, death: tuple[str, int] | None):
-    process = server.Process(target=live, args=(name, str(root), optimizer, death))
+def be_born(server, name: str, root: Path, kind: tuple[str, str], death: tuple[str, int] | None):
+    process = server.Process(target=live, args=(name, str(root), *kind, death))
     process.start()
     return process
 
@@ -161,30 +186,38 @@ DEATHS = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "optimizer"),
+    ("kind", "start", "optimizer", "deaths"),
     [
-        ("chosen", "adamw"),
-        ("chosen", "muon"),
-        ("chosen", "sgd"),
-        pytest.param("random", "adamw", marks=pytest.mark.slow),
+        ("chosen", "native", "adamw", DEATHS),
+        ("chosen", "native", "muon", DEATHS[:5]),
+        ("chosen", "native", "sgd", DEATHS[5:]),
+        ("chosen", "gpt2", "adamw", DEATHS[::2]),
+        pytest.param("random", "native", "adamw", DEATHS, marks=pytest.mark.slow),
+        pytest.param("chosen", "qwen3", "muon", DEATHS, marks=pytest.mark.slow),
     ],
+    ids=["adamw", "muon", "sgd", "gpt2", "random", "qwen3"],
 )
-def test_a_killed_run_equals_the_uninterrupted_one(server, tmp_path, kind, optimizer):
-    be_born(server, "warm", tmp_path, optimizer, None).join()  # starts the server, prepares the data
+def test_a_killed_run_equals_the_uninterrupted_one(server, tmp_path, kind, start, optimizer, deaths):
+    if start != "native":
+        dropout = {"resid_pdrop": 0.1, "attn_pdrop": 0.1} if start == "gpt2" else {}
+        checkpoint(tmp_path / "model", start, **dropout)
+        rows = [{"q": f"{n}+1", "a": f"is {n + 1}!"} for n in range(400)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one = (start, optimizer)
     began = time.monotonic()
-    be_born(server, "reference", tmp_path, optimizer, None).join()
+    be_born(server, "reference", tmp_path, one, None).join()
     whole = time.monotonic() - began
     assert json.loads((tmp_path / "reference/summary.json").read_text())["status"] == "finished"
 
     chance = random.Random(5)
     kills = 0
-    for death in DEATHS:
-        process = be_born(server, "killed", tmp_path, optimizer, death if kind == "chosen" else None)
+    for death in deaths:
+        process = be_born(server, "killed", tmp_path, one, death if kind == "chosen" else None)
         if kind == "random":
             time.sleep(chance.uniform(0.05, 0.5) * whole)
             process.kill()
         process.join()
         kills += process.exitcode == -signal.SIGKILL
-    assert kills >= (8 if kind == "chosen" else 2), "most lives must have been cut short"
-    be_born(server, "killed", tmp_path, optimizer, None).join()
+    assert kills >= (len(deaths) - 2 if kind == "chosen" else 2), "most lives must have been cut short"
+    be_born(server, "killed", tmp_path, one, None).join()
     check_equal(tmp_path / "reference", tmp_path / "killed")

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from cambia.errors import CheckpointError
-from cambia.experiment.build import assemble, model_folder
+from cambia.experiment.build import assemble
 from cambia.experiment.estimate import estimate
+from cambia.experiment.starts import model_folder
 from cambia.experiment.tree import Experiment, experiment_from
-from cambia.models.architectures import count_parameters, flops_per_token
+from cambia.models.bodies import count_parameters, flops_per_token
 from cambia.rundir import RunReader, RunWriter
 from cambia.training.checkpoint import load_model
 

@@ -28,7 +28,7 @@ def generate(
         top_p: sample from the likeliest tokens that together have this probability.
         seed: the same seed writes the same text.
     """
-    from cambia.experiment.build import model_folder
+    from cambia.experiment.starts import model_folder
     from cambia.generation import continue_text
     from cambia.training.checkpoint import load_model, load_tokenizer
 
@@ -44,7 +44,7 @@ def generate(
     )
     out = console()
     for given, text in zip(prompt, texts, strict=True):
-        out.print(f"[bold]{_escape(given)}[/bold]{_escape(text)}\n")
+        out.print(f"[bold]{_escape(given)}[/bold]{_escape(text)}\n", soft_wrap=True)  # as it was written
 
 
 def _escape(text: str) -> str:
@@ -113,29 +113,29 @@ def compare(*runs: str, out: Path = Path("comparison.html")) -> None:
 
 
 @app.command
-def export(model: str, out: Path, *, to: str = "llama") -> None:
-    """Write a model as a stock Hugging Face class with the same logits.
+def export(model: str, out: Path, *, to: str | None = None) -> None:
+    """Write a model as a stock Hugging Face class with the same logits, without the state of training.
 
     Args:
-        model: a run's name, or a folder with a native model.
+        model: a run's name, or a folder with a model.
         out: the folder to write; must not exist.
-        to: the class: llama (uneven layers are padded with zeros).
+        to: the class: llama for a native model (uneven layers are padded with zeros), its own for another.
     """
-    from cambia.experiment.build import model_folder
+    from cambia.experiment.starts import model_folder
     from cambia.files import atomic_folder
     from cambia.models.causal_lm import CambiaForCausalLM
     from cambia.models.export import to_llama
     from cambia.training.checkpoint import load_model, load_tokenizer
 
-    if to != "llama":
+    if to not in (None, "llama"):
         raise ConfigError(f"--to {to!r}: the only class so far is llama")
     if out.exists():
         raise ConfigError(f"{out} exists already; name a folder that does not")
     folder = model_folder(model)
     grown = load_model(folder)
-    if not isinstance(grown, CambiaForCausalLM):
-        raise ConfigError(f"{folder} holds a {type(grown).__name__}, which is a stock class already")
-    exported = to_llama(grown)
+    if to not in (None, grown.config.model_type) and not isinstance(grown, CambiaForCausalLM):
+        raise ConfigError(f"{folder} holds a {type(grown).__name__}, a stock class: leave out --to {to}")
+    exported = to_llama(grown) if isinstance(grown, CambiaForCausalLM) else grown
     with atomic_folder(out) as temporary:
         exported.save_pretrained(temporary)
         load_tokenizer(folder).save_pretrained(temporary)

@@ -43,6 +43,7 @@ TOKENIZERS = {
     "bytes": "cambia.data.tokenizers:BytesTokenizer",
     "bpe": "cambia.data.tokenizers:BpeTokenizer",
     "hf": "cambia.data.tokenizers:HfTokenizer",
+    "model": "cambia.data.tokenizers:ModelTokenizer",
 }
 """How text becomes tokens: `type:` of a tokenizer."""
 

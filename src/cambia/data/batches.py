@@ -1,5 +1,7 @@
 """Batches of token windows: shuffled and endless for training, in order and exact for evaluation.
 
+How text is cut into rows, and what attends to what, is told in `cambia.data.packing`.
+
 >>> batches = TrainBatches(corpus.splits["train"], batch_size=8, sequence_length=256, seed=0)
 >>> batch = next(batches)
 >>> scored = evaluation_batches(file, batch_size=8, sequence_length=256)
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cambia.data.corpus import TokenFile
+from cambia.data.packing import Windows, whole_documents
 from cambia.errors import ConfigError, DataError
 
 IGNORED = -100
@@ -44,6 +47,7 @@ class TrainBatches:
 
     Each epoch cuts the tokens into windows of T + 1 at a random offset (neighbors share one token, the
     last partial window is dropped) and visits them in a random order, both drawn from (seed, epoch).
+    Where part of the tokens is not trained on, windows hold whole documents and are the same every epoch.
 
     Args:
         token_file: the split to read.
@@ -60,7 +64,9 @@ class TrainBatches:
         self, token_file: TokenFile, *, batch_size: int, sequence_length: int, seed: int, source: str = ""
     ):
         _check_geometry(batch_size, sequence_length)
-        if token_file.num_tokens < sequence_length + 1:
+        self.packed = None if token_file.mask is None else whole_documents(token_file, sequence_length)
+        """The windows of whole documents, where part of the text is not trained on."""
+        if self.packed is None and token_file.num_tokens < sequence_length + 1:
             raise DataError(
                 f"the text{f' of {source!r}' if source else ''} is {token_file.num_tokens} tokens long, too "
                 f"short for a window of {sequence_length + 1}: give more text or a smaller "
@@ -75,12 +81,20 @@ class TrainBatches:
     @property
     def windows_per_epoch(self) -> int:
         """The same for every epoch, whatever its offset."""
+        if self.packed is not None:
+            return len(self.packed.starts)
         return max(1, (self.token_file.num_tokens - self.sequence_length) // self.sequence_length)
 
     def _shuffle(self) -> None:
         rng = np.random.default_rng((self.seed, self.epoch))
+        if self.packed is not None:
+            self._windows = self.packed
+            self._order = rng.permutation(self.windows_per_epoch)
+            return
         spare = self.token_file.num_tokens - 1 - self.windows_per_epoch * self.sequence_length
-        self._offset = int(rng.integers(min(spare, self.sequence_length - 1) + 1))
+        offset = int(rng.integers(min(spare, self.sequence_length - 1) + 1))
+        starts = offset + np.arange(self.windows_per_epoch, dtype=np.int64) * self.sequence_length
+        self._windows = Windows(starts, starts + self.sequence_length + 1)
         self._order = rng.permutation(self.windows_per_epoch)
 
     def __iter__(self) -> TrainBatches:
@@ -91,16 +105,19 @@ class TrainBatches:
 
     def next(self, rows: int | None = None) -> Batch:
         """The next batch, of `rows` rows in place of batch_size where that is given."""
-        windows: list[int] = []
+        starts: list[int] = []
+        stops: list[int] = []
         wanted = self.batch_size if rows is None else rows
-        while len(windows) < wanted:
+        while len(starts) < wanted:
             if self.index == self.windows_per_epoch:
                 self.epoch, self.index = self.epoch + 1, 0
                 self._shuffle()
-            taken = self._order[self.index : self.index + wanted - len(windows)]
-            windows += [self._offset + int(window) * self.sequence_length for window in taken]
+            taken = self._order[self.index : self.index + wanted - len(starts)]
+            starts += self._windows.starts[taken].tolist()
+            stops += self._windows.stops[taken].tolist()
             self.index += len(taken)
-        return _read(self.token_file, np.array(windows, dtype=np.int64), self.sequence_length, self.source)
+        windows = Windows(np.array(starts, dtype=np.int64), np.array(stops, dtype=np.int64))
+        return _read(self.token_file, windows, self.sequence_length, self.source)
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands: epoch and windows done in it."""
@@ -114,10 +131,11 @@ class TrainBatches:
 def evaluation_batches(
     token_file: TokenFile, *, batch_size: int, sequence_length: int, source: str = ""
 ) -> Iterator[Batch]:
-    """Windows in order in which each token after the first is a target exactly once.
+    """Windows in order in which each token that counts is a target exactly once.
 
-    The last row is filled up with end-of-text tokens and targets of -100; the last batch may have
-    fewer rows. The batches' `num_bytes` add up to the file's.
+    These are all tokens after the first, or those that are trained on. What a row lacks is filled up with
+    end-of-text tokens and targets of -100; the last batch may have fewer rows. The batches' `num_bytes`
+    add up to the file's.
 
     Raises:
         DataError: there is no text.
@@ -125,9 +143,15 @@ def evaluation_batches(
     _check_geometry(batch_size, sequence_length)
     if not token_file.num_documents:
         raise DataError("there is no text to evaluate on: the split is empty (its fraction is 0)")
-    starts = np.arange(0, token_file.num_tokens - 1, sequence_length)
-    for first in range(0, len(starts), batch_size):
-        yield _read(token_file, starts[first : first + batch_size], sequence_length, source)
+    if token_file.mask is None:
+        starts = np.arange(0, token_file.num_tokens - 1, sequence_length)
+        windows = Windows(starts, np.minimum(starts + sequence_length + 1, token_file.num_tokens))
+    else:
+        windows = whole_documents(token_file, sequence_length)
+    for first in range(0, len(windows.starts), batch_size):
+        rows = slice(first, first + batch_size)
+        some = Windows(windows.starts[rows], windows.stops[rows])
+        yield _read(token_file, some, sequence_length, source)
 
 
 def _check_geometry(batch_size: int, sequence_length: int) -> None:
@@ -138,18 +162,18 @@ def _check_geometry(batch_size: int, sequence_length: int) -> None:
         )
 
 
-def _read(token_file: TokenFile, starts: np.ndarray, length: int, source: str) -> Batch:
-    """The windows that begin at `starts`; what lies beyond the end is filled up."""
+def _read(token_file: TokenFile, windows: Windows, length: int, source: str) -> Batch:
+    """The tokens of some windows; what lies beyond their ends is filled up."""
+    starts, stops = windows.starts, windows.stops
     last = token_file.num_tokens - 1
     place = starts[:, None] + np.arange(length + 1)  # (B, T + 1)
-    beyond = place > last
+    beyond = place >= stops[:, None]
     tokens = token_file.tokens[np.minimum(place, last)].astype(np.int64)
     tokens[beyond] = token_file.eos_id
     targets = tokens[:, 1:].copy()  # (B, T)
     targets[beyond[:, 1:]] = IGNORED
     if token_file.mask is not None:
         targets[token_file.mask[np.minimum(place[:, 1:], last)] == 0] = IGNORED
-    stops = np.minimum(starts + length + 1, token_file.num_tokens)
     num_bytes = token_file.bytes_before(stops) - token_file.bytes_before(starts + 1)
     return Batch(
         torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets), int(num_bytes.sum()), source

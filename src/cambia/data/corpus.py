@@ -1,7 +1,8 @@
 """A prepared corpus: per split one memory-mapped file of tokens and where its documents begin.
 
 A split is ``eos d1 eos d2 eos ...``: every document stands between two end-of-text tokens, so each of
-its tokens can be predicted and its end as well. Bytes are counted beside tokens, which is what makes
+its tokens can be predicted and its end as well. Where the tokenizer begins a text with a token of its own
+(Llama's), so does every document. Bytes are counted beside tokens, which is what makes
 bits per byte exact for any tokenizer.
 
     >>> file = corpus.splits["valid"].head(100_000)      # whole documents, for a quick evaluation
@@ -89,8 +90,9 @@ class TokenFile:
     def bytes_before(self, positions: np.ndarray) -> np.ndarray:
         """Bytes of text that the tokens before each position stand for, int64.
 
-        Within a document its bytes are spread evenly over its tokens, so a window's count is exact for
-        bytes and near for others, while windows that meet add up to the whole exactly.
+        Within a document its bytes are spread evenly over those of its tokens that are trained on, so a
+        window's count is exact for bytes and near for others, while windows that meet add up to the whole
+        exactly.
         """
         if not self.num_documents:
             return np.zeros(len(positions), dtype=np.int64)
@@ -98,8 +100,17 @@ class TokenFile:
         inside = np.maximum(index, 0)
         length = self._lengths[inside]
         done = np.minimum(positions - self.starts[inside], length)
+        if self.mask is not None:
+            starts = self.starts[inside]
+            done = self._trained(starts, starts + np.maximum(done, 0))
+            length = self._trained(starts, starts + length)
         part = self._cumulative_bytes[inside] + self.document_bytes[inside] * done // length
         return np.where(index < 0, 0, part)
+
+    def _trained(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """How many tokens of each stretch are trained on."""
+        assert self.mask is not None
+        return np.array([self.mask[i:j].sum(dtype=np.int64) for i, j in zip(starts, stops, strict=True)])
 
     @staticmethod
     def from_texts(texts: Iterable[str], tokenizer: Tokenizer) -> TokenFile:
@@ -114,10 +125,10 @@ class TokenFile:
         for text in texts:
             ids = tokenizer.encode(text)
             if len(ids):
-                pieces += [ids, eos]
+                pieces += [tokenizer.opening, ids, eos]
                 starts.append(position)
                 sizes.append(len(text.encode("utf-8")))
-                position += len(ids) + 1
+                position += len(tokenizer.opening) + len(ids) + 1
         if not starts:
             raise DataError("there is no text to score; expected at least one text that is not empty")
         kind = token_dtype(tokenizer.vocab_size)

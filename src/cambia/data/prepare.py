@@ -17,14 +17,16 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from cambia.data.chats import ChatEncoder
 from cambia.data.corpus import SUMMARY, PreparedCorpus, file_names, token_dtype
 from cambia.data.duplicates import HashFile, HeldOutHashes, without_lines
-from cambia.data.sources import SPLITS, TEST, TRAIN, VALID, Document, Source, Splits
+from cambia.data.sources import ASSISTANT, SPLITS, TEST, TRAIN, VALID, Document, Source, Splits
 from cambia.data.tokenizers import Tokenizer
 from cambia.errors import CheckpointError, DataError
 from cambia.files import atomic_folder, one_line_when_full, write_json
@@ -58,8 +60,10 @@ def prepare(
         StorageFullError: the disk is full; nothing half-written is left.
     """
     splits = splits or Splits()
+    template = tokenizer.hf.chat_template
     configuration = {
         "version": _VERSION,
+        **({"chat_template": template} if template else {}),
         "source": source.describe(),
         "tokenizer": tokenizer.fingerprint,
         "splits": dataclasses.asdict(splits),
@@ -144,15 +148,20 @@ class _Preparation:
         return counts
 
     def _held_out(self, split: str, writer: _SplitWriter, known: set[int], *, drop: bool) -> dict[str, int]:
-        found = 0
+        found = dropped = 0
         for document in self.waiting[split].documents():
             text, duplicates = without_lines(document.text, document.loss_from, known)
             found += duplicates
             kept = dataclasses.replace(document, text=text) if drop else document
-            if kept.text[kept.loss_from :].strip():
-                writer.add(kept)
+            if not kept.text[kept.loss_from :].strip():
+                dropped += duplicates
+                continue
+            if document.turns:
+                kept = document  # a chat goes whole, where nothing in it is new, or stays whole
+            elif drop:
+                dropped += duplicates
+            writer.add(kept)
         counts = writer.close()
-        dropped = found if drop else 0
         return {**counts, "duplicate_lines_dropped": dropped, "duplicate_lines_kept": found - dropped}
 
 
@@ -182,7 +191,7 @@ class _Waiting:
 
     def add(self, document: Document) -> None:
         self._hashes.add(document.text)
-        self._file.write(json.dumps([document.text, document.key, document.loss_from]) + "\n")
+        self._file.write(json.dumps(dataclasses.astuple(document)) + "\n")
 
     def known(self, others: Iterable[Callable[[np.ndarray], np.ndarray]]) -> set[int]:
         """Which of these documents' hashes the others have as well."""
@@ -195,7 +204,8 @@ class _Waiting:
     def documents(self) -> Iterator[Document]:
         self._file.seek(0)
         for line in self._file:
-            yield Document(*json.loads(line))
+            text, key, loss_from, turns = json.loads(line)
+            yield Document(text, key, loss_from, tuple((role, content) for role, content in turns))
 
 
 class _SplitWriter:
@@ -206,12 +216,16 @@ class _SplitWriter:
         self.tokenizer, self.document_bytes = tokenizer, document_bytes
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.starts, self.sizes = array("q"), array("q")
-        self.untrained = array("q")  # where each instruction starts and stops, one after another
+        self.untrained = array("q")  # where each stretch of these starts and stops, one after another
         self.position = 0
         self._waiting: list[Document] = []
         self._waiting_chars = 0
         self._file = work.opened.enter_context(self.names["tokens"].open("wb"))
         self._write(np.array([tokenizer.eos_id]))
+
+    @cached_property
+    def _chat(self) -> ChatEncoder:
+        return ChatEncoder(self.tokenizer)
 
     def _write(self, ids: np.ndarray) -> None:
         self._file.write(ids.astype(self.dtype).tobytes())
@@ -225,18 +239,32 @@ class _SplitWriter:
             self._encode()
 
     def _encode(self) -> None:
+        plain = [piece for piece in self._waiting if not piece.turns]
         # An instruction and its answer are encoded apart, so that no token spans the border.
-        heads = self.tokenizer.encode_batch([piece.text[: piece.loss_from] for piece in self._waiting])
-        tails = self.tokenizer.encode_batch([piece.text[piece.loss_from :] for piece in self._waiting])
-        for piece, head, tail in zip(self._waiting, heads, tails, strict=True):
-            if not len(tail):
-                continue  # nothing that the tokenizer knows how to write
-            self.starts.append(self.position)
-            self.sizes.append(len(piece.text[piece.loss_from :].encode("utf-8")))
-            if len(head):
-                self.untrained.extend((self.position, self.position + len(head)))
-            self._write(np.concatenate([head, tail, [self.tokenizer.eos_id]]))
+        heads = iter(self.tokenizer.encode_batch([piece.text[: piece.loss_from] for piece in plain]))
+        tails = iter(self.tokenizer.encode_batch([piece.text[piece.loss_from :] for piece in plain]))
+        for piece in self._waiting:
+            if piece.turns:
+                ids, trained = self._chat(piece.turns)
+                said = "".join(content for role, content in piece.turns if role == ASSISTANT)
+            else:
+                head, tail = next(heads), next(tails)
+                ids, said = np.concatenate([head, tail]), piece.text[piece.loss_from :]
+                trained = np.arange(len(ids)) >= len(head)
+            if trained.any():  # else there is nothing that the tokenizer knows how to write
+                self._append(ids, trained, len(said.encode("utf-8")))
         self._waiting, self._waiting_chars = [], 0
+
+    def _append(self, ids: np.ndarray, trained: np.ndarray, size: int) -> None:
+        """One document, of whose tokens some are trained on; the token that ends it always is."""
+        opening = self.tokenizer.opening
+        if len(opening) and ids[0] != opening[0]:  # a chat template may have written it already
+            ids, trained = np.concatenate([opening, ids]), np.concatenate([trained[:1], trained])
+        self.starts.append(self.position)
+        self.sizes.append(size)
+        edges = np.diff(np.concatenate([[True], trained, [True]]).astype(np.int8))
+        self.untrained.extend((self.position + np.flatnonzero(edges)).tolist())
+        self._write(np.append(ids, self.tokenizer.eos_id))
 
     def close(self) -> dict[str, int]:
         self._encode()
@@ -258,7 +286,7 @@ class _SplitWriter:
 
 def _pieces(document: Document, limit_bytes: int) -> Iterator[Document]:
     """A document, or its parts of at most `limit_bytes`, cut at line ends where there are any."""
-    if document.loss_from or len(document.text.encode("utf-8")) <= limit_bytes:
+    if document.loss_from or document.turns or len(document.text.encode("utf-8")) <= limit_bytes:
         yield document
         return
     raw = document.text.encode("utf-8")

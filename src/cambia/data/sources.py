@@ -26,6 +26,8 @@ from cambia.errors import ConfigError, DataError
 
 TRAIN, VALID, TEST = "train", "valid", "test"
 SPLITS = (TRAIN, VALID, TEST)
+ASSISTANT = "assistant"
+"""The role in a chat whose messages are trained on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,9 @@ class Document:
     """Decides the split; documents with one key fall on one side."""
     loss_from: int = 0
     """`text[:loss_from]` (characters) is shown to the model and not trained on: an instruction."""
+    turns: tuple[tuple[str, str], ...] = ()
+    """Of a chat: role and content of each message. The tokenizer writes it, and what the assistant says is
+    trained on; `text` holds the contents alone, for filters, limits and the search for duplicates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +128,8 @@ class Source(ABC):
                 continue
             size = len(text.encode("utf-8"))
             if left is not None and size > left:
+                if document.turns:  # a chat is whole or not there
+                    return
                 text = text.encode("utf-8")[:left].decode("utf-8", "ignore")
             if document.loss_from < len(text) and text.strip():
                 yield dataclasses.replace(document, text=text)

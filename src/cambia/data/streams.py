@@ -120,8 +120,13 @@ class Stream:
 
     @property
     def lengths(self) -> list[int]:
-        """Training tokens of each task."""
-        return [task.corpus.splits[TRAIN].num_tokens for task in self.tasks]
+        """Training tokens of each task; with what fills up its rows, where these hold whole documents."""
+        return [
+            task.corpus.splits[TRAIN].num_tokens
+            if batches.packed is None
+            else batches.windows_per_epoch * self.sequence_length
+            for task, batches in zip(self.tasks, self.batches, strict=True)
+        ]
 
     def _rows_to_replay(self) -> int:
         """Whole rows whose running total stays within one of the fraction; exact, without rounding error."""

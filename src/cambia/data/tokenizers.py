@@ -53,6 +53,8 @@ class Tokenizer:
         """The transformers tokenizer."""
         self._backend = _plain_copy(backend)
         self._is_bytes = backend.get_vocab() == _byte_vocab()
+        self.opening = _opening(hf)
+        """What begins every document, (0 or 1,): the begin-of-text token where it adds one (Llama's does)."""
 
     @property
     def vocab_size(self) -> int:
@@ -67,7 +69,8 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides the ids: equal fingerprints, equal tokens."""
-        return hashlib.sha256(f"{self.eos_id} {self._backend.to_str()}".encode()).hexdigest()
+        opening = "".join(f"{token} " for token in self.opening)
+        return hashlib.sha256(f"{opening}{self.eos_id} {self._backend.to_str()}".encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids, int64, without special tokens."""
@@ -92,6 +95,13 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write it the way transformers does; `AutoTokenizer` and `HfTokenizer` load it."""
         self.hf.save_pretrained(folder)
+
+
+def _opening(hf: PreTrainedTokenizerFast) -> np.ndarray:
+    """The begin-of-text token where the tokenizer puts it before a text, and it is not the end's as well."""
+    first = list(hf("a")["input_ids"])[:1]
+    there = first == [hf.bos_token_id] != [hf.eos_token_id]
+    return np.array(first if there else [], dtype=np.int64)
 
 
 def _plain_copy(backend: rust.Tokenizer) -> rust.Tokenizer:
@@ -198,6 +208,21 @@ class HfTokenizer(TokenizerConfig):
                 "folder with a tokenizer.json"
             )
         return Tokenizer(hf)
+
+
+@dataclass(frozen=True)
+class ModelTokenizer(TokenizerConfig):
+    """The one that lies beside the pretrained model of the run."""
+
+    eos_token: str | None = None
+    """The token that stands between documents, where the tokenizer names none itself."""
+
+    def of(self, folder: Path) -> HfTokenizer:
+        """The tokenizer beside the model in a folder."""
+        return HfTokenizer(path=str(folder), eos_token=self.eos_token)
+
+    def build(self, texts: TextSource | None) -> Tokenizer:
+        raise ConfigError("a model tokenizer needs its model: build `ModelTokenizer().of(folder)`")
 
 
 def build_tokenizer(config: TokenizerConfig, *, texts: TextSource | None = None) -> Tokenizer:

@@ -26,18 +26,20 @@ from cambia.data.prepare import prepare, train_texts
 from cambia.data.sources import Splits
 from cambia.data.streams import Stream, Task
 from cambia.data.tokenizers import Tokenizer, build_tokenizer
-from cambia.errors import ConfigError, OutOfMemoryError, RunError
+from cambia.errors import ConfigError, OutOfMemoryError
+from cambia.experiment.starts import model_folder
 from cambia.experiment.tree import Experiment, experiment_from, plain_tree, read_experiment
 from cambia.growth import GrowthEvent, GrowthManager
-from cambia.models.architectures import count_parameters
-from cambia.models.causal_lm import CambiaForCausalLM
+from cambia.models.bodies import count_parameters
 from cambia.rundir import RunReader, RunWriter
 from cambia.training import Trainer
-from cambia.training.checkpoint import AVERAGED, load_model, load_state
+from cambia.training.checkpoint import load_model, load_state
 
 RESUMABLE = (
     "device",
     "threads",
+    "model.path",
+    "tokenizer.path",
     "optimizer.learning_rate",
     "training.on_nonfinite",
     "checkpoint.",
@@ -93,27 +95,6 @@ def load(path: str | Path) -> PreTrainedModel:
         CheckpointError, RunError: there is none.
     """
     return load_model(model_folder(path))
-
-
-def model_folder(path: str | Path) -> Path:
-    """The folder that holds the model of a run, a checkpoint (also RUN/ckpt_step200), or of Hugging Face.
-
-    Of a run that averages its weights it is the averaged model.
-    """
-    path = Path(path)
-    for folder in (path, rundir.runs_root() / path):
-        if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
-            return _averaged(folder)
-    reader = RunReader(path)
-    saved = reader.checkpoints()
-    if not saved:
-        raise RunError(f"the run {reader.name!r} has no checkpoint yet; wait until it saved one")
-    return _averaged(saved[0])
-
-
-def _averaged(checkpoint: Path) -> Path:
-    folder = checkpoint / AVERAGED
-    return folder if folder.is_dir() else checkpoint
 
 
 # ---- putting a run together ----------------------------------------------------------------------
@@ -174,8 +155,7 @@ def assemble(experiment: Experiment, run: RunWriter) -> Assembly:
     if resumed:
         model = load_model(latest)
     else:
-        config = experiment.model_config(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id)
-        model = CambiaForCausalLM(config)
+        model = experiment.model.build(tokenizer, sequence_length=experiment.training.sequence_length)
     model = model.to(device)
     model.train()
     optimizer = experiment.optimizer.build(model)
@@ -220,11 +200,13 @@ def assemble(experiment: Experiment, run: RunWriter) -> Assembly:
 
 def open_stream(experiment: Experiment) -> tuple[Tokenizer, Stream]:
     """Tokenizer and prepared tasks; what is prepared already is only opened."""
+    chosen = experiment.model.ready(experiment.tokenizer)
     data = experiment.data
     sources = [task.source for task in data.tasks]
     splits = Splits(valid_fraction=data.valid_fraction, test_fraction=data.test_fraction)
     readers = [train_texts(source, splits) for source in sources]
-    tokenizer = build_tokenizer(experiment.tokenizer, texts=lambda: _in_turns([read() for read in readers]))
+    tokenizer = build_tokenizer(chosen, texts=lambda: _in_turns([read() for read in readers]))
+    experiment.model.fit(tokenizer)
     tasks = []
     console = Console(stderr=True)
     for i, source in enumerate(sources):
@@ -333,7 +315,7 @@ def _covers(trainer: Trainer) -> bool:
 
 def _data_summary(stream: Stream) -> dict[str, Any]:
     rows, notes = [], []
-    for task in stream.tasks:
+    for task, batches in zip(stream.tasks, stream.batches, strict=True):
         splits = task.corpus.splits
         rows.append(
             {
@@ -343,6 +325,14 @@ def _data_summary(stream: Stream) -> dict[str, Any]:
                 "documents": sum(file.num_documents for file in splits.values()),
             }
         )
+        if batches.packed is not None:
+            rows[-1]["longer_than_a_sequence"] = batches.packed.cut
+        if batches.packed is not None and batches.packed.cut:
+            notes.append(
+                f"{task.name}: {batches.packed.cut:,} of {splits['train'].num_documents:,} examples are "
+                f"longer than {stream.sequence_length} tokens: their answers are trained on whole, and see "
+                "only as much of their instructions as fits (--training.sequence_length)"
+            )
         fallback = task.corpus.summary["configuration"]["source"].get("fallback")
         if fallback:
             notes.append(f"{task.name}: {fallback}")

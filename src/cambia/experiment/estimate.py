@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from cambia.errors import ConfigError
 from cambia.experiment.build import find_device, open_stream, stage_steps
 from cambia.experiment.tree import Experiment
 from cambia.growth import GrowthPlan, ScheduleTrigger, plan_growth
 from cambia.growth.plan import describe
-from cambia.models.architectures import count_parameters, flops_per_token, on_meta
+from cambia.models.architectures import architecture_of, per_layer
+from cambia.models.bodies import count_parameters, flops_per_token, on_meta
 from cambia.models.causal_lm import CambiaForCausalLM
 
 _LONG = 1.0
@@ -60,10 +62,10 @@ def estimate(experiment: Experiment) -> Estimate:
     device = find_device(experiment.device)
     tokenizer, stream = open_stream(experiment)
     steps = stage_steps(experiment, stream)
-    config = experiment.model_config(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id)
     training = experiment.training
     context, per_step = training.sequence_length, training.batch_size * training.sequence_length
-    small = on_meta(CambiaForCausalLM, config)
+    start = experiment.model.build(tokenizer, sequence_length=context)
+    small = on_meta(type(start), start.config)
     phases = [Phase((), 0, count_parameters(small), flops_per_token(small, context))]
     model = small
     for at_step, rule_index in _growth_steps(experiment, steps, per_step):
@@ -77,9 +79,9 @@ def estimate(experiment: Experiment) -> Estimate:
         tokens=sum(steps) * per_step,
         phases=phases,
         flops=flops,
-        # Weights, gradients and two moments in float32; about 16 values per unit of width and layer.
-        memory_bytes=16 * largest + _activation_bytes(experiment, model.config),
-        seconds=_seconds(experiment, config, device, phases, sum(steps)),
+        # Weights, gradients and two moments; about 16 values per unit of width and layer.
+        memory_bytes=4 * start.dtype.itemsize * largest + _activation_bytes(experiment, model.config),
+        seconds=_seconds(experiment, start.to(device), phases, sum(steps)),
     )
 
 
@@ -126,18 +128,18 @@ def _total_flops(phases: Sequence[Phase], total_steps: int, per_step: int) -> fl
     return sum(steps * per_step * phase.flops_per_token for phase, steps in _lengths(phases, total_steps))
 
 
-def _activation_bytes(experiment: Experiment, config) -> int:
+def _activation_bytes(experiment: Experiment, config: PreTrainedConfig) -> int:
     training = experiment.training
     rows = -(-training.batch_size // training.accumulation) * training.sequence_length
-    width = sum(config.ffn_size(i) * 3 + config.hidden_size * 8 for i in range(config.num_hidden_layers))
+    depth = config.num_hidden_layers
+    ffn = per_layer(architecture_of(config).size(config, "intermediate_size"), depth)
+    width = 3 * sum(ffn) + 8 * config.hidden_size * depth
     return 4 * rows * (width // (4 if training.gradient_checkpointing else 1) + 2 * config.vocab_size)
 
 
-def _seconds(
-    experiment: Experiment, config, device: torch.device, phases: Sequence[Phase], steps: int
-) -> float:
+def _seconds(experiment: Experiment, model: PreTrainedModel, phases: Sequence[Phase], steps: int) -> float:
     """From real steps: gradients cost by their operations, the optimizer's updates by the parameters."""
-    gradients, update = _timed(experiment, config, device)
+    gradients, update = _timed(experiment, model)
     updates = sum(
         length * phase.parameters / phases[0].parameters for phase, length in _lengths(phases, steps)
     )
@@ -145,13 +147,14 @@ def _seconds(
     return _total_flops(phases, steps, tokens) * gradients + updates * update
 
 
-def _timed(experiment: Experiment, config, device: torch.device) -> tuple[float, float]:
+def _timed(experiment: Experiment, model: PreTrainedModel) -> tuple[float, float]:
     """Seconds for one operation of a gradient, and for one update of the starting model.
 
     Batches double until a gradient takes `_LONG` or the batch is a whole one.
     """
-    training = experiment.training
-    model = CambiaForCausalLM(config).to(device)
+    training, device = experiment.training, model.device
+    # A stock model computes its logits whole, and so it is timed.
+    extra = {"skip_logits": True} if isinstance(model, CambiaForCausalLM) else {}
     optimizer = experiment.optimizer.build(model)
     most = max(1, training.batch_size // training.accumulation)
     rows, length = 1, min(32, training.sequence_length)
@@ -164,10 +167,8 @@ def _timed(experiment: Experiment, config, device: torch.device) -> tuple[float,
         return time.perf_counter() - began
 
     def gradient() -> float:
-        ids = torch.randint(0, config.vocab_size, (rows, length), device=device)
-        return timed(
-            lambda: model(input_ids=ids, labels=ids, use_cache=False, skip_logits=True).loss.backward()
-        )
+        ids = torch.randint(0, model.config.vocab_size, (rows, length), device=device)
+        return timed(lambda: model(input_ids=ids, labels=ids, use_cache=False, **extra).loss.backward())
 
     try:
         gradient(), optimizer.step()  # the first ones warm up

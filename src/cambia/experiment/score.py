@@ -12,7 +12,8 @@ from cambia.data.corpus import TokenFile
 from cambia.data.textfiles import FilesSource
 from cambia.data.tokenizers import Tokenizer
 from cambia.errors import ConfigError
-from cambia.experiment.build import model_folder, open_stream
+from cambia.experiment.build import open_stream
+from cambia.experiment.starts import model_folder
 from cambia.experiment.tree import experiment_from
 from cambia.probes import Likelihood, bits_per_byte
 from cambia.rundir import RunReader

@@ -33,11 +33,11 @@ from cambia.config import (
 )
 from cambia.data import SOURCES, TOKENIZERS
 from cambia.data.sources import Source
-from cambia.data.tokenizers import BytesTokenizer, TokenizerConfig
+from cambia.data.tokenizers import TokenizerConfig
 from cambia.errors import ConfigError
+from cambia.experiment.starts import MODELS, NativeModel, PretrainedModel
 from cambia.growth.carry import Moments
 from cambia.growth.rules import Budget, GrowthRule
-from cambia.models.config import CambiaConfig
 from cambia.training.optim import OPTIMIZERS, AdamW, Muon
 from cambia.training.settings import CheckpointConfig, EvaluationConfig, TrainingConfig
 from cambia.training.tracking import TRACKERS, Tracker
@@ -91,60 +91,6 @@ class DataConfig:
 
 
 @dataclass
-class NativeModel:
-    """The native growable model, from scratch. Its fields are those of `CambiaConfig`."""
-
-    hidden_size: Annotated[int, Gt(0)] = 128
-    """Width of the residual stream."""
-    intermediate_size: int | list[int] = 384
-    """Width of the feed-forward layers, one for all or one for each."""
-    num_hidden_layers: Annotated[int, Gt(0)] = 4
-    """Depth."""
-    num_attention_heads: int | list[int] = 4
-    """Query heads."""
-    num_key_value_heads: int | list[int] | None = None
-    """Key/value heads; as many as query heads where it is left out."""
-    head_dim: Annotated[int, Gt(0)] | None = None
-    """Size of a head; hidden_size / num_attention_heads where it is left out."""
-    tie_word_embeddings: bool = True
-    """One matrix for the embedding and the head."""
-    attention_bias: bool = False
-    """Biases in attention."""
-    mlp_bias: bool = False
-    """Biases in the feed-forward layers."""
-    attention_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """Dropout on attention weights while training."""
-    rope_theta: Annotated[float, Gt(0)] = 10000.0
-    """Base of the rotary position embedding."""
-    rms_norm_eps: Annotated[float, Gt(0)] = 1e-5
-    """Epsilon of the norms."""
-    initializer_range: Annotated[float, Gt(0)] = 0.02
-    """Standard deviation of new weights."""
-    zero_init_residual: bool = False
-    """Layers start silent: what they add to the residual stream is zero at first. Learns faster."""
-    max_position_embeddings: Annotated[int, Gt(0)] | None = None
-    """Longest sequence it is meant for; training.sequence_length where it is left out. Generation reads
-    the last half of a longer text again as a prompt."""
-
-    def config(self, *, vocab_size: int, eos_token_id: int, sequence_length: int) -> CambiaConfig:
-        """The model's config; the vocabulary is padded to a multiple of 8, which kernels like."""
-        values = dict(vars(self))
-        values["max_position_embeddings"] = self.max_position_embeddings or sequence_length
-        theta = values.pop("rope_theta")
-        return CambiaConfig(
-            vocab_size=-(-vocab_size // 8) * 8,
-            bos_token_id=eos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=eos_token_id,
-            rope_parameters={"rope_type": "default", "rope_theta": theta},
-            **values,
-        )
-
-
-MODELS: dict[str, str] = {"native": "cambia.experiment.tree:NativeModel"}
-
-
-@dataclass
 class ReplayConfig:
     """Rows of earlier tasks mixed into every batch."""
 
@@ -194,11 +140,9 @@ class Experiment:
     """auto, cpu, cuda, cuda:N or mps."""
     threads: Annotated[int, Gt(0)] | None = None
     """CPU threads; all cores where it is left out. Results are equal bit by bit only at equal threads."""
-    tokenizer: Annotated[TokenizerConfig, Member(TOKENIZERS, "tokenizer")] = field(
-        default_factory=BytesTokenizer
-    )
-    """How text becomes tokens."""
-    model: Annotated[NativeModel, Member(MODELS, "model", default="native")] = field(
+    tokenizer: Annotated[TokenizerConfig, Member(TOKENIZERS, "tokenizer")] | None = None
+    """How text becomes tokens. Left out: bytes for a native model, the own one of a pretrained model."""
+    model: Annotated[NativeModel | PretrainedModel, Member(MODELS, "model", default="native")] = field(
         default_factory=NativeModel
     )
     """The model at the start."""
@@ -215,27 +159,15 @@ class Experiment:
     """Where the run's numbers are sent besides the run directory."""
 
     def __post_init__(self) -> None:
-        try:  # sizes are checked here, long before the text is prepared
-            self.model_config(vocab_size=1, eos_token_id=0)
-        except ConfigError as error:
-            raise FieldError(["model"], str(error)) from None
+        # Sizes are checked here, long before the text is prepared.
+        self.model.check(self.training.sequence_length)
+        self.tokenizer = self.model.read_by(self.tokenizer)
         training = self.training
         given = [n for n in ("steps", "tokens", "epochs") if getattr(training, n) is not None]
         if len(given) > 1:
             raise FieldError(["training"], f"takes one length, got {' and '.join(given)}: leave one out")
         if not given and not all(task.steps for task in self.data.tasks):
             raise FieldError(["training"], "has no length: give --training.steps, .tokens or .epochs")
-        if training.sequence_length > (self.model.max_position_embeddings or training.sequence_length):
-            raise FieldError(
-                ["training", "sequence_length"],
-                f"{training.sequence_length} is longer than the model's max_position_embeddings "
-                f"{self.model.max_position_embeddings}: raise --model.max_position_embeddings",
-            )
-
-    def model_config(self, *, vocab_size: int, eos_token_id: int) -> CambiaConfig:
-        """The config of the model at the start."""
-        length = self.training.sequence_length
-        return self.model.config(vocab_size=vocab_size, eos_token_id=eos_token_id, sequence_length=length)
 
 
 def read_tree(experiment: str | Path, *, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:

@@ -6,8 +6,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from cambia.growth.adapters import WidenLoraRank
+from cambia.growth.attention import AddHeads, AddKVHeads, WidenHeadDim
 from cambia.growth.barrier import grow
 from cambia.growth.depth import AddLayers
+from cambia.growth.hidden import AddTokens, WidenHidden
 from cambia.growth.operators import OPERATORS, Contract, Operator
 from cambia.growth.plan import GrowthPlan, plan_growth
 from cambia.growth.prune import prune
@@ -24,15 +29,22 @@ from cambia.growth.watching import (
 from cambia.growth.widen import WidenFFN
 from cambia.records import GrowthEvent, Measured, Signals
 
+if TYPE_CHECKING:
+    from cambia.growth.callback import GrowthCallback
+
 __all__ = [
     "OPERATORS",
     "TRIGGERS",
+    "AddHeads",
+    "AddKVHeads",
     "AddLayers",
+    "AddTokens",
     "AllOf",
     "AnyOf",
     "Budget",
     "Contract",
     "GradientNormTrigger",
+    "GrowthCallback",
     "GrowthEvent",
     "GrowthManager",
     "GrowthPlan",
@@ -49,7 +61,19 @@ __all__ = [
     "SliceWarmup",
     "Trigger",
     "WidenFFN",
+    "WidenHeadDim",
+    "WidenHidden",
+    "WidenLoraRank",
     "grow",
     "plan_growth",
     "prune",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Only who trains with transformers.Trainer has accelerate, which the callback needs.
+    if name != "GrowthCallback":
+        raise AttributeError(f"module 'cambia.growth' has no attribute {name!r}")
+    from cambia.growth.callback import GrowthCallback
+
+    return GrowthCallback

@@ -4,11 +4,16 @@ Moments of old entries are kept bit by bit (or divided where growth multiplied t
 start with a first moment of zero. Their second moment is the mean of the old ones by default: with a
 zero there and a large step count Adam has no bias correction left, and the first updates would be many
 times larger than the learning rate says (up to 6.6 times for a steady gradient, measured).
+
+Tensors are exchanged one after another, and each old one is let go of before the next new one is made, so
+that growing takes hardly more memory than the grown model does. Should anything fail, the old ones are read
+back from the new (`let_go`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -51,15 +56,39 @@ class Change:
         return self.source if self.lineage.inherits else None
 
 
+Undo = ExitStack
+"""What takes a growth back, last first; forgotten when it succeeds."""
+
+Commit = Callable[[Undo], None]
+
+
 class Holder(Protocol):
     """Something that keeps state per parameter: an optimizer, averaged weights, a Fisher matrix."""
 
-    def prepare(self, changes: Sequence[Change]) -> Callable[[], None]:
-        """Build the new state beside the old and return what puts it in place.
+    def prepare(self, changes: Sequence[Change]) -> Commit:
+        """Look at what is about to change, before anything is touched, and refuse it or take part.
 
-        All that can fail happens here; the returned call only assigns.
+        The parameters in `changes` have their shapes but no values yet. The returned call is made when all
+        of them stand in the model and it says what it said before. It exchanges the state, and tells `undo`
+        how to take that back.
         """
         ...
+
+
+def husk(like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """A tensor of the same type and shape, or of another shape, that takes no memory."""
+    return like.new_zeros(()).expand(like.shape if shape is None else tuple(shape))
+
+
+def let_go(old: Tensor, new: Tensor, lineage: Lineage, undo: Undo, *, power: int = 1) -> None:
+    """Free an old tensor whose values the new one holds; `undo` reads them back from there.
+
+    Where growth multiplies old values they could not be read back bit by bit. Then the old tensor stays in
+    memory until the whole growth has succeeded.
+    """
+    if lineage.is_reversible(old.shape, power=power):
+        undo.callback(lambda: setattr(old, "data", lineage.take_back(new.detach())))
+        old.data = husk(old.detach())
 
 
 class OptimizerHolder:
@@ -77,53 +106,81 @@ class OptimizerHolder:
         self.optimizer = optimizer
         self.moments = moments
 
-    def prepare(self, changes: Sequence[Change]) -> Callable[[], None]:
-        """Build the grown state; the returned call puts it in place.
+    def prepare(self, changes: Sequence[Change]) -> Commit:
+        """Check that all of the state can grow.
 
         Raises:
             GrowthError: the optimizer lacks a parameter that grows, or keeps a state of unknown kind.
         """
         managed = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        grown: list[tuple[Change, dict[str, Any]]] = []
         for change in changes:
             if change.sibling.requires_grad and id(change.sibling) not in managed:
                 raise GrowthError(
                     f"the optimizer does not train {change.name!r} or what it grows from: build it with all "
                     "of model.parameters(), or freeze that parameter (requires_grad=False)"
                 )
-            if change.old is not None:
-                grown.append((change, self._grown_state(change)))
-        return lambda: self._commit(changes, grown)
+            if change.old is not None and self.moments != "reset":
+                self._check(change.old)
+        return lambda undo: self._commit(changes, undo)
 
-    def _grown_state(self, change: Change) -> dict[str, Any]:
-        assert change.old is not None
-        if self.moments == "reset":
-            return {}
-        result: dict[str, Any] = {}
-        for key, value in self.optimizer.state.get(change.old, {}).items():
-            if not isinstance(value, Tensor) or value.dim() == 0:
-                result[key] = value  # the step count
-                continue
-            if key not in STATE_POWERS or value.shape != change.old.shape:
+    def _check(self, old: nn.Parameter) -> None:
+        for key, value in self.optimizer.state.get(old, {}).items():
+            if _is_per_element(value) and (key not in STATE_POWERS or value.shape != old.shape):
                 raise GrowthError(
                     f"{type(self.optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a "
-                    f"parameter of shape {tuple(change.old.shape)} and how that grows is not known; known, "
+                    f"parameter of shape {tuple(old.shape)} and how that grows is not known; known, "
                     f"in the parameter's own shape, are {', '.join(STATE_POWERS)}: use AdamW or SGD"
                 )
-            power = STATE_POWERS[key]
-            seeded = power == -2 and self.moments == "mean"
-            new = value.mean().item() if seeded else 0.0
-            result[key] = change.lineage.carry(value, power=power, new=new)
-        return result
 
-    def _commit(self, changes: Sequence[Change], grown: Sequence[tuple[Change, dict[str, Any]]]) -> None:
+    def _commit(self, changes: Sequence[Change], undo: Undo) -> None:
         replaced = {id(change.old): change.new for change in changes if change.old is not None}
         for group in self.optimizer.param_groups:
             here = {id(p) for p in group["params"]}
             born = [c.new for c in changes if c.old is None and id(c.sibling) in here]
+            undo.callback(group.__setitem__, "params", group["params"])
             group["params"] = [replaced.get(id(p), p) for p in group["params"]] + born
-        for change, state in grown:
-            assert change.old is not None
-            self.optimizer.state.pop(change.old, None)
-            if state:
-                self.optimizer.state[change.new] = state
+        order = dict(self.optimizer.state)
+        undo.callback(self._put_back, order)
+        for change in changes:
+            if change.old is not None:
+                self._exchange(change, undo)
+
+    def _exchange(self, change: Change, undo: Undo) -> None:
+        """Move one parameter's state to the parameter that takes its place."""
+        states = self.optimizer.state
+        old = states.pop(change.old, None)
+        if not old or self.moments == "reset":
+            return
+        grown: dict[str, Any] = {}
+        for key, value in old.items():
+            if not _is_per_element(value):
+                grown[key] = value  # the step count
+                continue
+            power = STATE_POWERS[key]
+            seeded = power == -2 and self.moments == "mean"
+            new = value.mean().item() if seeded else 0.0
+            grown[key] = change.lineage.carry(value, power=power, new=new)
+            let_go(value, grown[key], change.lineage, undo, power=power)
+        states[change.new] = grown
+
+    def _put_back(self, states: dict[Any, Any]) -> None:
+        self.optimizer.state.clear()
+        self.optimizer.state.update(states)
+
+
+def in_model_order(optimizer: torch.optim.Optimizer, model: nn.Module, changes: Sequence[Change]) -> None:
+    """Put new parameters where the model lists them, in groups that are in the model's order.
+
+    A state dict of an optimizer knows parameters by their place in the groups. An optimizer that is built for
+    the grown model when it is loaded again has them in the model's order.
+    """
+    place = {id(parameter): i for i, parameter in enumerate(model.parameters())}
+    born = {id(change.new) for change in changes if change.old is None}
+    for group in optimizer.param_groups:
+        kept = [place.get(id(parameter), -1) for parameter in group["params"] if id(parameter) not in born]
+        if kept == sorted(kept):  # otherwise it is somebody's own order, which nobody could guess
+            group["params"] = sorted(group["params"], key=lambda parameter: place.get(id(parameter), -1))
+
+
+def _is_per_element(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0

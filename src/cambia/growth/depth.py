@@ -38,25 +38,29 @@ class AddLayers(Amount, Operator):
         return Contract(exactness="tolerance" if self.preserve else "none", alive_within=2)
 
     def step(self, shape: Shape) -> Step:
-        if not shape.table.layers:
-            raise GrowthError(
-                f"a {shape.table.name} model has no architecture table, so only its ExpandableFFN modules "
-                "can grow: use WidenFFN"
-            )
+        shape.need("layers")
         if not shape.num_layers:
             raise GrowthError(
                 "the model has no layer that new ones could be like: build it with at least one"
             )
+        if getattr(shape.config, "scale_attn_by_inverse_layer_idx", False):
+            raise GrowthError(
+                "scale_attn_by_inverse_layer_idx divides attention scores by a layer's place, which new "
+                "layers move: such a model cannot get more layers exactly"
+            )
         count = self.after(shape.num_layers) - shape.num_layers
         order = self._order(shape.num_layers, count)
-        config = shape.copied_config()
-        config.num_hidden_layers = len(order)
+        config = shape.with_sizes(num_hidden_layers=len(order))
         ids = layer_ids(shape.config)
         fresh = iter(range(max(ids) + 1, max(ids) + 1 + count))
         config.layer_ids = [next(fresh) if place.is_new else ids[place.like] for place in order]
         for name in shape.table.per_layer_fields:
-            sizes = per_layer(getattr(shape.config, name), shape.num_layers)
-            setattr(config, name, uniform(sizes[place.like] for place in order))
+            old = per_layer(getattr(shape.config, name), shape.num_layers)
+            each = [old[place.like] for place in order]
+            # Sizes may be told as one number, kinds of layers (Qwen's layer_types) are always a list.
+            setattr(config, name, uniform(each) if isinstance(each[0], int) else each)
+        if getattr(config, "max_window_layers", 0) >= shape.num_layers:  # Qwen: no layer has a window
+            config.max_window_layers = len(order)
         tensors = {name: TensorMap(name) for name in shape.shapes if shape.table.layer_of(name) is None}
         for i, place in enumerate(order):
             tensors.update(self._layer(shape, i, place))
@@ -101,8 +105,7 @@ class AddLayers(Amount, Operator):
     def _random(self, shape: Shape, name: str) -> Fill:
         if shape.table.axes(name).read is not None:
             return Fill.normal(shape.config.initializer_range)
-        # Vectors are norm gains, which start at one, and biases, which start at zero.
-        return Fill.zeros() if name.endswith("bias") else Fill.ones()
+        return Fill.ones() if shape.table.axes(name).is_gain else Fill.zeros()
 
 
 @dataclass(frozen=True)

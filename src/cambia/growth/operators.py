@@ -17,21 +17,27 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig
 
 from cambia.config import Spelled
 from cambia.errors import ConfigError, GrowthError
-from cambia.models.architectures import Architecture
+from cambia.models.architectures import Architecture, per_layer
 from cambia.nn.param_map import ParamMap
 
 OPERATORS: dict[str, str] = {
     "widen_ffn": "cambia.growth.widen:WidenFFN",
     "add_layers": "cambia.growth.depth:AddLayers",
+    "add_heads": "cambia.growth.attention:AddHeads",
+    "add_kv_heads": "cambia.growth.attention:AddKVHeads",
+    "widen_head_dim": "cambia.growth.attention:WidenHeadDim",
+    "widen_hidden": "cambia.growth.hidden:WidenHidden",
+    "add_tokens": "cambia.growth.hidden:AddTokens",
+    "widen_lora_rank": "cambia.growth.adapters:WidenLoraRank",
 }
 
 
@@ -39,8 +45,9 @@ OPERATORS: dict[str, str] = {
 class Contract:
     """What an operator promises; the law tests hold it to this."""
 
-    exactness: Literal["tolerance", "none"]
-    """tolerance: same logits up to rounding; none: a jump is part of the method."""
+    exactness: Literal["tolerance", "old tokens", "none"]
+    """tolerance: same logits up to rounding · old tokens: those of the tokens that were there · none: a jump
+    is part of the method."""
     alive_within: int
     """Steps after which every new tensor has had a gradient that is not zero."""
     rescales: bool = False
@@ -65,8 +72,29 @@ class Shape:
     def num_layers(self) -> int:
         return self.config.num_hidden_layers
 
-    def copied_config(self) -> PreTrainedConfig:
-        return copy.deepcopy(self.config)
+    def need(self, dimension: str) -> None:
+        """Refuse a model of which only some modules are known, and not this dimension.
+
+        Raises:
+            GrowthError: saying what can grow.
+        """
+        if self.table.grows and dimension not in self.table.grows:
+            raise GrowthError(self.table.why_not)
+
+    def size(self, name: str) -> Any:
+        """A size, by `LlamaConfig`'s name."""
+        return self.table.size(self.config, name)
+
+    def each(self, name: str) -> list[int]:
+        """A size that may differ per layer, for each layer."""
+        return per_layer(self.size(name), self.num_layers)
+
+    def with_sizes(self, **sizes: Any) -> PreTrainedConfig:
+        """A copy of the config with other sizes, by `LlamaConfig`'s names."""
+        config = copy.deepcopy(self.config)
+        for name, value in sizes.items():
+            self.table.set_size(config, name, value)
+        return config
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +132,7 @@ class Operator(Spelled, ABC):
 
 @dataclass(frozen=True)
 class Amount:
-    """How much: exactly one of three ways to say it."""
+    """How much: one of three ways to say it, or none for the smallest step that is legal."""
 
     factor: float | None = None
     """Multiply the size by this, above 1."""
@@ -115,10 +143,8 @@ class Amount:
 
     def __post_init__(self) -> None:
         given = [name for name in ("factor", "add", "to") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ConfigError(
-                f"{type(self).__name__} takes exactly one of factor=, add= and to=, got {given or 'none'}"
-            )
+        if len(given) > 1:
+            raise ConfigError(f"{type(self).__name__} takes one of factor=, add= and to=, got {given}")
         if self.factor is not None and not (math.isfinite(self.factor) and self.factor > 1):
             raise ConfigError(
                 f"factor={self.factor} does not grow anything; it must be above 1 (cambia.growth.prune makes "
@@ -138,9 +164,30 @@ class Amount:
                     "feed-forward layers narrower"
                 )
             return self.to
-        assert self.factor is not None
-        rounded = round(size * self.factor / multiple_of) * multiple_of
+        rounded = round(size * (self.factor or 1.0) / multiple_of) * multiple_of
         return rounded if rounded > size else (size // multiple_of + 1) * multiple_of
+
+    def legal_after(self, size: int, is_legal: Callable[[int], bool], *, what: str) -> int:
+        """The size after growth where not every size is legal.
+
+        A factor leads to the nearest legal size above the present one, no amount to the first.
+
+        Args:
+            what: a legal size in words, for the message.
+
+        Raises:
+            GrowthError: add= or to= leads to a size that is not, with the nearest ones; or there is none.
+        """
+        wanted = self.after(size)
+        legal = [n for n in range(size + 1, 8 * max(size, wanted) + 1) if is_legal(n)]
+        if not legal:
+            raise GrowthError(f"{what}, and above {size} there is no such number")
+        nearest = min(legal, key=lambda n: (abs(n - wanted), n))
+        if (self.add is not None or self.to is not None) and nearest != wanted:
+            around = [*[n for n in legal if n < wanted][-1:], *[n for n in legal if n > wanted][:1]]
+            near = " or ".join(f"to={n}" for n in around)
+            raise GrowthError(f"{what}, and {wanted} is no such number; the nearest above {size}: {near}")
+        return nearest
 
 
 OLD_AMOUNTS = {"growth_factor": "factor", "add_hidden": "add", "new_d_ff": "to", "layers_per_event": "add"}

@@ -17,14 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from cambia.config import type_name
 from cambia.errors import ConfigError, GrowthError
 from cambia.growth.operators import OPERATORS, Contract, Operator, Shape
-from cambia.models.architectures import (
-    Body,
-    body_of,
-    changed_fields,
-    count_parameters,
-    flops_per_token,
-    per_layer,
-)
+from cambia.models.architectures import changed_fields, per_layer
+from cambia.models.bodies import Body, body_of, count_parameters, flops_per_token, lora_layers
 from cambia.nn.param_map import Lineage, ParamMap, lineages
 from cambia.records import GrowthEvent
 
@@ -45,8 +39,9 @@ class GrowthPlan:
     config_changes: Mapping[str, tuple[Any, Any]]
     parameters_before: int
     parameters_after: int
-    parameters_replaced: int
-    """Entries, as they were, of the tensors that growth replaces."""
+    entries_held: int
+    """Entries of old tensors that are held beside their successors while growing: the largest one, and all
+    whose values could not be read back from those."""
     flops_per_token_before: float
     flops_per_token_after: float
 
@@ -70,8 +65,8 @@ class GrowthPlan:
         )
 
     def extra_bytes(self, *, bytes_per_value: int = 4, moments: int = 2) -> int:
-        """Memory held only while growing: the old copies of what is replaced, and of its moments."""
-        return self.parameters_replaced * bytes_per_value * (1 + moments)
+        """Memory held only while growing: old copies of weights, and of their moments."""
+        return self.entries_held * bytes_per_value * (1 + moments)
 
 
 def plan_growth(
@@ -96,6 +91,7 @@ def plan_growth(
     """
     if not operators:
         raise GrowthError("nothing to do: name at least one operator, for example WidenFFN(factor=1.5)")
+    refuse_wrapped(model)
     body = body_of(model)
     gains = None
     if any(operator.needs_gains for operator in operators) and model.device.type != "meta":
@@ -114,7 +110,7 @@ def plan_growth(
         shape = _shape_of(after, seed, known)
         steps.append(step.params)
     ways = lineages(steps, shape.shapes)
-    replaced = {way.origin for way in ways.values() if way.inherits and not way.is_same}
+    _refuse_encoded(model, ways)
     return GrowthPlan(
         operators=operators,
         contract=_weakest([operator.contract for operator in operators]),
@@ -124,10 +120,50 @@ def plan_growth(
         config_changes=changed_fields(body.config, sizes),
         parameters_before=count_parameters(model),
         parameters_after=count_parameters(after),
-        parameters_replaced=sum(p.numel() for name, p in model.named_parameters() if name in replaced),
+        entries_held=_entries_held(model, ways),
         flops_per_token_before=flops_per_token(model, context),
         flops_per_token_after=flops_per_token(after, context),
     )
+
+
+def refuse_wrapped(model: Any) -> None:
+    """Refuse what is no model of transformers, bare or with adapters.
+
+    Raises:
+        GrowthError: a wrapper, which might keep the old parameters.
+    """
+    if isinstance(model, PreTrainedModel) or lora_layers(model):
+        return
+    raise GrowthError(
+        f"{type(model).__name__} is no model of transformers: give the model inside it (model.module, "
+        "model._orig_mod), and where the wrapper keeps parameters of its own, as DistributedDataParallel and "
+        "FSDP do, grow before wrapping"
+    )
+
+
+def _refuse_encoded(model: PreTrainedModel, ways: Mapping[str, Lineage]) -> None:
+    """Refuse to grow weights that are stored quantised or spread over processes."""
+    read = {way.origin for way in ways.values() if not way.is_same}
+    method = getattr(model.config, "quantization_config", None)
+    for name, parameter in model.named_parameters():
+        if name not in read:
+            continue
+        kind = type(parameter.data)
+        if method is not None or not parameter.is_floating_point() or kind is not Tensor:
+            what = f"{parameter.dtype} {kind.__name__}".removeprefix("torch.")
+            raise GrowthError(
+                f"{name!r} is quantised or sharded ({what}) and cannot grow: load the model unquantised "
+                "(dtype=torch.bfloat16), grow, and quantise or shard it again; LoRA adapters on it can grow "
+                "(WidenLoraRank)"
+            )
+
+
+def _entries_held(model: PreTrainedModel, ways: Mapping[str, Lineage]) -> int:
+    old = dict(model.named_parameters())
+    replaced = [(old[w.origin], w) for w in ways.values() if w.origin and w.inherits and not w.is_same]
+    one_by_one = [p.numel() for p, way in replaced if way.is_reversible(p.shape)]
+    kept = [p.numel() for p, way in replaced if not way.is_reversible(p.shape)]
+    return max(one_by_one, default=0) + sum(kept)
 
 
 def layer_gains(model: PreTrainedModel, batch: Tensor) -> list[float]:
@@ -143,10 +179,11 @@ def layer_gains(model: PreTrainedModel, batch: Tensor) -> list[float]:
     Returns:
         One value for each layer; 0 where the layer is frozen.
     """
-    sizes = body_of(model).config
+    body = body_of(model)
+    sizes = body.config
     gains = dict.fromkeys(range(sizes.num_hidden_layers), 0.0)
     for layer, gradient in loss_gradients(model, batch, "ffn").items():
-        units = per_layer(sizes.intermediate_size, len(gains))[layer]
+        units = per_layer(body.table.size(sizes, "intermediate_size"), len(gains))[layer]
         gains[layer] = gradient.double().pow(2).sum().item() / units
     return list(gains.values())
 
@@ -221,9 +258,10 @@ def _checked(
 def _weakest(contracts: Sequence[Contract]) -> Contract:
     # Zero writers stacked on zero writers wake up one after the other, so the waiting adds up.
     waiting = 1 + sum(contract.alive_within - 1 for contract in contracts)
-    exact = all(contract.exactness == "tolerance" for contract in contracts)
+    said = {contract.exactness for contract in contracts}
+    weakest = next(each for each in ("none", "old tokens", "tolerance") if each in said)
     rescales = any(contract.rescales for contract in contracts)
-    return Contract("tolerance" if exact else "none", alive_within=waiting, rescales=rescales)
+    return Contract(weakest, alive_within=waiting, rescales=rescales)
 
 
 def describe(operator: Operator) -> dict[str, Any]:

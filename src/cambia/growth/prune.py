@@ -24,7 +24,8 @@ from cambia.growth.barrier import grow
 from cambia.growth.carry import Holder
 from cambia.growth.operators import Contract, Operator, Shape, Step
 from cambia.growth.plan import loss_gradients, random_batch
-from cambia.models.architectures import body_of, per_layer, uniform
+from cambia.models.architectures import per_layer, uniform
+from cambia.models.bodies import body_of
 from cambia.nn.param_map import AxisMap, ParamMap, TensorMap
 from cambia.records import GrowthEvent
 
@@ -43,9 +44,9 @@ class KeepUnits(Operator):
         return Contract(exactness="none", alive_within=1)
 
     def step(self, shape: Shape) -> Step:
-        widths = per_layer(shape.config.intermediate_size, shape.num_layers)
-        config = shape.copied_config()
-        config.intermediate_size = uniform(len(self.kept.get(i, range(w))) for i, w in enumerate(widths))
+        widths = shape.each("intermediate_size")
+        left = uniform(len(self.kept.get(i, range(w))) for i, w in enumerate(widths))
+        config = shape.with_sizes(intermediate_size=left)
         tensors = {}
         for name in shape.shapes:
             axes, layer = shape.table.axes(name), shape.table.layer_of(name)
@@ -98,7 +99,7 @@ def prune(
     if len(given) != 1:
         raise ConfigError(f"prune takes exactly one of factor=, remove= and to=, got {given or 'none'}")
     body = body_of(model)
-    widths = per_layer(body.config.intermediate_size, body.config.num_hidden_layers)
+    widths = per_layer(body.table.size(body.config, "intermediate_size"), body.config.num_hidden_layers)
     chosen = list(range(len(widths))) if layers == "all" else sorted(layers)
     if wrong := [i for i in chosen if not 0 <= i < len(widths)]:
         raise GrowthError(f"layers={wrong} are not there: the model has layers 0 to {len(widths) - 1}")

@@ -13,14 +13,14 @@ entries are put aside, after it they are moved only part of the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cambia.growth.carry import Change
+from cambia.growth.carry import Change, Commit, Undo
 
 
 @dataclass(eq=False)
@@ -55,13 +55,20 @@ class SliceWarmup:
         self.steps = steps
         self.factor = factor
         self.newborns: list[_Newborn] = []
-        optimizer.register_step_pre_hook(lambda *_: self._put_aside())
-        optimizer.register_step_post_hook(lambda *_: self._hold_back())
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._put_aside()),
+            optimizer.register_step_post_hook(lambda *_: self._hold_back()),
+        ]
 
-    def prepare(self, changes: Sequence[Change]) -> Callable[[], None]:
+    def remove(self) -> None:
+        """Take the hooks out of the optimizer; newborn entries then move at the rate of the others."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def prepare(self, changes: Sequence[Change]) -> Commit:
         """Follow the slices that are warming up and add the new ones."""
         if not self.steps and self.factor == 1.0:
-            return lambda: None
+            return lambda undo: None
         by_old = {id(change.old): change for change in changes if change.old is not None}
         followed = [self._followed(newborn, by_old.get(id(newborn.parameter))) for newborn in self.newborns]
         born = []
@@ -70,7 +77,11 @@ class SliceWarmup:
             mask = change.lineage.new_mask(reference.detach()).expand(change.new.shape)
             if bool(mask.any()):
                 born.append(_Newborn(change.new, _positions(mask)))
-        return lambda: self.newborns.__setitem__(slice(None), followed + born)
+        return lambda undo: self._commit(followed + born, undo)
+
+    def _commit(self, newborns: list[_Newborn], undo: Undo) -> None:
+        undo.callback(setattr, self, "newborns", self.newborns)
+        self.newborns = newborns
 
     def _followed(self, newborn: _Newborn, change: Change | None) -> _Newborn:
         if change is None:

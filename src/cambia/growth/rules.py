@@ -31,7 +31,7 @@ from cambia.growth.operators import OPERATORS, Operator
 from cambia.growth.plan import GrowthPlan, plan_growth
 from cambia.growth.rewarm import SliceWarmup
 from cambia.growth.triggers import TRIGGERS, Trigger
-from cambia.models.architectures import count_parameters, flops_per_token
+from cambia.models.bodies import count_parameters, flops_per_token
 from cambia.records import GrowthEvent, Measured, Signals
 
 Approval = Callable[[GrowthPlan, str], bool]

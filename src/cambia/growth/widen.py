@@ -13,7 +13,7 @@ from torch import Tensor
 from cambia.config import resolve_function
 from cambia.errors import ConfigError, GrowthError
 from cambia.growth.operators import OLD_AMOUNTS, Amount, Contract, Operator, Shape, Step
-from cambia.models.architectures import per_layer, uniform
+from cambia.models.architectures import uniform
 from cambia.nn.param_map import AxisMap, Fill, ParamMap, TensorMap
 
 
@@ -66,7 +66,7 @@ def split(shape: Shape, dimension: str, sizes: Mapping[int, int]) -> ParamMap:
             tensors[name] = TensorMap(name)
             continue
         dim = axes.names.index(dimension)
-        index, shares = _split_in_shares(old[dim], sizes[layer])
+        index, shares = split_in_shares(old[dim], sizes[layer])
         if axes.read == dim:
             axis = AxisMap(index, scale=shares, gradient=torch.ones_like(shares))
         else:
@@ -75,7 +75,7 @@ def split(shape: Shape, dimension: str, sizes: Mapping[int, int]) -> ParamMap:
     return ParamMap(tensors)
 
 
-def _split_in_shares(size: int, after: int) -> tuple[Tensor, Tensor]:
+def split_in_shares(size: int, after: int) -> tuple[Tensor, Tensor]:
     """For each unit afterwards the old one that it was and its share of what that one wrote."""
     born = after - size
     if born <= size:
@@ -146,10 +146,11 @@ class WidenFFN(Amount, Operator):
         return self.layers == "gradient"
 
     def step(self, shape: Shape) -> Step:
-        widths = per_layer(shape.config.intermediate_size, shape.num_layers)
+        shape.need("ffn")
+        widths = shape.each("intermediate_size")
         sizes = self._sizes(shape, widths)
-        config = shape.copied_config()
-        config.intermediate_size = uniform(sizes.get(i, width) for i, width in enumerate(widths))
+        wider = uniform(sizes.get(i, width) for i, width in enumerate(widths))
+        config = shape.with_sizes(intermediate_size=wider)
         if self.initial == "split":
             params = split(shape, "ffn", sizes)
         else:

@@ -12,20 +12,13 @@ then always the same: whatever makes it gets new, random entries, and whatever r
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-import torch
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from cambia.errors import GrowthError
-from cambia.nn.ffn import ExpandableFFN
-
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -35,6 +28,8 @@ class Axes:
     names: tuple[str, ...]
     read: int | None = None
     """The axis of a matrix that its input runs along; None for vectors and lookup tables."""
+    is_gain: bool = False
+    """A norm's gain: it multiplies what runs along its axis."""
 
 
 def linear(*, makes: str, reads: str) -> Axes:
@@ -42,9 +37,19 @@ def linear(*, makes: str, reads: str) -> Axes:
     return Axes((makes, reads), read=1)
 
 
+def conv1d(*, makes: str, reads: str) -> Axes:
+    """``transformers.pytorch_utils.Conv1D.weight``: (in, out)."""
+    return Axes((reads, makes), read=0)
+
+
 def vector(makes: str) -> Axes:
-    """A bias or a norm's gain."""
+    """A bias."""
     return Axes((makes,))
+
+
+def gain(along: str) -> Axes:
+    """A norm's gain."""
+    return Axes((along,), is_gain=True)
 
 
 def lookup(*, rows: str, makes: str) -> Axes:
@@ -70,9 +75,21 @@ class Architecture:
     gradient would ever reach it.)
     """
     per_layer_fields: tuple[str, ...]
-    """Config fields that may be lists with an entry per layer."""
+    """Config fields with an entry per layer: lists, or one value where all are equal."""
     uneven: bool = False
     """Whether layers may differ in size."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """What a config calls a size, where that is not `LlamaConfig`'s name for it."""
+    norm: Literal["rms", "layer"] = "rms"
+    """rms: divides by the root mean square · layer: takes the mean away first."""
+    head_dim_apart: bool = True
+    """Whether heads times their size may differ from the hidden size."""
+    hides_tokens: bool = False
+    """Whether its config can hide tokens from prediction (`predictable_tokens`)."""
+    grows: tuple[str, ...] = ()
+    """The only dimensions that can grow, where of the rest nothing is known."""
+    why_not: str = ""
+    """Why the rest cannot, and what can."""
 
     def axes(self, name: str) -> Axes:
         """The row of a parameter.
@@ -80,8 +97,7 @@ class Architecture:
         Raises:
             GrowthError: the table does not know it; the model is not a plain one of this family.
         """
-        match = _LAYER.search(name)
-        row = self.inside.get(name[match.end() :]) if match else self.outside.get(name)
+        row = self._row(name)
         if row is None:
             raise GrowthError(
                 f"the parameter {name!r} is not one that architecture {self.name!r} knows: growth works on "
@@ -89,24 +105,59 @@ class Architecture:
             )
         return row
 
+    def knows(self, name: str) -> bool:
+        """Whether there is a row for a parameter."""
+        return self._row(name) is not None
+
+    def _row(self, name: str) -> Axes | None:
+        place = self._place(name)
+        return self.outside.get(name) if place is None else self.inside.get(place[1])
+
+    def _place(self, name: str) -> tuple[int, str] | None:
+        """Layer and name in it of a parameter; None outside the layers."""
+        start = f"{self.layers}."
+        if not name.startswith(start):
+            return None
+        number, _, rest = name[len(start) :].partition(".")
+        return int(number), rest
+
     def layer_of(self, name: str) -> int | None:
         """The index of the layer that a parameter is in, None outside."""
-        match = _LAYER.search(name)
-        return int(match.group(1)) if match else None
+        place = self._place(name)
+        return None if place is None else place[0]
 
     def renamed(self, name: str, layer: int) -> str:
         """The name of the same parameter in another layer."""
-        return _LAYER.sub(f".layers.{layer}.", name, count=1)
+        place = self._place(name)
+        return name if place is None else f"{self.layers}.{layer}.{place[1]}"
+
+    def size(self, config: PreTrainedConfig, name: str) -> Any:
+        """A size of a config, by `LlamaConfig`'s name: one for all layers, or a list."""
+        value = getattr(config, self.fields.get(name, name), None)
+        if value is None:
+            defaults = {
+                "intermediate_size": lambda: 4 * config.hidden_size,  # GPT-2's n_inner
+                "num_key_value_heads": lambda: config.num_attention_heads,
+                "head_dim": lambda: config.hidden_size // config.num_attention_heads,
+            }
+            value = defaults[name]()
+        return value
+
+    def set_size(self, config: PreTrainedConfig, name: str, value: Any) -> None:
+        """Write a size into a config."""
+        setattr(config, self.fields.get(name, name), value)
 
 
+# What runs along "query" and "key" meets in the attention scores; what runs along "value" is summed by them
+# and runs along "attended", head by head.
 _LLAMA_LAYER = {
     "self_attn.q_proj.weight": linear(makes="query", reads="hidden"),
     "self_attn.q_proj.bias": vector("query"),
-    "self_attn.k_proj.weight": linear(makes="key_value", reads="hidden"),
-    "self_attn.k_proj.bias": vector("key_value"),
-    "self_attn.v_proj.weight": linear(makes="key_value", reads="hidden"),
-    "self_attn.v_proj.bias": vector("key_value"),
-    "self_attn.o_proj.weight": linear(makes="hidden", reads="query"),
+    "self_attn.k_proj.weight": linear(makes="key", reads="hidden"),
+    "self_attn.k_proj.bias": vector("key"),
+    "self_attn.v_proj.weight": linear(makes="value", reads="hidden"),
+    "self_attn.v_proj.bias": vector("value"),
+    "self_attn.o_proj.weight": linear(makes="hidden", reads="attended"),
     "self_attn.o_proj.bias": vector("hidden"),
     "mlp.gate_proj.weight": linear(makes="ffn", reads="hidden"),
     "mlp.gate_proj.bias": vector("ffn"),
@@ -114,54 +165,86 @@ _LLAMA_LAYER = {
     "mlp.up_proj.bias": vector("ffn"),
     "mlp.down_proj.weight": linear(makes="hidden", reads="ffn"),
     "mlp.down_proj.bias": vector("hidden"),
-    "input_layernorm.weight": vector("hidden"),
-    "post_attention_layernorm.weight": vector("hidden"),
+    "input_layernorm.weight": gain("hidden"),
+    "post_attention_layernorm.weight": gain("hidden"),
 }
+_QWEN3_LAYER = {
+    **_LLAMA_LAYER,
+    "self_attn.q_norm.weight": gain("query_head"),
+    "self_attn.k_norm.weight": gain("key_head"),
+}
+FEED_FORWARD = {
+    name.removeprefix("mlp."): axes for name, axes in _LLAMA_LAYER.items() if name.startswith("mlp.")
+}
+"""The rows of one gated feed-forward part."""
 _LLAMA_OUTSIDE = {
     "model.embed_tokens.weight": lookup(rows="vocab", makes="hidden"),
-    "model.norm.weight": vector("hidden"),
+    "model.norm.weight": gain("hidden"),
     "lm_head.weight": linear(makes="vocab", reads="hidden"),
 }
 _LLAMA_WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+_GPT2_LAYER = {
+    "ln_1.weight": gain("hidden"),
+    "ln_1.bias": vector("hidden"),
+    "attn.c_attn.weight": conv1d(makes="query_key_value", reads="hidden"),
+    "attn.c_attn.bias": vector("query_key_value"),
+    "attn.c_proj.weight": conv1d(makes="hidden", reads="attended"),
+    "attn.c_proj.bias": vector("hidden"),
+    "ln_2.weight": gain("hidden"),
+    "ln_2.bias": vector("hidden"),
+    "mlp.c_fc.weight": conv1d(makes="ffn", reads="hidden"),
+    "mlp.c_fc.bias": vector("ffn"),
+    "mlp.c_proj.weight": conv1d(makes="hidden", reads="ffn"),
+    "mlp.c_proj.bias": vector("hidden"),
+}
+_GPT2_OUTSIDE = {
+    "transformer.wte.weight": lookup(rows="vocab", makes="hidden"),
+    "transformer.wpe.weight": lookup(rows="position", makes="hidden"),
+    "transformer.ln_f.weight": gain("hidden"),
+    "transformer.ln_f.bias": vector("hidden"),
+    "lm_head.weight": linear(makes="vocab", reads="hidden"),
+}
 
 
-@dataclass(frozen=True)
-class FoundModules(Architecture):
-    """The table of a model without one: the `ExpandableFFN` modules in it, numbered as they come."""
-
-    modules: tuple[str, ...] = ()
-    """Their paths."""
-
-    def axes(self, name: str) -> Axes:
-        number = self.layer_of(name)
-        if number is None:
-            return Axes(())  # nothing here can grow
-        return _LLAMA_LAYER[f"mlp.{name[len(self.modules[number]) + 1 :]}"]
-
-    def layer_of(self, name: str) -> int | None:
-        for number, path in enumerate(self.modules):
-            if name.startswith(f"{path}."):
-                return number
-        return None
+def _like_llama(
+    name: str,
+    inside: Mapping[str, Axes] = _LLAMA_LAYER,
+    *,
+    per_layer_fields: tuple[str, ...] = (),
+    is_native: bool = False,
+) -> Architecture:
+    return Architecture(
+        name=name,
+        outside=_LLAMA_OUTSIDE,
+        inside=inside,
+        layers="model.layers",
+        layer_writers=_LLAMA_WRITERS,
+        per_layer_fields=per_layer_fields,
+        uneven=is_native,
+        hides_tokens=is_native,
+    )
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "cambia": Architecture(
-        name="cambia",
-        outside=_LLAMA_OUTSIDE,
-        inside=_LLAMA_LAYER,
-        layers="model.layers",
-        layer_writers=_LLAMA_WRITERS,
+    "cambia": _like_llama(
+        "cambia",
         per_layer_fields=("intermediate_size", "num_attention_heads", "num_key_value_heads"),
-        uneven=True,
+        is_native=True,
     ),
-    "llama": Architecture(
-        name="llama",
-        outside=_LLAMA_OUTSIDE,
-        inside=_LLAMA_LAYER,
-        layers="model.layers",
-        layer_writers=_LLAMA_WRITERS,
+    "llama": _like_llama("llama"),
+    "mistral": _like_llama("mistral"),
+    "qwen2": _like_llama("qwen2", per_layer_fields=("layer_types",)),
+    "qwen3": _like_llama("qwen3", _QWEN3_LAYER, per_layer_fields=("layer_types",)),
+    "gpt2": Architecture(
+        name="gpt2",
+        outside=_GPT2_OUTSIDE,
+        inside=_GPT2_LAYER,
+        layers="transformer.h",
+        layer_writers=("attn.c_proj", "mlp.c_proj"),
         per_layer_fields=(),
+        fields={"intermediate_size": "n_inner", "rms_norm_eps": "layer_norm_epsilon"},
+        norm="layer",
+        head_dim_apart=False,
     ),
 }
 """By `config.model_type`."""
@@ -182,65 +265,6 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     return ARCHITECTURES[config.model_type]
 
 
-@dataclass(frozen=True, eq=False)
-class Body:
-    """What growth must know of a model."""
-
-    table: Architecture
-    config: PreTrainedConfig
-    """Its sizes, by the names of `LlamaConfig`."""
-    like: Callable[[PreTrainedConfig], PreTrainedModel]
-    """Makes a model of such sizes without memory."""
-
-
-def body_of(model: PreTrainedModel) -> Body:
-    """A model's table and sizes: its family's, or those of the `ExpandableFFN` modules in it.
-
-    Raises:
-        GrowthError: it has neither.
-    """
-    config = model.config
-    if config.model_type in ARCHITECTURES:
-        return Body(architecture_of(config), config, lambda sizes: on_meta(type(model), sizes))
-    found = {path: m for path, m in model.named_modules() if isinstance(m, ExpandableFFN)}
-    if not found:
-        architecture_of(config)  # says that there is no table
-    table = FoundModules(
-        name=config.model_type,
-        outside={},
-        inside={},
-        layers="",
-        layer_writers=(),
-        per_layer_fields=("intermediate_size",),
-        uneven=True,
-        modules=tuple(found),
-    )
-    sizes = PreTrainedConfig.from_dict(
-        {
-            "num_hidden_layers": len(found),
-            "intermediate_size": uniform(ffn.intermediate_size for ffn in found.values()),
-            "initializer_range": getattr(config, "initializer_range", 0.02),
-        }
-    )
-    return Body(table, sizes, lambda sizes: _widened_on_meta(model, table.modules, sizes))
-
-
-def _widened_on_meta(
-    model: PreTrainedModel, paths: tuple[str, ...], sizes: PreTrainedConfig
-) -> PreTrainedModel:
-    """The same modules without memory, with feed-forward widths as they are said."""
-    empty: dict[int, torch.Tensor] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters()
-    }
-    empty |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
-    twin = copy.deepcopy(model, memo=empty)
-    widths = dict(zip(paths, per_layer(sizes.intermediate_size, len(paths)), strict=True))
-    for path, module in twin.named_modules():
-        if isinstance(module, ExpandableFFN):
-            module.resize(widths[path])
-    return twin
-
-
 def layer_ids(config: PreTrainedConfig) -> list[int]:
     """The stable ids of the layers, bottom first; a stock model's are born when it first grows."""
     ids = getattr(config, "layer_ids", None)
@@ -256,62 +280,6 @@ def uniform(values: Iterable[int]) -> int | list[int]:
     """The inverse of `per_layer`: one number where all are equal, so that the config stays plain."""
     values = list(values)
     return values[0] if len(set(values)) == 1 else values
-
-
-def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of the given shape without memory: what a plan is checked against."""
-    with torch.device("meta"):
-        return model_class(copy.deepcopy(config))
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameters; tied ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def flops_per_token(model: PreTrainedModel, context: int) -> float:
-    """Floating-point operations of a training step per token (forward and backward), causal attention.
-
-    ``3 (2 N + sum over layers of 2 T H D)`` with N the entries of all matrices that are multiplied
-    with (the head too, the embedding lookup not), T the context, H heads, D head size: attention's
-    two products cost ``4 T H D`` a token, halved because a token only sees the past.
-
-    Args:
-        model: real or on the meta device.
-        context: tokens per sequence.
-    """
-    table = body_of(model).table
-    if isinstance(table, FoundModules):
-        # Nothing is known of the rest: its matrices count as they are, and attention is as wide as the model.
-        lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        head = model.get_output_embeddings()
-        lookups -= {id(head.weight)} if isinstance(head, nn.Linear) else set()
-        known = sum(p.numel() for p in model.parameters() if p.dim() >= 2 and id(p) not in lookups)
-        width, depth = model.config.hidden_size, model.config.num_hidden_layers
-        return 3.0 * (2 * known + 2 * context * width * depth)
-    matrices = 0
-    attention = 0
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        axes = table.axes(name)
-        if axes.read is not None:
-            matrices += parameter.numel()
-            if axes.names[axes.read] == "query":  # (hidden, H D)
-                attention += 2 * context * parameter.shape[axes.read]
-    return 3.0 * (2 * matrices + attention)
-
-
-def resize_layers(
-    model: PreTrainedModel, sources: list[int | None], make: Callable[[int], nn.Module]
-) -> None:
-    """Rebuild the list of layers: old layer `sources[i]` at place i, a made one where it is None."""
-    parent_path, _, attribute = architecture_of(model.config).layers.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    old = getattr(parent, attribute)
-    setattr(
-        parent,
-        attribute,
-        nn.ModuleList(make(i) if s is None else old[s] for i, s in enumerate(sources)),
-    )
 
 
 def changed_fields(before: PreTrainedConfig, after: PreTrainedConfig) -> dict[str, tuple[Any, Any]]:

@@ -255,10 +255,15 @@ class CambiaForCausalLM(CambiaPreTrainedModel, GenerationMixin):
             raise ConfigError(
                 "skip_logits=True leaves nothing to compute; pass labels= or shift_labels= with it"
             )
+        predictable = self.config.predictable_tokens
         if targets is not None and skip_logits and _is_bare(self.lm_head):
-            return linear_cross_entropy(hidden, self.lm_head.weight, targets, num_items=num_items), None
+            weight = self.lm_head.weight[:predictable]
+            return linear_cross_entropy(hidden, weight, targets, num_items=num_items), None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])  # (B, T, V)
+        if predictable is not None:
+            is_hidden = torch.arange(logits.shape[-1], device=logits.device) >= predictable
+            logits = logits.masked_fill(is_hidden, -torch.inf)
         if targets is None:
             return None, logits
         loss = cross_entropy(logits, targets[:, kept], num_items=num_items)

@@ -60,6 +60,9 @@ class CambiaConfig(PreTrainedConfig):
     attention_bias: bool = False
     attention_dropout: float = 0.0
     mlp_bias: bool = False
+    predictable_tokens: int | None = None
+    """Only the first so many tokens of the vocabulary can be predicted, the others have a logit of minus
+    infinity; None: all. A vocabulary can so grow without changing the loss."""
     layer_ids: list[int] = None  # ty: ignore[invalid-assignment]
     """A stable id for each layer, bottom first. None: 0, 1, 2, ..."""
 
@@ -127,6 +130,11 @@ class CambiaConfig(PreTrainedConfig):
         if kind not in ROPE_TYPES:
             raise ConfigError(
                 f"rope_parameters['rope_type']={kind!r} is not supported; use one of {', '.join(ROPE_TYPES)}"
+            )
+        if self.predictable_tokens is not None and not 1 <= self.predictable_tokens <= self.vocab_size:
+            raise ConfigError(
+                f"predictable_tokens={self.predictable_tokens} must lie between 1 and "
+                f"vocab_size={self.vocab_size}"
             )
         if not isinstance(self.layer_ids, list) or len(set(self.layer_ids)) != self.num_hidden_layers:
             raise ConfigError(

@@ -70,6 +70,11 @@ def llama_config(config: CambiaConfig) -> LlamaConfig:
     Raises:
         ExportError: there is none.
     """
+    if config.predictable_tokens is not None:
+        raise ExportError(
+            f"only the first {config.predictable_tokens} tokens can be predicted, and a Llama cannot hide "
+            "the others: set model.config.predictable_tokens = None first; the loss then moves by their share"
+        )
     layers = range(config.num_hidden_layers)
     shared = {config.num_heads(i) // config.num_kv_heads(i) for i in layers}
     if len(shared) > 1:

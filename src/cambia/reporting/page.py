@@ -103,8 +103,9 @@ def _tiles(run: Run) -> Html:
     tiles: list[tuple[str, str]] = []
     metrics = run.transfer_metrics(run.split)
     if metrics is not None:
-        untrained = np.mean(run.task_matrix(run.split)[0])
-        tiles.append((f"{metrics.final_mean:.3f}", f"bits per byte at the end (untrained {untrained:.3f})"))
+        before = np.mean(run.task_matrix(run.split)[0])
+        told = f"bits per byte at the end ({run.at_start} {before:.3f})"
+        tiles.append((f"{metrics.final_mean:.3f}", told))
         if len(metrics.tasks) > 1:
             tiles.append((f"{np.mean(metrics.learned):.3f}", "bits per byte learned, mean of the tasks"))
             tiles.append((f"{np.mean(metrics.forgotten):.3f}", "bits per byte forgotten, mean of the tasks"))
@@ -141,9 +142,7 @@ def _health(run: Run) -> Html:
 def _matrix(run: Run) -> Html:
     title, split = "What it learned and what it kept", run.split
     if not run.task_matrix(split):
-        return section(
-            title, note("No task is scored yet: the untrained model is scored before the first step.")
-        )
+        return section(title, note("No task is scored yet: the model is scored before the first step."))
     parts = [
         tag(
             "p",
@@ -162,7 +161,7 @@ def _matrix(run: Run) -> Html:
     else:
         parts.append(
             note(
-                "Learned: how far a task's loss fell from the untrained model to the end of its own "
+                f"Learned: how far a task's loss fell from the {run.at_start} model to the end of its own "
                 "training. Forgotten: how far it stands at the end above its best since then. The two belong "
                 "together: a model that learns nothing forgets nothing."
             )

@@ -94,8 +94,15 @@ class Run:
         """The split that results are read from: the test text where it was scored."""
         return "test" if "test" in self.splits or not self.splits else self.splits[0]
 
+    @property
+    def at_start(self) -> str:
+        """What the model is called before the first step: "untrained" or "pretrained"."""
+        model = self.config.get("model")
+        from_scratch = not isinstance(model, Mapping) or model.get("type", "native") == "native"
+        return "untrained" if from_scratch else "pretrained"
+
     def task_matrix(self, split: str = "test") -> list[list[float]]:
-        """Bits per byte: a row per stage so far (row 0 untrained), a column per task.
+        """Bits per byte: a row per stage so far (row 0 before training), a column per task.
 
         A stage whose scores were cut short is left out.
         """
@@ -149,7 +156,7 @@ class Run:
 
     @property
     def parameters_start(self) -> int | None:
-        """Parameters of the untrained model."""
+        """Parameters of the model before training."""
         if self.growth:
             return self.growth[0].parameters_before
         return self._said_or_logged("parameters_start", 0)

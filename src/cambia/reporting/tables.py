@@ -39,7 +39,7 @@ def matrix_table(run: Run, split: str) -> Html:
     best = [min(row[j] for row in matrix) if j < done else -math.inf for j in range(len(tasks))]
     rows = []
     for stage, row in enumerate(matrix):
-        label = f"after {tasks[stage - 1]}" if stage else "untrained"
+        label = f"after {tasks[stage - 1]}" if stage else run.at_start
         cells = [_cell(bits, bits - best[j], own=stage == j + 1) for j, bits in enumerate(row)]
         rows.append(tag("tr", tag("th", label, scope="row"), *cells))
     metrics = run.transfer_metrics(split)

@@ -41,7 +41,7 @@ def _print_matrix(run: Run, console: Console) -> None:
         return
     words = f"Bits per byte on {run.split} text, lower is better; [bold green]\\[ ][/] the task just trained"
     console.print(words, highlight=False)
-    labels, headings = _names(tasks)
+    labels, headings = _names(run.at_start, tasks)
     label_width, width = max(map(len, labels)), max(7, *map(len, headings))
     abreast = max(1, (_WIDTH - label_width) // (width + _GAP))
     for first in range(0, len(tasks), abreast):
@@ -65,14 +65,14 @@ def _print_matrix(run: Run, console: Console) -> None:
         console.print(f"{done}; learned and forgotten follow when all are.\n")
 
 
-def _names(tasks: list[str]) -> tuple[list[str], list[str]]:
+def _names(start: str, tasks: list[str]) -> tuple[list[str], list[str]]:
     """Labels of all rows and headings of the columns: names, or numbers where names do not fit abreast."""
     label_width = max(len(f"after {task}") for task in tasks)
     if label_width + len(tasks) * (max(7, *map(len, tasks)) + _GAP) <= _WIDTH:
-        return ["untrained", *(f"after {task}" for task in tasks)], tasks
+        return [start, *(f"after {task}" for task in tasks)], tasks
     numbered = [f"{number} {task}" for number, task in enumerate(tasks, 1)]
     cut = [name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…" for name in numbered]
-    return ["untrained", *(f"after {name}" for name in cut)], [f"{j + 1}" for j in range(len(tasks))]
+    return [start, *(f"after {name}" for name in cut)], [f"{j + 1}" for j in range(len(tasks))]
 
 
 def _score(bits: float, *, own: bool) -> Text:

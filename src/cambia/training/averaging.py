@@ -7,7 +7,7 @@ maps the weights, so that the averaged model, too, says the same before and afte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cambia.errors import CheckpointError
-from cambia.growth.carry import Change
+from cambia.growth.carry import Change, Commit, Undo, let_go
 
 
 class WeightAverage:
@@ -57,18 +57,22 @@ class WeightAverage:
             for parameter, data in trained.items():
                 parameter.data = data
 
-    def prepare(self, changes: Sequence[Change]) -> Callable[[], None]:
-        """Grow the average as the weights grow; the returned call puts it in place."""
+    def prepare(self, changes: Sequence[Change]) -> Commit:
+        """Grow the average as the weights grow."""
+        return lambda undo: self._commit(changes, undo)
+
+    def _commit(self, changes: Sequence[Change], undo: Undo) -> None:
+        before = self._averages
+        undo.callback(setattr, self, "_averages", before)
         grown: dict[nn.Parameter, Tensor] = {}
         for change in changes:
-            old = None if change.source is None else self._averages[change.source]
+            old = None if change.source is None else before[change.source]
             value = change.lineage.values(old, seed=change.seed)
             grown[change.new] = value.to(change.new.device, change.new.dtype)
-        return lambda: self._commit(grown)
-
-    def _commit(self, grown: Mapping[nn.Parameter, Tensor]) -> None:
+            if old is not None and change.old is not None:
+                let_go(old, grown[change.new], change.lineage, undo)
         # The model has its new parameters by now: what it lacks has gone.
-        self._averages = {p: grown[p] if p in grown else self._averages[p] for p in self.model.parameters()}
+        self._averages = {p: grown[p] if p in grown else before[p] for p in self.model.parameters()}
 
     def state_dict(self) -> dict[str, Any]:
         """The averages by the names of their parameters."""

@@ -103,11 +103,19 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTr
         )
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} cannot be opened as a model: {' '.join(str(error).split())}"
         ) from error
+    model, told = loaded
+    if told["missing_keys"]:  # transformers makes them up
+        raise CheckpointError(
+            f"{folder} lacks {sorted(told['missing_keys'])[0]!r}, a tensor of a {type(model).__name__}: "
+            "take the checkpoint of a whole causal language model"
+        )
     align_memory(model)
     return model
 

@@ -30,7 +30,7 @@ from cambia.data.loaders import LoaderStream
 from cambia.data.streams import Stream
 from cambia.errors import NonFiniteLossError
 from cambia.growth import GrowthEvent, GrowthManager
-from cambia.models.architectures import count_parameters, flops_per_token
+from cambia.models.bodies import count_parameters, flops_per_token
 from cambia.probes import Likelihood, bits_per_byte, slice_losses
 from cambia.records import Allocation, Allocator, Knobs, Measured, Signals
 from cambia.rundir import RunWriter

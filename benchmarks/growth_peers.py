@@ -38,7 +38,7 @@ UNITS, PLAIN_UNITS, LAYERS, TOKENS = 43, 64, 5, 64
 """Growth of stories260K. 43 gated units and 64 plain ones have 8,256 and 8,192 weights a layer."""
 PRESETS = {
     "quick": {"width": 256, "depth": 4, "repeats": 1, "seeds": 1, "steps": 20},
-    "full": {"width": 768, "depth": 16, "repeats": 5, "seeds": 3, "steps": 200},
+    "full": {"width": 768, "depth": 16, "repeats": 3, "seeds": 3, "steps": 200},
 }
 
 

@@ -12,12 +12,13 @@ from cambia.growth.adapters import WidenLoraRank
 from cambia.growth.attention import AddHeads, AddKVHeads, WidenHeadDim
 from cambia.growth.barrier import grow
 from cambia.growth.depth import AddLayers
-from cambia.growth.hidden import AddTokens, WidenHidden
+from cambia.growth.hidden import WidenHidden
 from cambia.growth.operators import OPERATORS, Contract, Operator
 from cambia.growth.plan import GrowthPlan, plan_growth
 from cambia.growth.prune import prune
 from cambia.growth.rewarm import SliceWarmup
 from cambia.growth.rules import Budget, GrowthManager, GrowthRule
+from cambia.growth.tokens import AddTokens
 from cambia.growth.triggers import TRIGGERS, AllOf, AnyOf, Majority, ScheduleTrigger, Trigger
 from cambia.growth.watching import (
     GradientNormTrigger,

@@ -36,7 +36,7 @@ OPERATORS: dict[str, str] = {
     "add_kv_heads": "cambia.growth.attention:AddKVHeads",
     "widen_head_dim": "cambia.growth.attention:WidenHeadDim",
     "widen_hidden": "cambia.growth.hidden:WidenHidden",
-    "add_tokens": "cambia.growth.hidden:AddTokens",
+    "add_tokens": "cambia.growth.tokens:AddTokens",
     "widen_lora_rank": "cambia.growth.adapters:WidenLoraRank",
 }
 

@@ -1,30 +1,18 @@
-"""What one growth event costs, in training steps and in memory; and what asking the rules costs.
+"""What one growth event costs, in training steps; and what asking the rules costs.
 
     python benchmarks/growth_cost.py
 
-Goals: an event takes less time than two training steps of 2,048 tokens at the size before it; beside what
-the model and its moments grow by it needs at most one extra copy of the largest tensor that grew and of its
-moments; signals and rules take under 1 % of a step.
+Goals: an event takes less time than two training steps of 2,048 tokens at the size before it; signals and
+rules take under 1 % of a step. (`growth_memory.py` measures memory.)
 
 Each event runs on a fresh copy of a model with two steps of AdamW behind it, and is checked on a batch of
-4 x 128 tokens, as in a run. Steps and events alternate. Memory is measured afterwards: the rise of the
-process's peak resident size during an event (Linux), in a process of its own whose allocator gives every
-tensor pages of its own, so that holes in its heap do not count. "Grown by" is what is there more
-afterwards, weights and moments; "held" is the largest old tensor that is replaced, with its moments, and all
-old tensors that growth multiplied, which are kept until it has succeeded; "check" is what a forward pass of
-the check batch needs by itself, to which its logits before and after and their difference are added.
+4 x 128 tokens, as in a run. Steps and events alternate.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import multiprocessing
-import os
 import statistics
 import time
-from functools import partial
-from pathlib import Path
 
 import torch
 from harness import arguments, interleaved, median_interval, write_result
@@ -46,7 +34,6 @@ from cambia.growth import (
     WidenHeadDim,
     WidenHidden,
     grow,
-    plan_growth,
 )
 
 SIZES = [(128, 4, 384, 256), (256, 6, 768, 4096), (512, 8, 1408, 4096)]
@@ -84,34 +71,6 @@ def train_step(model: CambiaForCausalLM, optimizer: torch.optim.Optimizer, ids: 
     return time.perf_counter() - began
 
 
-def peak_rise(action) -> int | None:
-    """Bytes by which an action raised the peak resident size above the size before it; None if unknown."""
-    reset = Path("/proc/self/clear_refs")
-    if not reset.exists():
-        action()
-        return None
-    # What training steps have freed goes back to the system first, or growth would hide in it.
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    reset.write_text("5")  # the peak starts anew at the present size
-
-    def kilobytes(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith(name)))
-
-    before = kilobytes("VmRSS:")
-    action()
-    return (kilobytes("VmHWM:") - before) * 1024
-
-
-def planned_bytes(model: CambiaForCausalLM, operator) -> dict[str, int]:
-    """What the event adds for good and what it holds meanwhile: weights, and moments of old ones."""
-    plan = plan_growth(model, operator)
-    fresh = sum(p.numel() for name, p in plan.after.named_parameters() if not plan.lineages[name].inherits)
-    grown = plan.parameters_after - plan.parameters_before
-    return {"grown_by_bytes": 4 * (3 * (grown - fresh) + fresh), "held_bytes": plan.extra_bytes()}
-
-
 def measure(size: tuple[int, int, int, int], event: str, pairs: int) -> dict:
     ids = torch.randint(0, size[3], (8, 256))
     check = torch.randint(0, size[3], (4, 128))
@@ -137,32 +96,6 @@ def measure(size: tuple[int, int, int, int], event: str, pairs: int) -> dict:
         "interval_95": [low, high],
         "goal_met": high < 2,
     }
-
-
-def memory(size: tuple[int, int, int, int], event: str, repeats: int = 3) -> dict:
-    """What an event needs beside what is there, and what of it its check needs."""
-    ids = torch.randint(0, size[3], (8, 256))
-    check = torch.randint(0, size[3], (4, 128))
-    events, checks = [], []
-    for _ in range(repeats):
-        model, optimizer = build(*size)
-        for _ in range(2):
-            train_step(model, optimizer, ids)
-        checks.append(peak_rise(partial(forward, model, check)))
-        events.append(
-            peak_rise(partial(grow, model, EVENTS[event](), optimizer=optimizer, check_batch=check))
-        )
-    known = None not in events
-    return {
-        **planned_bytes(build(*size)[0], EVENTS[event]()),
-        "check_bytes": int(statistics.median(checks)) if known else None,
-        "peak_rise_bytes": int(statistics.median(events)) if known else None,
-    }
-
-
-@torch.no_grad()
-def forward(model: CambiaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids, use_cache=False).logits
 
 
 def rules_cost(size: tuple[int, int, int, int], repeats: int) -> dict:
@@ -193,20 +126,7 @@ def main() -> None:
     cells += [(sizes[len(sizes) // 2], event) for event in list(EVENTS)[2:]]
     rows = [measure(*cell, pairs) for cell in cells]
     asking = rules_cost(SIZES[0], 2000)
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc reads it when a process starts
-    with multiprocessing.get_context("spawn").Pool(1) as process:
-        for row, found in zip(rows, process.starmap(memory, cells), strict=True):
-            row |= found
-    columns = (
-        "event",
-        "step ms",
-        "event ms",
-        "event / step (95 %)",
-        "grown by MB",
-        "held MB",
-        "check MB",
-        "peak MB",
-    )
+    columns = ("event", "step ms", "event ms", "event / step (95 %)")
     table = Table("d, L, ffn, V", *columns)
     for row in rows:
         low, high = row["interval_95"]
@@ -216,10 +136,6 @@ def main() -> None:
             f"{row['step_ms']:.0f}",
             f"{row['event_ms']:.0f}",
             f"{row['event_in_steps']:.2f} ({low:.2f} to {high:.2f})",
-            *(
-                "" if row[key] is None else f"{row[key] / 1e6:.0f}"
-                for key in ("grown_by_bytes", "held_bytes", "check_bytes", "peak_rise_bytes")
-            ),
         )
     console = Console()
     console.print(table)

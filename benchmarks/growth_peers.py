@@ -1,11 +1,12 @@
 """The same checkpoint grown by other tools and by Cambia: exact or not, alive or not, time, memory.
 
-    python benchmarks/growth_peers.py --preset full --peers-python PEERS/bin/python
+    python benchmarks/growth_peers.py --preset full --peers-python PEERS/bin/python --parts FOLDER
 
 mergekit and GroMo live in an environment of their own, whose interpreter is named by `--peers-python`;
 without it their rows are left out. The data is that of CAMBIA_DATA: stories260K, a trained Llama of 260,032
 parameters, and Tiny Shakespeare. The sides are in `benchmarks/peers/`; each runs in a process of its own, as
-its users would, from a checkpoint to a checkpoint.
+its users would, from a checkpoint to a checkpoint. What was measured is kept in the folder of `--parts`, so
+that a run that was broken off goes on from there.
 
     facts     on stories260K: logits before and after in float32, which new entries have a gradient after two
               steps of AdamW, what became of an optimizer, whether the stock class opens the result
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import arguments, median_interval, write_result, write_section
+from harness import Parts, arguments, machine, median_interval, write_result, write_section
 from peers.arms import DEPTH, FEED_FORWARD, Course, compared
 from peers.judging import judge
 from peers.llama import Pieces, batches, random_llama, stories, text
@@ -77,7 +78,14 @@ def facts(sides: list[Side], place: Place, source: Path, tokens: torch.Tensor) -
 
 
 def costs(
-    sides: list[Side], place: Place, small: Path, large: Path, *, repeats: int, skipped: set[str]
+    sides: list[Side],
+    place: Place,
+    small: Path,
+    large: Path,
+    parts: Parts,
+    *,
+    repeats: int,
+    skipped: set[str],
 ) -> dict[str, dict[str, Any]]:
     """Seconds and bytes of each side on a larger checkpoint, and above what it takes on a tiny one."""
     found: dict[str, list[Any]] = {
@@ -86,9 +94,12 @@ def costs(
     turns = [side for side in sides if side.name in found]
     warm_up = repeats > 1
     for repeat in range(repeats + warm_up):
+        say(f"cost, {repeat + 1} of {repeats + warm_up}")
         for side in turns if repeat % 2 else turns[::-1]:
-            say(f"cost, {repeat + 1} of {repeats + warm_up}: {side.library}")
-            pair = [once(side, place, source) for source in (small, large)]
+            pair = parts.once(
+                f"cost {repeat} {side.name}",
+                lambda s=side: [once(s, place, source) for source in (small, large)],
+            )
             if repeat or not warm_up:
                 found[side.name].append(pair)
     return {name: summary(pairs) for name, pairs in found.items()}
@@ -137,7 +148,7 @@ def prepared(model: Any, folder: Path, tokens: Any) -> Path:
     return folder
 
 
-def measured(options: Any, data: Path, place: Place) -> dict[str, Any]:
+def measured(options: Any, data: Path, place: Place, parts: Parts) -> dict[str, Any]:
     """Everything that the page says."""
     preset = PRESETS[options.preset]
     everything = text(data, Pieces(data / "stories260K" / "tok512.bin"))
@@ -147,9 +158,9 @@ def measured(options: Any, data: Path, place: Place) -> dict[str, Any]:
     large = prepared(large_model, place.folder / "large", everything)
     del large_model
     sides = available(place)
-    found = facts(sides, place, small, everything[0])
+    found = parts.once("facts", lambda: facts(sides, place, small, everything[0]))
     failed = {name for name, row in found.items() if "failed" in row}
-    paid = costs(sides, place, small, large, repeats=preset["repeats"], skipped=failed)
+    paid = costs(sides, place, small, large, parts, repeats=preset["repeats"], skipped=failed)
     course = Course(
         data=data,
         tokens=everything[0],
@@ -163,9 +174,11 @@ def measured(options: Any, data: Path, place: Place) -> dict[str, Any]:
     )
     training = []
     for seed in range(preset["seeds"]):
-        for arms in (FEED_FORWARD, DEPTH):
-            say(f"training, seed {seed + 1} of {preset['seeds']}: {len(arms)} arms")
-            training += compared(course, place, seed, arms)
+        for name, arms in (("feed-forward", FEED_FORWARD), ("depth", DEPTH)):
+            say(f"training, seed {seed + 1} of {preset['seeds']}: {len(arms)} arms of {name}")
+            training += parts.once(
+                f"training {seed} {name}", lambda s=seed, a=arms: compared(course, place, s, a)
+            )
     return {
         "large": {"parameters": parameters, "bytes": parameters * 4, **preset},
         "facts": found,
@@ -176,7 +189,12 @@ def measured(options: Any, data: Path, place: Place) -> dict[str, Any]:
 
 def main() -> None:
     options = arguments(
-        __doc__ or "", list(PRESETS), {"--peers-python": "an interpreter that has mergekit and GroMo"}
+        __doc__ or "",
+        list(PRESETS),
+        {
+            "--peers-python": "an interpreter that has mergekit and GroMo",
+            "--parts": "a folder for what was measured, so that a run broken off can go on",
+        },
     )
     data = os.environ.get("CAMBIA_DATA")
     if not data or not (Path(data) / "stories260K").is_dir():
@@ -185,8 +203,10 @@ def main() -> None:
     peers = Path(options.peers_python).absolute() if options.peers_python else None
     if peers and not peers.is_file():
         sys.exit(f"--peers-python {peers} is no interpreter; {INSTALL}")
+    libraries = installed(peers)
+    parts = Parts(options.parts, PRESETS[options.preset] | machine() | {"libraries": sorted(libraries)})
     with tempfile.TemporaryDirectory() as folder:
-        result = measured(options, Path(data), Place(peers, installed(peers), options.threads, Path(folder)))
+        result = measured(options, Path(data), Place(peers, libraries, options.threads, Path(folder)), parts)
     page = markdown(result)
     print(page)
     write_result(__file__, options, result)

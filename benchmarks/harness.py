@@ -94,6 +94,34 @@ def median_interval(values: Sequence[float], *, resamples: int = 4000) -> tuple[
     )
 
 
+class Parts:
+    """Pieces of a long measurement, each a file of its own in a folder: what is there is not measured again.
+
+    Without a folder nothing is kept. A folder belongs to one description of what is measured and on what; the
+    benchmark refuses it with another one.
+    """
+
+    def __init__(self, folder: str | None, description: Mapping[str, Any]):
+        self.folder = Path(folder) if folder else None
+        if not self.folder:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mine = json.loads(json.dumps(description))
+        if self.once("description", lambda: mine) != mine:
+            raise SystemExit(f"--parts {folder} was measured with other settings: name another folder")
+
+    def once(self, name: str, measure: Callable[[], Any]) -> Any:
+        """What `measure` returns, which must be plain JSON, from the folder if it is there."""
+        if not self.folder:
+            return measure()
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            written = path.with_suffix(".part")
+            written.write_text(json.dumps(measure()))
+            written.replace(path)
+        return json.loads(path.read_text())
+
+
 def write_result(script: str, options: argparse.Namespace, result: dict[str, Any]) -> Path:
     """Write the result file beside its script, with the command that made it; `quick` writes none."""
     path = Path(script).with_suffix(".json")

@@ -268,7 +268,7 @@ def test_a_full_disk_keeps_what_was_written(cambia, tmp_path, monkeypatch):
         calls.append(path)
         if len(calls) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        original(tensors, path)  # type: ignore[arg-type]
+        original(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     code, _, err = cambia("run", "tiny.yaml", "--checkpoint.every_steps", "1")

@@ -215,7 +215,7 @@ def test_a_flag_whose_value_was_forgotten_is_not_the_number_one(place: str, valu
 
 def test_old_spellings_are_refused_in_python_too() -> None:
     with pytest.raises(ConfigError, match="r of Circle is called 'size' here"):
-        Circle(r=3)  # type: ignore[call-arg]
+        Circle(r=3)
 
 
 @given(word=st.text(max_size=6), known=st.lists(st.text(min_size=1, max_size=6), max_size=4))

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -161,8 +162,7 @@ def test_what_is_not_a_number_is_read_as_such(runs: Path) -> None:
 
 
 def test_numbers_of_other_libraries_are_numbers(runs: Path) -> None:
-    numpy = pytest.importorskip("numpy")
-    row = {"loss": numpy.float64(0.1), "steps": numpy.int64(3)}
+    row = {"loss": np.float64(0.1), "steps": np.int64(3)}
     assert finished(runs / "x", metrics=[row]).rows(rundir.METRICS) == [{"loss": 0.1, "steps": 3}]
 
 

@@ -201,7 +201,7 @@ def _build_inside(annotation: Any, value: Any, path: list[str | int]) -> Any:
         raise FieldError(path, f"expected a number, got {value!r}")
     if isinstance(value, Mapping) and dataclasses.is_dataclass(annotation):
         try:
-            return build(annotation, value)  # type: ignore[arg-type]
+            return build(annotation, value)
         except FieldError as error:
             raise FieldError([*path, *error.path], error.problem) from None
     return value

@@ -144,7 +144,7 @@ def test_json_arrays_and_license_filter(tmp_path):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     path = tmp_path / "a.parquet"

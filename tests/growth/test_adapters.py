@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -14,7 +15,6 @@ from cambia.growth import AddLayers, WidenFFN, WidenLoraRank, grow, plan_growth
 from tests.conftest import tiny
 from tests.laws.examples import FAMILIES, logits, loss_of, relative_error, tokens
 
-peft = pytest.importorskip("peft")
 # PEFT asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

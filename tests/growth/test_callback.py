@@ -139,8 +139,8 @@ def trainer(
     return Trainer(
         model=tiny() if model is None else model,
         args=TrainingArguments(output_dir=str(folder), **{**defaults, **settings}),
-        train_dataset=data(),  # type: ignore[arg-type]
-        eval_dataset=data(4),  # type: ignore[arg-type]
+        train_dataset=data(),
+        eval_dataset=data(4),
         callbacks=[*growth, *others],
         optimizers=(optimizer, None),
     )
@@ -209,7 +209,7 @@ def test_new_weights_learn_and_the_optimizer_remembers(tmp_path: Path) -> None:
         running.train()
     assert torch.equal(seen["carried"][:, :20], seen["before"])
     assert not seen["carried"][:, 20:].any()
-    grown = running.model.model.layers[0].mlp.down_proj.weight  # type: ignore[union-attr]
+    grown = running.model.model.layers[0].mlp.down_proj.weight
     assert grown.shape[1] == 24 and bool(grown[:, 20:].any(dim=0).all()), "zero at birth, then trained"
 
 
@@ -285,7 +285,7 @@ def test_weights_in_bfloat16(tmp_path: Path) -> None:
     running = trainer(tmp_path, [rule(3)], model=tiny(dtype=torch.bfloat16))
     running.train()
     (event,) = growth_of(running).events
-    assert event.done and {p.dtype for p in running.model.parameters()} == {torch.bfloat16}  # type: ignore[union-attr]
+    assert event.done and {p.dtype for p in running.model.parameters()} == {torch.bfloat16}
 
 
 def test_a_second_training_begins_anew(tmp_path: Path) -> None:
@@ -303,11 +303,11 @@ def final(trainer: Trainer) -> dict[str, Any]:
     """All that must be equal bit by bit, as plain values and tensors."""
     optimizer: Any = trainer.optimizer
     state = optimizer.optimizer.state_dict()
-    config = trainer.model.config.to_dict()  # type: ignore[union-attr]
+    config = trainer.model.config.to_dict()
     values = {
         "loss": told(trainer),
         "norms": told(trainer, "grad_norm"),
-        "weights": dict(trainer.model.state_dict()),  # type: ignore[union-attr]
+        "weights": dict(trainer.model.state_dict()),
         "moments": state["state"],
         "groups": [group["params"] for group in state["param_groups"]],
         "events": json.dumps([event.as_dict() for event in growth_of(trainer).events], sort_keys=True),
@@ -363,7 +363,7 @@ def test_resuming_is_as_if_it_had_never_stopped(
     resumed.train(resume_from_checkpoint=True)
     assert_same(final(resumed), final(whole))
     # On other processors the last bits depend on where a tensor begins.
-    assert all(p.data_ptr() % 64 == 0 for p in resumed.model.parameters())  # type: ignore[union-attr]
+    assert all(p.data_ptr() % 64 == 0 for p in resumed.model.parameters())
 
 
 def killed_at(tmp_path: Path, *rules: GrowthRule, at: int = 5, **settings: Any) -> Path:
@@ -424,7 +424,7 @@ def test_an_optimizer_of_ones_own_and_frozen_weights(tmp_path: Path) -> None:
 
     whole = run()
     whole.train()
-    frozen = [name for name, p in whole.model.named_parameters() if not p.requires_grad]  # type: ignore[union-attr]
+    frozen = [name for name, p in whole.model.named_parameters() if not p.requires_grad]
     assert "model.layers.2.mlp.up_proj.weight" in frozen
     resumed = run()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
@@ -439,7 +439,7 @@ def test_the_same_trainer_goes_on_and_back(tmp_path: Path) -> None:
         running.train()
     running.remove_callback(Killer)
     running.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
-    assert not running.optimizer.optimizer._optimizer_step_pre_hooks  # type: ignore[union-attr]
+    assert not running.optimizer.optimizer._optimizer_step_pre_hooks
     whole = trainer(tmp_path / "b", [rule(3)], **settings)
     whole.train()
     assert_same(final(running), final(whole))
@@ -525,7 +525,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_adapters_and_wrappers_are_refused(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    adapted = get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"]))  # type: ignore[arg-type]
+    adapted = get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"]))
     inside = tiny()
     inside.add_adapter(LoraConfig(target_modules=["q_proj"]))
     for model in (adapted, inside):
@@ -533,7 +533,7 @@ def test_adapters_and_wrappers_are_refused(tmp_path: Path) -> None:
             GrowthError,
             match=r"PEFT adapters: grow the base model with cambia\.growth\.grow before.*WidenLoraRank",
         ):
-            trainer(tmp_path, [rule(3)], model=model).train()  # type: ignore[arg-type]
+            trainer(tmp_path, [rule(3)], model=model).train()
     compiled: Any = torch.compile(tiny(), backend="eager")
     with pytest.raises(GrowthError, match=r"cannot grow a OptimizedModule.*torch_compile=True"):
         trainer(tmp_path, [rule(3)], model=compiled).train()

@@ -140,7 +140,7 @@ def test_models_without_weights_can_be_planned_and_not_grown() -> None:
 
 def test_wrappers_are_refused() -> None:
     with pytest.raises(GrowthError, match=r"DataParallel is no model of transformers.*model\.module"):
-        grow(nn.DataParallel(tiny()), WidenFFN())  # ty: ignore[invalid-argument-type]
+        grow(nn.DataParallel(tiny()), WidenFFN())
 
 
 def test_an_unknown_family_is_told_the_known_ones() -> None:

@@ -126,7 +126,6 @@ def test_every_public_name_is_documented(package: str) -> None:
             assert text and not text.startswith(f"{name}("), f"{package}.{name} has no docstring"
 
 
-@pytest.mark.skipif(not (SOURCE / "__main__.py").exists(), reason="there is no command line yet")
 def test_help_is_quick_and_needs_no_torch() -> None:
     environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
     seconds = []

@@ -116,7 +116,7 @@ def live(name: str, root: str, start: str, optimizer: str, death: tuple[str, int
     if death and death[0] in places:
         die_after(*places[death[0]], death[1])
     elif death and death[0] == "between the renames":
-        die_after(files.os, "rename", death[1])  # type: ignore[attr-defined]
+        die_after(files.os, "rename", death[1])
     resume = (Path(root) / name / "config.json").exists()
     tree = tree_of(start, optimizer, root)
     train(experiment_from(tree, source="test", flags={}), name=name, resume=resume)
@@ -126,7 +126,7 @@ def die_after(owner: object, attribute: str, times: int) -> None:
     original = getattr(owner, attribute)
     left = [times]
 
-    def dying(*args, **kwargs):  # type: ignore[no-untyped-def]
+    def dying(*args, **kwargs):
         result = original(*args, **kwargs)
         left[0] -= 1
         if left[0] == 0:

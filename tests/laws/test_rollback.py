@@ -214,6 +214,6 @@ def test_a_growth_that_cannot_be_recorded_leaves_no_trace(
     """The losses for the record take memory too."""
     model, optimizer = trained(tiny())
     before = everything(model, optimizer)
-    with watched(monkeypatch, Stage(barrier, "_loss"), model, place), pytest.raises(Broken):
+    with watched(monkeypatch, Stage(barrier, "check_loss"), model, place), pytest.raises(Broken):
         grow(model, AddLayers(add=1), WidenFFN(add=3), optimizer=optimizer)
     assert everything(model, optimizer) == before

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from cambia.errors import GrowthError
 from cambia.growth.carry import Change, Holder, Moments, OptimizerHolder, Undo, husk, in_model_order, let_go
 from cambia.growth.operators import Contract, Operator
-from cambia.growth.plan import GrowthPlan, describe, plan_growth, random_batch, refuse_wrapped
+from cambia.growth.plan import GrowthPlan, plan_growth, random_batch, refuse_wrapped
 from cambia.models.bodies import Body, body_of, resize_layers
 from cambia.records import GrowthEvent
 
@@ -79,7 +79,7 @@ def grow(
     commits = [holder.prepare(changes) for holder in everyone]
     with Undo() as undo:
         undo.callback(model.tie_weights)
-        swap(model, plan, changes, undo)
+        swap(model, plan.after, plan.layers, changes, undo)
         after = _logits(model, batch)
         error = relative_error(before, after[..., : before.shape[-1]])
         if plan.contract.exactness != "none" and not error <= tolerance(model.dtype, plan.contract):
@@ -91,19 +91,12 @@ def grow(
             commit(undo)
         if optimizer is not None:
             in_model_order(optimizer, model, changes)
-        event = GrowthEvent(
-            operators=tuple(describe(operator) for operator in operators),
-            reason=reason,
-            parameters_before=plan.parameters_before,
-            parameters_after=plan.parameters_after,
-            flops_per_token_before=plan.flops_per_token_before,
-            flops_per_token_after=plan.flops_per_token_after,
-            exactness=plan.contract.exactness,
+        event = plan.event(
+            reason,
             logit_error=error,
-            loss_before=_loss(before, batch),
-            loss_after=_loss(after, batch),
+            loss_before=check_loss(before, batch),
+            loss_after=check_loss(after, batch),
             seconds=time.perf_counter() - began,
-            config_changes=plan.config_changes,
         )
         undo.pop_all()  # it has succeeded: nothing is taken back
     return event
@@ -144,12 +137,25 @@ def _changes(model: PreTrainedModel, plan: GrowthPlan, seed: int) -> list[Change
 
 
 @torch.no_grad()
-def swap(model: PreTrainedModel, plan: GrowthPlan, changes: Sequence[Change], undo: Undo) -> None:
-    """Put the new tensors in, one after another; `undo` takes them out again."""
+def swap(
+    model: PreTrainedModel,
+    grown: PreTrainedModel,
+    layers: Sequence[int | None],
+    changes: Sequence[Change],
+    undo: Undo,
+) -> None:
+    """Give a model another shape, its new tensors put in one after another.
+
+    Args:
+        model: changed in place.
+        grown: a model of the new shape on the meta device.
+        layers: for each layer afterwards the one it was, None where it is new.
+        changes: all parameters that are new or other ones; they get their values here.
+        undo: takes all of it back.
+    """
     body = body_of(model)
     born = _settings_by_module(model, body)
-    layers = list(plan.layers)
-    if layers != list(range(body.config.num_hidden_layers)):
+    if list(layers) != list(range(body.config.num_hidden_layers)):
         path = body.table.layers
         old_list = model.get_submodule(path)
         undo.callback(_set_submodule, model, path, old_list)
@@ -157,7 +163,7 @@ def swap(model: PreTrainedModel, plan: GrowthPlan, changes: Sequence[Change], un
         resize_layers(model, layers, lambda _: _empty_copy(template, model, born))
         model.get_submodule(path).training = old_list.training
     # All modules share one config object: change it in place, so that all of them see it.
-    for mine, other in zip(body.settings(model), body.settings(plan.after), strict=True):
+    for mine, other in zip(body.settings(model), body.settings(grown), strict=True):
         config = vars(mine)
         undo.callback(_replace_dict, config, dict(config))
         _replace_dict(config, vars(copy.deepcopy(other)))
@@ -173,11 +179,11 @@ def swap(model: PreTrainedModel, plan: GrowthPlan, changes: Sequence[Change], un
     model.tie_weights()
 
     # The model on meta was built from the grown config: it knows what every size attribute must be.
-    grown = dict(plan.after.named_modules())
-    _tables_anew(model, grown, undo)
+    modules = dict(grown.named_modules())
+    _tables_anew(model, modules, undo)
     for name, module in model.named_modules():
         for key, before in born.get(id(module), {}).items():
-            value = vars(grown[name])[key]
+            value = vars(modules[name])[key]
             if value != before:
                 undo.callback(vars(module).__setitem__, key, vars(module)[key])
                 setattr(module, key, value)
@@ -279,7 +285,7 @@ def relative_error(before: Tensor, after: Tensor) -> float:
     return difference.abs().max().item() / (scale or 1.0)
 
 
-def _loss(logits: Tensor, batch: Tensor) -> float:
+def check_loss(logits: Tensor, batch: Tensor) -> float:
     """Mean negative log-likelihood of the check batch, nats per token."""
     flat = logits[:, :-1].flatten(0, 1).float()  # (B (T - 1), V)
     return nn.functional.cross_entropy(flat, batch[:, 1:].flatten().to(flat.device)).item()

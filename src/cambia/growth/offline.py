@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,10 +28,10 @@ from transformers.utils import logging as transformers_logging
 
 from cambia.errors import ConfigError, GrowthError, StorageFullError
 from cambia.files import atomic_folder, write_text
-from cambia.growth.barrier import relative_error, tolerance
+from cambia.growth.barrier import check_loss, relative_error, tolerance
 from cambia.growth.on_disk import CheckpointOnDisk, open_checkpoint
 from cambia.growth.operators import Operator
-from cambia.growth.plan import GrowthPlan, describe, plan_growth, random_batch
+from cambia.growth.plan import GrowthPlan, plan_growth, random_batch
 from cambia.growth.rows import Rows, grown_blocks, grown_rows
 from cambia.growth.shards import INDEX, TensorSpec, index_text, split_into_shards, write_shard
 from cambia.records import GrowthEvent
@@ -197,7 +197,7 @@ def write_grown(
     refuse_out(plan, out)
     resident_before, _ = _resident()
     checked = check == "yes" or (check == "auto" and plan.bytes_before + plan.bytes_after < CHECK_BYTES)
-    compared = None
+    compared: dict[str, Any] = {}
     with atomic_folder(out) as temporary:
         _write_weights(plan, temporary, shard_bytes, progress)
         _, resident_peak = _resident()
@@ -205,21 +205,7 @@ def write_grown(
         plan.checkpoint.copy_beside(temporary)
         if checked:
             compared = _compared(plan, temporary)
-    growth = plan.growth
-    event = GrowthEvent(
-        operators=tuple(describe(operator) for operator in growth.operators),
-        reason="asked for",
-        parameters_before=growth.parameters_before,
-        parameters_after=growth.parameters_after,
-        flops_per_token_before=growth.flops_per_token_before,
-        flops_per_token_after=growth.flops_per_token_after,
-        exactness=growth.contract.exactness,
-        logit_error=compared.logit_error if compared else None,
-        loss_before=compared.loss_before if compared else None,
-        loss_after=compared.loss_after if compared else None,
-        seconds=time.perf_counter() - began,
-        config_changes=growth.config_changes,
-    )
+    event = plan.growth.event("asked for", **compared, seconds=time.perf_counter() - began)
     return GrownCheckpoint(plan, event, out, resident_before, resident_peak)
 
 
@@ -312,14 +298,7 @@ def _resident() -> tuple[int, int]:
     return peak, peak
 
 
-@dataclass(frozen=True)
-class _Comparison:
-    logit_error: float
-    loss_before: float
-    loss_after: float
-
-
-def _compared(plan: CheckpointPlan, grown: Path) -> _Comparison:
+def _compared(plan: CheckpointPlan, grown: Path) -> dict[str, float]:
     """Load the old model, then the new one, and compare their answers as `grow` does."""
     old = _loaded(plan.checkpoint.folder)
     batch = random_batch(old, plan.seed)
@@ -333,7 +312,8 @@ def _compared(plan: CheckpointPlan, grown: Path) -> _Comparison:
             f"the grown checkpoint's logits differ by {error:.1e} (relative), more than {promised:.0e}; "
             "nothing was written. Ask for preserve=False where a jump is wanted; otherwise this is a bug"
         )
-    return _Comparison(error, _loss(before, batch), _loss(after, batch))
+    losses = {"loss_before": check_loss(before, batch), "loss_after": check_loss(after, batch)}
+    return {"logit_error": error, **losses}
 
 
 def _loaded(folder: Path) -> PreTrainedModel:
@@ -344,9 +324,3 @@ def _loaded(folder: Path) -> PreTrainedModel:
 @torch.no_grad()
 def _logits(model: PreTrainedModel, batch: Tensor) -> Tensor:
     return model(input_ids=batch, use_cache=False).logits.float()  # (B, T, V)
-
-
-def _loss(logits: Tensor, batch: Tensor) -> float:
-    """Mean negative log-likelihood, nats per token."""
-    flat = logits[:, :-1].flatten(0, 1)  # (B (T - 1), V)
-    return torch.nn.functional.cross_entropy(flat, batch[:, 1:].flatten()).item()

@@ -50,8 +50,8 @@ class GrowthPlan:
         """The config afterwards."""
         return self.after.config
 
-    def not_done(self, reason: str) -> GrowthEvent:
-        """The record of a growth that was planned and left undone."""
+    def event(self, reason: str, *, done: bool = True, **measured: Any) -> GrowthEvent:
+        """The record of this growth, done or left undone, with what was measured of it."""
         return GrowthEvent(
             operators=tuple(describe(operator) for operator in self.operators),
             reason=reason,
@@ -61,7 +61,8 @@ class GrowthPlan:
             flops_per_token_after=self.flops_per_token_after,
             exactness=self.contract.exactness,
             config_changes=self.config_changes,
-            done=False,
+            done=done,
+            **measured,
         )
 
     def extra_bytes(self, *, bytes_per_value: int = 4, moments: int = 2) -> int:

@@ -24,10 +24,8 @@ from transformers import PreTrainedModel
 from cambia.errors import CheckpointError
 from cambia.growth.barrier import swap
 from cambia.growth.carry import Change, Undo, husk
-from cambia.growth.operators import Contract
-from cambia.growth.plan import GrowthPlan
 from cambia.models.architectures import layer_ids
-from cambia.models.bodies import body_of, count_parameters
+from cambia.models.bodies import body_of
 from cambia.nn.param_map import Fill, Lineage, TensorMap
 from cambia.records import GrowthEvent
 
@@ -120,21 +118,8 @@ def reshape(
         zeros = TensorMap(None, fill=Fill.zeros(), shape=tuple(empty.shape))
         new = nn.Parameter(husk(like.detach(), empty.shape), requires_grad=trains)
         changes.append(Change(name, Lineage(name, None, (zeros,), None), new, None, like, 0))
-    plan = GrowthPlan(
-        operators=(),
-        contract=Contract("none", alive_within=1),
-        after=after,
-        layers=tuple(layers),
-        lineages={},
-        config_changes={},
-        parameters_before=count_parameters(model),
-        parameters_after=count_parameters(after),
-        entries_held=0,
-        flops_per_token_before=0.0,
-        flops_per_token_after=0.0,
-    )
     with Undo() as undo:
-        swap(model, plan, changes, undo)
+        swap(model, after, layers, changes, undo)
         undo.pop_all()
     if optimizer is not None:
         _adopt(optimizer, model, changes, {id(parameter) for parameter in old.values()})

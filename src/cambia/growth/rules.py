@@ -305,11 +305,11 @@ class GrowthManager:
             )
             if over:
                 self._spent[index] = True  # a budget does not come back
-                return plan.not_done(f"{reason}; not done: {over}")
+                return plan.event(f"{reason}; not done: {over}", done=False)
             if self.dry_run:
-                return plan.not_done(f"{reason}; not done: dry run")
+                return plan.event(f"{reason}; not done: dry run", done=False)
             if self.approve is not None and not self.approve(plan, reason):
-                return plan.not_done(f"{reason}; not done: not approved")
+                return plan.event(f"{reason}; not done: not approved", done=False)
         return grow(
             model,
             operator,

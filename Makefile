@@ -33,3 +33,4 @@ types: install
 # Pages that are made from the code.
 docs: install
 	$(BIN)/python docs/configuration.py
+	$(BIN)/python docs/architectures.py

@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -29,6 +30,18 @@ def blocks(page: str) -> list[Block]:
     """The fenced blocks of a page, named from the root of the project."""
     found = _BLOCK.finditer((ROOT / page).read_text(encoding="utf-8"))
     return [Block(match["language"], match["text"], match["note"] or "") for match in found]
+
+
+def run_python(page: str) -> Iterator[tuple[Block, str, Block | None]]:
+    """Run the Python blocks of a page in one module; each, what it printed, and the block after it."""
+    shown = blocks(page)
+    names: dict[str, object] = {}
+    for block, after in zip(shown, [*shown[1:], None], strict=True):
+        if block.language == "python":
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+                exec(compile(block.text, page, "exec"), names)
+            yield block, printed.getvalue(), after
 
 
 def commands(text: str) -> list[str]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
 import fcntl
 import importlib
 import importlib.util
-import io
 import json
 import re
 import shutil
@@ -20,8 +18,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
-from tests.markdown import ROOT, Block, Said, blocks, cambia
+from cambia.growth import AddKVHeads, AddLayers, WidenFFN, WidenHidden, grow
+from cambia.models.architectures import ARCHITECTURES
+from tests.conftest import tiny
+from tests.markdown import ROOT, Block, Said, blocks, cambia, run_python
 from tests.test_readme import assert_same_text
 
 SRC = ROOT / "src" / "cambia"
@@ -52,17 +54,30 @@ def test_links_lead_somewhere(page: Path) -> None:
 # ---- configuration.md ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_configuration", DOCS / "configuration.py")
+def generator(name: str) -> ModuleType:
+    """The script in docs/ that writes a page."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_configuration_page_is_up_to_date(generator: ModuleType) -> None:
-    assert read("configuration.md") == generator.page(), "docs/configuration.md is out of date: make docs"
+@pytest.mark.parametrize("name", ["configuration", "architectures"])
+def test_made_pages_are_up_to_date(name: str) -> None:
+    assert read(f"{name}.md") == generator(name).page(), f"docs/{name}.md is out of date: make docs"
+
+
+# ---- architectures.md ----------------------------------------------------------------------------
+
+
+def test_the_family_that_is_added_as_an_example_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = [block for block in blocks("docs/architectures.md") if block.note == "runs"]
+    monkeypatch.setitem(ARCHITECTURES, "starcoder2", ARCHITECTURES["llama"])  # taken out again afterwards
+    exec(compile(block.text, "docs/architectures.md", "exec"), {})
+    model = tiny("starcoder2", torch.float64)
+    event = grow(model, WidenFFN(factor=1.5), AddLayers(), AddKVHeads(), WidenHidden())
+    assert event.exactness == "tolerance" and event.parameters_after > event.parameters_before
 
 
 # ---- map.md --------------------------------------------------------------------------------------
@@ -165,16 +180,9 @@ def _spelled() -> Iterator[Any]:
 
 def test_other_loops_run_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    shown = blocks("docs/other_loops.md")
-    names: dict[str, object] = {}
-    for block, after in zip(shown, [*shown[1:], None], strict=True):
-        if block.language != "python":
-            continue
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-            exec(compile(block.text, "docs/other_loops.md", "exec"), names)
+    for _, printed, after in run_python("docs/other_loops.md"):
         if after is not None and after.language == "text":
-            assert_same_text(printed.getvalue(), after.text)
+            assert_same_text(printed, after.text)
 
 
 # ---- papers.md -----------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import random
@@ -14,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.markdown import ROOT, blocks, cambia, commands
+from tests.markdown import ROOT, blocks, cambia, commands, run_python
 
 README = "README.md"
 
@@ -61,15 +59,9 @@ def _file_name(yaml: str) -> str:
 def test_python_prints_what_is_shown(here: Path) -> None:
     shown = blocks(README)
     assert shown[0].language == "python", "the first thing to see is Python"
-    names: dict[str, object] = {}
-    for block, after in zip(shown, [*shown[1:], None], strict=True):
-        if block.language != "python":
-            continue
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-            exec(compile(block.text, README, "exec"), names)
+    for block, printed, after in run_python(README):
         assert after is not None and after.language == "text", f"no output is shown after\n{block.text}"
-        assert_same_text(printed.getvalue(), after.text)
+        assert_same_text(printed, after.text)
 
 
 def assert_same_text(printed: str, shown: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -93,6 +95,34 @@ def checkpoint(folder: Path, family: str = "llama", **sizes: Any) -> Path:
 def tiny_fixture() -> Callable[..., PreTrainedModel]:
     """The function `tiny`."""
     return tiny
+
+
+Call = Callable[..., tuple[int, str, str]]
+"""The words after `cambia` -> exit code, stdout, stderr."""
+
+
+@pytest.fixture
+def command_line(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Calls the command line in this process."""
+    from cambia import cli
+
+    def call(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def peers() -> Iterator[ModuleType]:
+    """The package `peers` of benchmarks/, with those of its modules that need no other library."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+        for name in ("by_hand", "judging", "llama", "page", "process", "sides"):
+            importlib.import_module(f"peers.{name}")
+        yield sys.modules["peers"]
 
 
 @pytest.fixture(autouse=True, scope="session")

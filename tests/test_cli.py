@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cambia import cli
 from tests.conftest import checkpoint
 
 TINY = {
@@ -40,20 +39,14 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture
-def cambia(tmp_path, monkeypatch, capsys, cache):
+def cambia(tmp_path, monkeypatch, command_line, cache):
     """Call the command in this process; returns (exit code, stdout, stderr)."""
     monkeypatch.setenv("CAMBIA_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("CAMBIA_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
 
-    def call(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            cli.main(words)
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return call
+    return command_line
 
 
 def test_a_run_from_the_first_step_to_the_report(cambia, tmp_path):

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from cambia import cli
 from cambia.growth import AddLayers, WidenFFN, grow
 from cambia.training.checkpoint import load_model
-from tests.conftest import tiny
-
-Call = Callable[..., tuple[int, str, str]]
+from tests.conftest import Call, tiny
 
 
 @pytest.fixture
-def cambia(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+def cambia(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command_line: Call
+) -> Call:
     """Call the command in a folder with a checkpoint `old`; returns (exit code, stdout, stderr)."""
     monkeypatch.setenv("CAMBIA_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.chdir(tmp_path)
     tiny("llama").save_pretrained("old")
     capsys.readouterr()
-
-    def call(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            cli.main(words)
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return call
+    return command_line
 
 
 def test_operators_in_order_with_their_own_settings(cambia: Call, tmp_path: Path) -> None:

@@ -15,17 +15,6 @@ from tests.conftest import tiny
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.fixture
-def peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    import importlib
-
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    package = importlib.import_module("peers")
-    for name in ("by_hand", "judging", "llama", "page", "process", "sides"):
-        importlib.import_module(f"peers.{name}")
-    return package
-
-
 def windows(seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     while True:

@@ -18,7 +18,7 @@ import cambia
 
 SOURCE = Path(cambia.__file__).parent
 FLOORS = [
-    {"errors", "config", "files", "records", "rundir"},
+    {"errors", "config", "files", "records", "rundir", "sweepdir"},
     {"nn", "data", "sandbox"},
     {"models", "probes", "generation"},
     {"growth", "continual", "control", "decoding", "evaluation"},

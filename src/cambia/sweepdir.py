@@ -1,0 +1,256 @@
+"""The sweep directory: what a grid of runs leaves behind, and how several launchers share it.
+
+Sweeps write it, reports read it, and no other file knows the names in it.
+
+    runs/NAME/
+      grid.yaml             the grid as it was asked for; it runs again
+      grid_cells.json       every cell: name, hash, choice on each axis
+      grid_results.jsonl    a line per result, only ever appended; the last line of a cell counts
+      grid_results.csv      the same as a table, a row per cell
+      grid_progress.json    a snapshot: total, done, skipped, failed, elapsed, current
+      CELL/                 the run directory of a cell
+      errors/CELL.txt       why a cell failed, in full
+      logs/                 what workers printed
+
+A result belongs to a configuration, by its hash, and not to whoever computed it. Whoever works on a cell
+holds its claim, which the system takes back when that process dies, however it dies; results are appended
+under one lock, and a configuration that has finished gets no second result. So launchers and workers may be
+killed at any time and started again, several at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import fcntl
+import io
+import json
+import os
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from cambia import files, rundir
+from cambia.errors import RunError
+
+GRID, CELLS = "grid.yaml", "grid_cells.json"
+RESULTS, TABLE, PROGRESS = "grid_results.jsonl", "grid_results.csv", "grid_progress.json"
+ERRORS, LOGS = "errors", "logs"
+_LOCK, _CLAIMS = ".results.lock", ".claims"
+
+Status = Literal["finished", "failed"]
+
+
+@dataclass(frozen=True)
+class CellRecord:
+    """A cell of a grid, as reports know it."""
+
+    name: str
+    """Of its run directory inside the sweep's."""
+    hash: str
+    """Of its configuration."""
+    choice: Mapping[str, Any]
+    """Axis -> value, or the name of the group; `seed` is an axis."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a cell."""
+
+    cell: str
+    hash: str
+    choice: Mapping[str, Any]
+    status: Status
+    results: Mapping[str, float | None] = field(default_factory=dict)
+    """Numbers of the run, equal for equal configurations, None where one is not finite; empty where it
+    failed."""
+    error: str | None = None
+    """In one line, where it failed."""
+    seconds: float = 0.0
+    """Wall time of the run, all its sessions together."""
+    attempts: int = 1
+    """Workers that tried."""
+    finished: str = ""
+    """When, UTC, ISO 8601."""
+
+
+def sweep_folder(name: str) -> Path:
+    """The folder of the sweep of that name, which need not exist; sweeps live beside runs."""
+    return rundir.run_folder(name)
+
+
+def is_sweep(name: str | Path) -> bool:
+    """Whether a name under `cambia.rundir.runs_root`, or a path, is a sweep's."""
+    return any((folder / CELLS).is_file() for folder in (Path(name), rundir.runs_root() / name))
+
+
+def find_sweep(name: str | Path) -> Path:
+    """The folder of a sweep, by its name under `cambia.rundir.runs_root` or by its path.
+
+    Raises:
+        RunError: there is none.
+    """
+    for folder in (Path(name), rundir.runs_root() / name):
+        if (folder / CELLS).is_file():
+            return folder
+    raise RunError(
+        f"there is no sweep {str(name)!r} under {rundir.runs_root()}; `cambia sweep GRID.yaml` makes one"
+    )
+
+
+class SweepReader:
+    """Reads a sweep directory, also while the sweep is going."""
+
+    def __init__(self, name: str | Path):
+        self.folder = find_sweep(name)
+        self.name = self.folder.resolve().name
+
+    def grid(self) -> str:
+        """The text of grid.yaml."""
+        return (self.folder / GRID).read_text(encoding="utf-8")
+
+    def cells(self) -> list[CellRecord]:
+        """Every cell of the grid as it was last asked for."""
+        return [CellRecord(**cell) for cell in files.read_json(self.folder / CELLS)]
+
+    def results(self) -> dict[str, Result]:
+        """Hash of a configuration -> its result, the last one that was written."""
+        path = self.folder / RESULTS
+        return {result.hash: result for result in _parsed(path.read_bytes() if path.exists() else b"")}
+
+    def progress(self) -> dict[str, Any] | None:
+        path = self.folder / PROGRESS
+        return files.read_json(path) if path.exists() else None
+
+
+class SweepWriter:
+    """Writes a sweep directory, beside other processes that do the same.
+
+    Raises:
+        RunError: the folder is a run's.
+        StorageFullError, OSError: it cannot be written.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if (self.folder / rundir.CONFIG_JSON).exists():
+            raise RunError(f"{self.folder} is a run and no sweep: choose another --name")
+        with files.one_line_when_full(self.folder):
+            for inner in (_CLAIMS, ERRORS, LOGS):
+                (self.folder / inner).mkdir(parents=True, exist_ok=True)
+        self._known: dict[str, Result] = {}
+        self._read_to = 0
+
+    def write_grid(self, yaml_text: str, cells: Iterable[CellRecord]) -> None:
+        """Say what the sweep consists of; results of other cells stay and are not shown."""
+        with self._locked():
+            files.write_text(self.folder / GRID, yaml_text)
+            files.write_json(self.folder / CELLS, [asdict(cell) for cell in cells])
+
+    def add_cells(self, cells: Iterable[CellRecord]) -> None:
+        """Add cells that a search has thought of."""
+        with self._locked():
+            listed = files.read_json(self.folder / CELLS)
+            known = {cell["hash"] for cell in listed}
+            listed += [asdict(cell) for cell in cells if cell.hash not in known]
+            files.write_json(self.folder / CELLS, listed)
+
+    def claim(self, hash: str) -> Claim | None:
+        """The right to work on a configuration; None while another process has it."""
+        return Claim.taken(self.folder / _CLAIMS / hash)
+
+    def results(self) -> Mapping[str, Result]:
+        """Hash of a configuration -> its result so far, those of other launchers too."""
+        with self._locked():
+            self._read()
+        return self._known
+
+    def record(self, result: Result) -> bool:
+        """Append a result, unless its configuration has finished already; says whether it was appended."""
+        with self._locked():
+            self._read()
+            known = self._known.get(result.hash)
+            if known is not None and known.status == "finished":
+                return False
+            with files.one_line_when_full(self.folder / RESULTS), open(self.folder / RESULTS, "ab") as log:
+                log.truncate(self._read_to)  # the beginning of a line whose writer was killed
+                log.write(json.dumps(asdict(result), sort_keys=True, allow_nan=False).encode() + b"\n")
+                log.flush()
+                os.fsync(log.fileno())
+            self._read()
+        return True
+
+    def write_table(self, cells: Sequence[CellRecord]) -> None:
+        """Write grid_results.csv: a row per cell that has a result, in the order of the grid."""
+        known = self.results()
+        done = [known[cell.hash] for cell in cells if cell.hash in known]
+        axes = list(dict.fromkeys(axis for result in done for axis in result.choice))
+        names = list(dict.fromkeys(name for result in done for name in result.results))
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["cell", "hash", "status", *axes, *names, "seconds", "attempts", "error"])
+        for result in done:
+            chosen = [_cell(result.choice.get(axis)) for axis in axes]
+            numbers = [_cell(result.results.get(name)) for name in names]
+            last = [_cell(result.seconds), result.attempts, result.error or ""]
+            writer.writerow([result.cell, result.hash, result.status, *chosen, *numbers, *last])
+        files.write_text(self.folder / TABLE, text.getvalue())
+
+    def write_progress(self, snapshot: Mapping[str, Any]) -> None:
+        """Replace grid_progress.json in one step."""
+        files.write_json(self.folder / PROGRESS, snapshot)
+
+    def write_error(self, cell: str, text: str) -> None:
+        files.write_text(self.folder / ERRORS / f"{cell}.txt", text)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Generator[None]:
+        with open(self.folder / _LOCK, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _read(self) -> None:
+        """Take in the whole lines that were appended since the last time."""
+        path = self.folder / RESULTS
+        if not path.exists():
+            return
+        with open(path, "rb") as log:
+            log.seek(self._read_to)
+            new = log.read()
+        self._known |= {result.hash: result for result in _parsed(new)}
+        self._read_to += new.rfind(b"\n") + 1
+
+
+class Claim:
+    """A lock on one configuration, held until `release` or the end of the process."""
+
+    def __init__(self, file: io.TextIOWrapper):
+        self._file = file
+
+    @classmethod
+    def taken(cls, path: Path) -> Claim | None:
+        """Take it, or None where somebody has it."""
+        file = open(path, "w")  # noqa: SIM115 (held until `release`)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        return cls(file)
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def _parsed(content: bytes) -> Iterator[Result]:
+    """The results in whole lines. A line that is damaged is none: its cell will get another one."""
+    for line in content[: content.rfind(b"\n") + 1].splitlines():
+        with contextlib.suppress(ValueError, TypeError):  # no JSON, or not the fields of a result
+            yield Result(**json.loads(line))
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return repr(value)
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value)

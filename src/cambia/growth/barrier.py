@@ -91,13 +91,13 @@ def grow(
             commit(undo)
         if optimizer is not None:
             in_model_order(optimizer, model, changes)
-        event = plan.event(
-            reason,
-            logit_error=error,
-            loss_before=check_loss(before, batch),
-            loss_after=check_loss(after, batch),
-            seconds=time.perf_counter() - began,
-        )
+        measured = {
+            "logit_error": error,
+            "loss_before": check_loss(before, batch),
+            "loss_after": check_loss(after, batch),
+            "seconds": time.perf_counter() - began,
+        }
+        event = plan.event(reason, measured)
         undo.pop_all()  # it has succeeded: nothing is taken back
     return event
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -197,7 +197,7 @@ def write_grown(
     refuse_out(plan, out)
     resident_before, _ = _resident()
     checked = check == "yes" or (check == "auto" and plan.bytes_before + plan.bytes_after < CHECK_BYTES)
-    compared: dict[str, Any] = {}
+    compared: dict[str, float] = {}
     with atomic_folder(out) as temporary:
         _write_weights(plan, temporary, shard_bytes, progress)
         _, resident_peak = _resident()
@@ -205,7 +205,7 @@ def write_grown(
         plan.checkpoint.copy_beside(temporary)
         if checked:
             compared = _compared(plan, temporary)
-    event = plan.growth.event("asked for", **compared, seconds=time.perf_counter() - began)
+    event = plan.growth.event("asked for", compared | {"seconds": time.perf_counter() - began})
     return GrownCheckpoint(plan, event, out, resident_before, resident_peak)
 
 

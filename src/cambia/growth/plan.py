@@ -50,7 +50,9 @@ class GrowthPlan:
         """The config afterwards."""
         return self.after.config
 
-    def event(self, reason: str, *, done: bool = True, **measured: Any) -> GrowthEvent:
+    def event(
+        self, reason: str, measured: Mapping[str, Any] | None = None, *, done: bool = True
+    ) -> GrowthEvent:
         """The record of this growth, done or left undone, with what was measured of it."""
         return GrowthEvent(
             operators=tuple(describe(operator) for operator in self.operators),
@@ -62,7 +64,7 @@ class GrowthPlan:
             exactness=self.contract.exactness,
             config_changes=self.config_changes,
             done=done,
-            **measured,
+            **(measured or {}),
         )
 
     def extra_bytes(self, *, bytes_per_value: int = 4, moments: int = 2) -> int:

@@ -14,7 +14,7 @@ import copy
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -309,7 +309,7 @@ def flops_per_token(model: PreTrainedModel, context: int) -> float:
 
 
 def resize_layers(
-    model: PreTrainedModel, sources: list[int | None], make: Callable[[int], nn.Module]
+    model: PreTrainedModel, sources: Sequence[int | None], make: Callable[[int], nn.Module]
 ) -> None:
     """Rebuild the list of layers: old layer `sources[i]` at place i, a made one where it is None."""
     parent_path, _, attribute = architecture_of(model.config).layers.rpartition(".")

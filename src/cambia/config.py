@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -183,12 +184,22 @@ def build(cls: type[T], fields: Mapping[str, Any]) -> T:
         except TypeError as error:
             raise FieldError([], f"{cls.__name__} is {error}") from None
         return cls(**fields)
-    hints = get_type_hints(cls, include_extras=True)
+    hints = _hints(cls)
     ready = {key: _build_inside(hints[key], value, [key]) for key, value in fields.items()}
     try:
-        return cast(T, TypeAdapter(cls).validate_python(ready))
+        return cast(T, _adapter(cls).validate_python(ready))
     except ValidationError as error:
         raise _first_problem(error) from None
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
+
+
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
 
 
 def _build_inside(annotation: Any, value: Any, path: list[str | int]) -> Any:
@@ -249,7 +260,7 @@ def dump(value: Any) -> dict[str, Any]:
     """
     if dataclasses.is_dataclass(value):
         try:
-            plain = TypeAdapter(type(value)).dump_python(value, mode="json")
+            plain = _adapter(type(value)).dump_python(value, mode="json")
         except PydanticSerializationError as error:
             raise (error.__cause__ if isinstance(error.__cause__, ConfigError) else error) from None
         return {name: plain[name] for name in field_names(type(value))}

@@ -22,6 +22,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module, resources
 from pathlib import Path
+from types import UnionType
 from typing import Any, ClassVar, Self, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
@@ -210,12 +211,22 @@ def _build_inside(annotation: Any, value: Any, path: list[str | int]) -> Any:
     if isinstance(value, bool) and _mentions(annotation, int, float) and not _mentions(annotation, bool):
         # pydantic takes true for 1, and a flag whose value was forgotten is true.
         raise FieldError(path, f"expected a number, got {value!r}")
-    if isinstance(value, Mapping) and dataclasses.is_dataclass(annotation):
+    if isinstance(value, Mapping) and get_origin(annotation) is dict:
+        _, inner = get_args(annotation)
+        return {key: _build_inside(inner, item, [*path, key]) for key, item in value.items()}
+    section = _section_in(annotation)
+    if isinstance(value, Mapping) and section is not None:
         try:
-            return build(annotation, value)
+            return build(section, value)
         except FieldError as error:
             raise FieldError([*path, *error.path], error.problem) from None
     return value
+
+
+def _section_in(annotation: Any) -> type | None:
+    """The plain dataclass that an annotation means, alone or as one of several types."""
+    members = get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
+    return next((member for member in members if dataclasses.is_dataclass(member)), None)
 
 
 def _mentions(annotation: Any, *kinds: type) -> bool:

@@ -129,3 +129,12 @@ def test_names(sweep: SweepWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(RunError, match="is a run and no sweep"):
         SweepWriter(run)
     assert (sweep.folder / CELLS).exists()
+
+
+def test_a_sweep_that_somebody_works_on_is_going(sweep: SweepWriter) -> None:
+    reader = SweepReader(sweep.folder)
+    assert not reader.is_going()
+    claim = sweep.claim("a")
+    assert claim is not None and reader.is_going()
+    claim.release()
+    assert not reader.is_going()

@@ -99,6 +99,12 @@ def find_sweep(name: str | Path) -> Path:
     )
 
 
+def list_sweeps() -> list[Path]:
+    """Every sweep's folder under `cambia.rundir.runs_root`, by name."""
+    root = rundir.runs_root()
+    return sorted(path.parent for path in root.glob(f"*/{CELLS}"))
+
+
 class SweepReader:
     """Reads a sweep directory, also while the sweep is going."""
 
@@ -122,6 +128,14 @@ class SweepReader:
     def progress(self) -> dict[str, Any] | None:
         path = self.folder / PROGRESS
         return files.read_json(path) if path.exists() else None
+
+    def is_going(self) -> bool:
+        """Whether a process works on one of its cells right now."""
+        claims = [Claim.taken(path) for path in (self.folder / _CLAIMS).iterdir()]
+        for claim in claims:
+            if claim is not None:
+                claim.release()
+        return None in claims
 
 
 class SweepWriter:

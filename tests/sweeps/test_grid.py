@@ -128,7 +128,8 @@ def test_only_some() -> None:
         (grid(seeds=1_000_000), "2,000,000 cells.*--yes"),
         (grid(axes={"training.steps": [3, 3]}), "are one configuration"),
         (grid(axes={"method": {"a": {}, "b": {}}}), "method=a.*method=b.*one configuration"),
-        (grid(axes={"training.steps": [3], "m": {"a": {"training.steps": 2}}}), "two axes"),
+        (grid(axes={"training.steps": [3], "m": {"a": {"training.steps": 2}}}), "by the axis 'm'"),
+        (grid(axes={"optimizer": [{"type": "sgd"}]}, settings={"optimizer": {"seed": 1}}), "by settings"),
         (grid(exclude=[{"methd": "a"}]), "exclude.0: 'methd' is no axis; did you mean 'method'"),
         (grid(axs={}), "did you mean 'axes'"),
         (grid(base="first_groth"), "did you mean 'first_growth'"),
@@ -143,10 +144,28 @@ def test_what_is_no_grid_is_refused(tree: dict[str, Any], said: str) -> None:
 
 
 def test_a_flag_does_not_fight_with_an_axis() -> None:
-    with pytest.raises(ConfigError, match=r"--growth\.enabled is set by the axis 'method'"):
+    with pytest.raises(
+        ConfigError, match=r"'growth.enabled' is set by the axis 'method' and by --growth.enabled"
+    ):
         read_grid(grid(), {"growth.enabled": True})
-    with pytest.raises(ConfigError, match="--seed is set by the axis 'seeds'"):
+    with pytest.raises(ConfigError, match="'seed' is set by the axis 'seeds' and by --seed"):
         read_grid(grid(), {"seed": 3})
+
+
+def test_the_base_may_be_an_experiment() -> None:
+    (cell,) = cells({"base": BASE})
+    (same,) = cells({"base": cell.experiment()})
+    assert same.hash == cell.hash
+
+
+def test_settings_may_be_nested() -> None:
+    nested = {"training": {"steps": 5}, "optimizer": {"type": "sgd", "learning_rate": 0.1}}
+    method = {"longer": {"evaluation": {"every_steps": 1}}}
+    (cell,) = cells({"base": BASE, "settings": nested, "axes": {"method": method}})
+    experiment = cell.experiment()
+    assert (experiment.training.steps, experiment.training.batch_size) == (5, 2)
+    assert (type(experiment.optimizer).__name__, experiment.optimizer.learning_rate) == ("SGD", 0.1)
+    assert (experiment.evaluation.every_steps, experiment.evaluation.max_bytes) == (1, 500)
 
 
 def test_a_million_cells_can_be_meant() -> None:

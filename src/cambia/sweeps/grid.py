@@ -125,7 +125,7 @@ def read_grid(grid: str | Path | Mapping[str, Any] | Grid, flags: Mapping[str, A
     """A grid from its YAML file, a mapping or as it is; its base is read, so that it stands alone.
 
     Args:
-        grid: the file, the mapping or the object.
+        grid: the file, the mapping (whose base may be an `Experiment`), or the object.
         flags: dotted settings of the experiment for all cells, laid over those of the grid.
 
     Raises:
@@ -137,22 +137,34 @@ def read_grid(grid: str | Path | Mapping[str, Any] | Grid, flags: Mapping[str, A
         source, folder, name = str(grid), path.parent, path.stem
         grid = load_yaml(path)
     if not isinstance(grid, Grid):
-        grid = _built(grid, source)
+        base = grid.get("base")
+        grid = _built({**grid, "base": plain_tree(base)} if isinstance(base, Experiment) else grid, source)
     if isinstance(grid.base, str):
         beside = folder / grid.base
         grid.base, _ = read_tree(
             beside if beside.suffix in (".yaml", ".yml") and beside.exists() else grid.base
         )
     grid.name = grid.name or name or "sweep"
-    for flag in flags or {}:
-        taken = next((axis for axis, keys in _keys(grid).items() if flag in keys), None)
-        if taken is not None:
-            raise ConfigError(
-                f"--{flag} is set by the axis {taken!r} of the grid: leave it out, or change the axis"
-            )
-    grid.settings = {**grid.settings, **(flags or {})}
-    _refuse_overlaps(grid)
+    grid.settings = {**flat(grid.settings), **(flags or {})}
+    grid.axes = {
+        axis: {group: flat(settings or {}) for group, settings in values.items()}
+        if isinstance(values, Mapping)
+        else values
+        for axis, values in grid.axes.items()
+    }
+    _refuse_overlaps(grid, flags or {})
     return grid
+
+
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings as dotted ones: ``{"training": {"steps": 3}}`` -> ``{"training.steps": 3}``."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            found |= {f"{key}.{inside}": one for inside, one in flat(value).items()}
+        else:
+            found[key] = value
+    return found
 
 
 def _built(tree: Mapping[str, Any], source: str) -> Grid:
@@ -318,11 +330,14 @@ def _keys(grid: Grid) -> dict[str, set[str]]:
     return {**found, **searched, "seeds": {"seed"}}
 
 
-def _refuse_overlaps(grid: Grid) -> None:
-    keys = _keys(grid)
-    for (one, mine), (other, theirs) in itertools.combinations(keys.items(), 2):
-        both = sorted(mine & theirs)
-        if both:
-            raise ConfigError(
-                f"{both[0]!r} is set by two axes, {one!r} and {other!r}: leave it to one of them"
-            )
+def _refuse_overlaps(grid: Grid, flags: Mapping[str, Any]) -> None:
+    """Two places must not set one thing, nor one of them a part of what the other sets."""
+    places = {f"the axis {axis!r}": keys for axis, keys in _keys(grid).items()}
+    places |= {f"--{flag}": {flag} for flag in flags}
+    places["settings"] = set(grid.settings) - set(flags)
+    for (one, mine), (other, theirs) in itertools.combinations(places.items(), 2):
+        for first, second in itertools.product(sorted(mine), sorted(theirs)):
+            if f"{first}.".startswith(f"{second}.") or f"{second}.".startswith(f"{first}."):
+                raise ConfigError(
+                    f"{first!r} is set by {one} and by {other} of the grid: leave it to one of them"
+                )

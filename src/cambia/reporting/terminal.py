@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -130,3 +132,27 @@ def _print_facts(run: Run, console: Console) -> None:
     for name, value in facts:
         # No wrapping: a path or a command that is broken in two cannot be copied.
         console.print(Text.assemble((f"{name:<11}", "dim"), value), soft_wrap=True)
+
+
+def print_table(
+    console: Console, title: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1
+) -> None:
+    """Print a table under its title.
+
+    Args:
+        words: columns from the left that hold words. They are folded and never cut: two names may differ
+            in their end alone. The others hold numbers, aligned right and never broken.
+    """
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    filled = [list(row) for row in rows]
+    for i, name in enumerate(head):
+        if i < words:
+            shown.add_column(Text(name), overflow="fold")
+        else:
+            parts = [*name.split(), *(row[i] for row in filled)]
+            shown.add_column(Text(name), justify="right", min_width=max(map(len, parts)))
+    for row in filled:
+        shown.add_row(*map(Text, row))
+    console.print(Text(title, style="bold"))
+    console.print(shown)
+    console.print()

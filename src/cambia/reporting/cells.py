@@ -165,11 +165,6 @@ class Paired:
     """Axes that the two of a pair agree on."""
     rows: tuple[PairedRow, ...]
 
-    @property
-    def family(self) -> int:
-        """Tests that were made: rows with at least two pairs."""
-        return sum(not math.isnan(row.test.p) for row in self.rows)
-
 
 # ---- arithmetic ----------------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ the grid as it was last asked for are shown; results of earlier grids are counte
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,8 @@ from cambia.sweepdir import CELLS, GRID, Result, SweepReader, is_sweep, nearest_
 
 SEED = "seed"
 """The axis whose values are repetitions of the same."""
-_MAIN = ("test_bits_per_byte", "validation_bits_per_byte")
+MAIN_METRICS = ("test_bits_per_byte", "validation_bits_per_byte")
+"""What a sweep is about, where it was measured: the first of these."""
 _FIRST: Any = object()  # stands for an axis's first value; None may be a value
 
 
@@ -85,7 +85,7 @@ class Sweep:
     def main_metric(self) -> str | None:
         """Bits per byte on test or validation text where measured, else the first; None without results."""
         known = self.metrics
-        return next((name for name in (*_MAIN, *known) if name in known), None)
+        return next((name for name in (*MAIN_METRICS, *known) if name in known), None)
 
     @property
     def report(self) -> Path:
@@ -96,6 +96,29 @@ class Sweep:
     def handle(self) -> str:
         """What to call the sweep on the command line."""
         return handle_of(self.name, self.folder)
+
+    def baseline(self, words: str | None = None) -> tuple[str, Any] | None:
+        """An axis and one of its values, to compare the others with.
+
+        Args:
+            words: ``"AXIS=VALUE"`` as on the command line. By default the first axis that varies, and its
+                first value; None is returned where only the seed varies.
+
+        Raises:
+            ConfigError: there is no such axis or value.
+        """
+        if words is None:
+            return next(((axis, self.axes[axis][0]) for axis in self.varied), None)
+        axis, equals, said = words.partition("=")
+        if not equals:
+            raise ConfigError(f"--baseline {words!r}: expected AXIS=VALUE; axes are {', '.join(self.axes)}")
+        known = self.axes[self._axis(axis)]
+        for value in known:
+            if said in (label(value), str(value)):
+                return axis, value
+        raise ConfigError(
+            f"--baseline {words}: {axis} has no value {said!r}{did_you_mean(said, map(label, known))}"
+        )
 
     def metric(self, name: str | None) -> str:
         """A metric that exists: the one of that name, the main one for None.
@@ -153,12 +176,12 @@ class Sweep:
         """
         metric, known = self.metric(metric), self.axes[self._axis(axis)]
         if axis == SEED:
-            raise ConfigError(f"--baseline {SEED}: pairs agree on the seed; name another axis")
+            raise ConfigError(f"no baseline among values of {SEED}: pairs agree on it; name another axis")
         if baseline is _FIRST:
             baseline = known[0]
         if key(baseline) not in map(key, known):
             listed = ", ".join(map(label, known))
-            raise ConfigError(f"--baseline {axis}={label(baseline)}: no such value; {axis} has {listed}")
+            raise ConfigError(f"baseline {label(baseline)!r}: no such value; {axis} has {listed}")
         rest = tuple(name for name in self.axes if name != axis)
         by_value = grouped(self.cells, (axis,))
         reference = by_value[key(baseline),]
@@ -210,10 +233,10 @@ def load_sweep(name: str | Path) -> Sweep:
         raise CheckpointError(
             f"{reader.folder / CELLS} does not list cells; it was altered or is of another version"
         ) from None
-    found: dict[str, dict[Hashable, Any]] = defaultdict(dict)
+    found: dict[str, dict[Hashable, Any]] = {axis: {} for cell in cells for axis in cell.choice}
     for cell in cells:
-        for axis, value in cell.choice.items():
-            found[axis].setdefault(key(value), value)
+        for axis, known in found.items():  # a cell that says nothing of an axis has none there
+            known.setdefault(key(cell.choice.get(axis)), cell.choice.get(axis))
     return Sweep(
         name=reader.name,
         folder=reader.folder,

@@ -72,7 +72,7 @@ def test_what_did_not_finish_is_counted(gaps: Sweep) -> None:
     assert (table.left_out.failed, table.left_out.missing, table.left_out.unmeasured) == (1, 1, 1)
     assert [row.n for row in table.rows] == [2, 3, 2, 2]
     assert table.rows[0].left_out.words == "1 failed"
-    assert table.rows[3].left_out.words == "1 without a finite value"
+    assert table.rows[3].left_out.words == "1 without value"
     assert gaps.table("zeta").left_out.words == "1 failed, 1 missing"
 
 

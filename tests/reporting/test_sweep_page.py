@@ -46,8 +46,8 @@ def test_terminal_and_page_say_the_same(runs: Path) -> None:
     words, said = " ".join(parsed.words), told(runs / "grid")
     for expected in (
         "18 cells: 14 finished, 2 failed, 2 missing",
-        "2.0133",  # mean of the first row, and its spread
-        "0.0161",
+        "2.0135",  # mean of the first row, and its spread
+        "0.0160",
         "1 failed, 1 missing",
         "The same in all cells: steps=200.",
         "difference from rate = 0.001",
@@ -55,7 +55,7 @@ def test_terminal_and_page_say_the_same(runs: Path) -> None:
         "family of all 2 tests",
         "too short with fewer than 10 pairs",
         "NonFiniteLossError: nan at step 7 [bold] lower --optimizer.learning_rate",
-        "rate=0.001 growth=none steps=200 seed=2",
+        "rate=0.001 growth=none seed=2",
         "cambia sweep runs/grid/grid.yaml",
         "working on rate0.01-growthnone-steps200-seed2",
     ):
@@ -78,7 +78,7 @@ def test_terminal_and_page_say_the_same(runs: Path) -> None:
 def test_a_page_stands_alone(runs: Path) -> None:
     write_sweep(runs / "grid", AXES, outcome)
     text, parsed = page_of(runs / "grid")
-    assert parsed.loads == [] or all(load.startswith("#") for load in parsed.loads)
+    assert all(load.startswith("#") for load in parsed.loads)
     assert "script" not in parsed.tags and "link" not in parsed.tags
     assert len(set(parsed.ids)) == len(parsed.ids)
     assert parsed.tags.count("figure") == 3

@@ -27,6 +27,8 @@ def label(value: Any) -> str:
     """A value of an axis as people write it: ``0.0003``, ``true``, ``none``, ``widen_ffn``."""
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -58,11 +60,11 @@ class LeftOut:
 
     @property
     def words(self) -> str:
-        """``"2 failed, 1 missing"``; empty where nothing was left out."""
+        """``"2 failed, 1 missing, 1 without value"``; empty where nothing was left out."""
         counts = (
             (self.failed, "failed"),
             (self.missing, "missing"),
-            (self.unmeasured, "without a finite value"),
+            (self.unmeasured, "without value"),
         )
         return ", ".join(f"{count} {word}" for count, word in counts if count)
 

@@ -112,7 +112,8 @@ class Sweep:
         axis, equals, said = words.partition("=")
         if not equals:
             raise ConfigError(f"--baseline {words!r}: expected AXIS=VALUE; axes are {', '.join(self.axes)}")
-        known = self.axes[self._axis(axis)]
+        axis = self._axis(axis)
+        known = self.axes[axis]
         for value in known:
             if said in (label(value), str(value)):
                 return axis, value
@@ -174,7 +175,8 @@ class Sweep:
         Raises:
             ConfigError, RunError: there is no such metric, axis or value, or no results.
         """
-        metric, known = self.metric(metric), self.axes[self._axis(axis)]
+        metric, axis = self.metric(metric), self._axis(axis)
+        known = self.axes[axis]
         if axis == SEED:
             raise ConfigError(f"no baseline among values of {SEED}: pairs agree on it; name another axis")
         if baseline is _FIRST:
@@ -205,12 +207,18 @@ class Sweep:
         """The last of `ranked`."""
         return self.ranked(metric)[-1]
 
+    def short(self, axis: str) -> str:
+        """The last part of an axis's dotted name, where no other axis ends alike."""
+        last = axis.rpartition(".")[2]
+        return last if sum(name.rpartition(".")[2] == last for name in self.axes) == 1 else axis
+
     def _axis(self, name: str) -> str:
-        if name not in self.axes:
+        found = next((axis for axis in self.axes if name in (axis, self.short(axis))), None)
+        if found is None:
             raise ConfigError(
                 f"{name!r} is no axis of the sweep {self.name!r}{did_you_mean(name, self.axes)}"
             )
-        return name
+        return found
 
 
 def load_sweep(name: str | Path) -> Sweep:

@@ -164,17 +164,15 @@ def comparison_tables(comparison: SweepComparison) -> tuple[Shown, Shown]:
     ]
     head = [*axes, "sweep", "mean", "spread", "n", "left out"]
     means = Shown(with_direction(metric), head, rows, len(axes) + 1, tuple(_notes(comparison)))
-    first = comparison.labels[0]
-    return (
-        means,
-        Shown(
-            f"{name_of(metric)}: difference from {first}",
-            ["sweep", "difference", "95 % interval", "pairs", "p", "p (Holm)", "cells in no pair"],
-            [[*paired_cells(metric, row), str(row.unpaired)] for row in comparison.paired],
-            1,
-            tuple(_paired_notes(comparison)),
-        ),
+    has_pairs = any(row.n for row in comparison.paired)
+    differences = Shown(
+        f"{name_of(metric)}: difference from {comparison.labels[0]}",
+        ["sweep", "difference", "95 % interval", "pairs", "p", "p (Holm)", "unpaired"],
+        [[*paired_cells(metric, row), str(row.unpaired)] for row in comparison.paired if has_pairs],
+        1,
+        tuple(_paired_notes(comparison)),
     )
+    return means, differences
 
 
 def _notes(comparison: SweepComparison) -> list[str]:

@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from cambia.reporting.cells import Cell, PairedRow, grouped, key, label, left
 from cambia.reporting.figures import COLORS, LETTER_SIZE, LETTERS, LINE_COLORS, LINE_DASHES, dress, new_figure
@@ -29,6 +29,7 @@ from cambia.reporting.sweep_tables import (
     name_of,
     number,
     probability,
+    shortened,
     signed,
     with_direction,
 )
@@ -36,6 +37,7 @@ from cambia.reporting.sweep_tables import (
 MOST_ROWS = 60
 """A picture with more rows than that is not drawn."""
 _MOST_LINES = len(LINE_COLORS) * 2
+_MOST_TICKS = 12
 _NAME = 34  # letters in a line of a name
 _MARKERS = ("o", "s", "D", "^")
 
@@ -57,6 +59,8 @@ class _Series:
     """(n,) places on the axis, one per cell."""
     found: np.ndarray
     """(n,) of the metric, finite."""
+    compares: bool
+    """Whether its places met the same values of all other axes, so that their means compare."""
 
     @property
     def means(self) -> tuple[np.ndarray, np.ndarray]:
@@ -101,15 +105,19 @@ def axis_drawing(sweep: Sweep, metric: str, axis: str) -> Drawing | None:
     draw = _draw_rows if is_rows else _draw_lines
     figure = draw(sweep, metric, axis, series, window)
     if split is not None:
-        _legend(figure, split, series)
-    return Drawing(figure, _caption(sweep, metric, axis, split, every[window.beyond(every)]))
+        _legend(figure, sweep.short(split), series)
+    return Drawing(figure, _caption(sweep, metric, axis, split, series, window))
 
 
 def split_axis(sweep: Sweep, axis: str) -> str | None:
     """The axis whose values become lines of their own."""
-    return next(
-        (name for name in sweep.varied if name != axis and len(sweep.axes[name]) <= _MOST_LINES), None
-    )
+    for name in sweep.varied:
+        count = len(sweep.axes[name])
+        # In a random search hardly two cells share a line.
+        is_crossed = 2 * len(grouped(sweep.cells, (axis, name))) > count * len(sweep.axes[axis])
+        if name != axis and count <= _MOST_LINES and is_crossed:
+            return name
+    return None
 
 
 def is_numeric(known: Iterable[Any]) -> bool:
@@ -139,15 +147,21 @@ def window_of(found: np.ndarray) -> _Window:
 
 
 def _series(sweep: Sweep, metric: str, axis: str, split: str | None, *, is_rows: bool) -> list[_Series]:
-    rows = {key(value): row for row, value in enumerate(sweep.axes[axis])}
-    groups = grouped(sweep.cells, [split] if split else [])
+    rows = {key(value): row for row, value in enumerate(sweep.axes[axis])} if is_rows else None
+    rest = [name for name in sweep.varied if name not in (axis, split)]
     found = []
-    for cells in groups.values():
+    for cells in grouped(sweep.cells, [split] if split else []).values():
         measured = [(cell, value) for cell in cells if (value := cell.value(metric)) is not None]
+        met = [set(grouped(group, rest)) for group in grouped(cells, [axis]).values()]
         if measured:
-            at = [_place(cell, axis, rows if is_rows else None) for cell, _ in measured]
-            name = label(cells[0].choice.get(split)) if split else ""
-            found.append(_Series(name, np.array(at, dtype=float), np.array([value for _, value in measured])))
+            found.append(
+                _Series(
+                    name=label(cells[0].choice.get(split)) if split else "",
+                    at=np.array([_place(cell, axis, rows) for cell, _ in measured], dtype=np.float64),
+                    found=np.array([value for _, value in measured]),
+                    compares=all(others == met[0] for others in met),
+                )
+            )
     return found
 
 
@@ -160,18 +174,10 @@ def _draw_lines(sweep: Sweep, metric: str, axis: str, series: list[_Series], win
     axes = figure.subplots()
     dress(axes)
     for i, one in enumerate(series):
-        color, dashes, marker = _style(i)
-        _draw_cells(axes, one.at, one.found, window, color=color, marker=marker, is_flat=False)
-        if _is_balanced(sweep, axis):
-            axes.plot(
-                *one.means,
-                color=color,
-                linestyle=dashes,
-                linewidth=1.5,
-                marker=marker,
-                markersize=5,
-                zorder=3,
-            )
+        style = _style(i)
+        _draw_cells(axes, one.at, one.found, window, style=style, is_flat=False)
+        if one.compares:
+            axes.plot(*one.means, linewidth=1.5, markersize=5, zorder=3, **style)
     known = np.unique(np.asarray(sweep.axes[axis], dtype=np.float64))
     if is_logarithmic(sweep.axes[axis]):
         axes.set_xscale("log")
@@ -184,16 +190,10 @@ def _draw_lines(sweep: Sweep, metric: str, axis: str, series: list[_Series], win
     return figure
 
 
-def _is_balanced(sweep: Sweep, axis: str) -> bool:
-    """Whether every value of an axis meets the same values of the others, so that means compare."""
-    rest = [name for name in sweep.varied if name != axis]
-    met = [set(grouped(cells, rest)) for cells in grouped(sweep.cells, [axis]).values()]
-    return all(others == met[0] for others in met)
-
-
 def _ticks_at(axes: Axes, known: np.ndarray) -> None:
-    """Ticks at the values that occur; of labels that would overlap, the first."""
-    place = np.log(known) if axes.get_xscale() == "log" else known
+    """Ticks at the values that occur, or round ones where those are many; no labels that would overlap."""
+    is_log = axes.get_xscale() == "log"
+    place = np.log(known) if is_log else known
     share = (place - place[0]) / ((place[-1] - place[0]) or 1.0)
     free, labels = -1.0, []
     for value, at in zip(known.tolist(), share.tolist(), strict=True):
@@ -201,7 +201,11 @@ def _ticks_at(axes: Axes, known: np.ndarray) -> None:
         half = (len(name) + 1.5) / LETTERS / 2
         labels.append(name if at - half >= free else "")
         free = at + half if labels[-1] else free
-    axes.set_xticks(known, labels)
+    if len(known) <= _MOST_TICKS or all(labels):
+        axes.set_xticks(known, labels)
+    else:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if is_log else MaxNLocator(8))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
 
@@ -211,67 +215,55 @@ def _draw_rows(sweep: Sweep, metric: str, axis: str, series: list[_Series], wind
     names = [wrapped(label(value)) for value in known]
     figure, axes = _rows_figure(names, thickness=max(1.0, 0.45 * len(series)))
     for i, one in enumerate(series):
-        color, _, marker = _style(i)
+        style: dict[str, Any] = {**_style(i), "linestyle": "none"}
         # Lines of other values stand side by side within a row.
         aside = 0.7 * ((i + 0.5) / len(series) - 0.5)
-        _draw_cells(axes, one.at + aside, one.found, window, color=color, marker=marker, is_flat=True)
+        _draw_cells(axes, one.at + aside, one.found, window, style=style, is_flat=True)
         at, means = one.means
-        keep = ~window.beyond(means)
-        axes.plot(
-            means[keep],
-            at[keep] + aside,
-            linestyle="none",
-            color=color,
-            marker=marker,
-            markersize=6.5,
-            zorder=3,
-        )
+        keep = ~window.beyond(means) & one.compares
+        axes.plot(means[keep], at[keep] + aside, markersize=6.5, zorder=3, **style)
     axes.set_xlim(window.low, window.high)
     _metric_axis(axes, metric)
     axes.set_xlabel(with_direction(metric), parse_math=False)
-    axes.set_ylabel(axis, parse_math=False)
     return figure
 
 
 def _draw_cells(
-    axes: Axes, at: np.ndarray, found: np.ndarray, window: _Window, *, color: str, marker: str, is_flat: bool
+    axes: Axes, at: np.ndarray, found: np.ndarray, window: _Window, *, style: dict[str, Any], is_flat: bool
 ) -> None:
     """A pale dot per cell; what lies beyond the window is an arrow head at its edge."""
-    off = window.beyond(found)
-    heads = {True: (">", "<"), False: ("^", "v")}[is_flat]
-    groups = [(~off, marker), (found > window.high, heads[0]), (found < window.low, heads[1])]
-    for keep, shape in groups:
-        x, y = at[keep], window.clipped(found[keep])
-        axes.plot(
-            *((y, x) if is_flat else (x, y)),
-            linestyle="none",
-            marker=shape,
-            markersize=3.2 if shape == marker else 5,
-            color=color,
-            markeredgewidth=0,
-            alpha=0.55,
-            clip_on=False,
-            zorder=4,
-        )
+    low, high = ("<", ">") if is_flat else ("v", "^")
+    for keep, marker in (
+        (~window.beyond(found), style["marker"]),
+        (found < window.low, low),
+        (found > window.high, high),
+    ):
+        if keep.any():
+            x, y = at[keep], window.clipped(found[keep])
+            look: dict[str, Any] = {**style, "linestyle": "none", "marker": marker}
+            size = 3.2 if marker == style["marker"] else 5
+            axes.plot(
+                *((y, x) if is_flat else (x, y)), markersize=size, alpha=0.55, clip_on=False, zorder=4, **look
+            )
 
 
-def _caption(sweep: Sweep, metric: str, axis: str, split: str | None, beyond: np.ndarray) -> str:
-    over = [name for name in sweep.varied if name not in (axis, split)]
-    seeds = len(sweep.axes.get(SEED, ())) > 1 and axis != SEED
-    over += [SEED] * seeds
+def _caption(
+    sweep: Sweep, metric: str, axis: str, split: str | None, series: list[_Series], window: _Window
+) -> str:
+    over = [name for name in (*sweep.varied, SEED) if name not in (axis, split)]
+    over = [name for name in over if len(sweep.axes.get(name, ())) > 1]
     sentences = []
-    if over and _is_balanced(sweep, axis):
+    if over and all(one.compares for one in series):
         sentences.append(f"Small dots are cells, large marks their means over {listed(over)}.")
     elif over:
         sentences.append(
-            f"Dots are cells. They differ in {listed(over)} too, and not alike at every value of {axis}: "
-            "means along this axis would not compare, so no line is drawn."
+            f"Dots are cells. Where no mean is drawn, they differ in {listed(over)} too, and not alike at "
+            f"every value of {axis}, so that means would not compare."
         )
-    if len(beyond):
-        furthest = max(beyond.tolist(), key=abs)
-        sentences.append(
-            f"Arrow heads at the edge: {len(beyond)} beyond it, as far as {number(metric, furthest)}."
-        )
+    beyond = [value for one in series for value in one.found[window.beyond(one.found)].tolist()]
+    if beyond:
+        furthest = number(metric, max(beyond, key=abs))
+        sentences.append(f"Arrow heads at the edge: {len(beyond)} beyond it, as far as {furthest}.")
     if words := left(sweep.cells, metric).words:
         sentences.append(f"Not drawn: {words}.")
     return " ".join(sentences)
@@ -293,18 +285,17 @@ def forest_drawing(metric: str, rows: Sequence[PairedRow], baseline: str) -> Dra
     window = window_of(np.append(every, 0.0))
     window = _Window(min(window.low, 0.0), max(window.high, 0.0))
     axes.axvline(0, color=COLORS["muted"], linewidth=1.1, zorder=1.5)
+    pairs: dict[str, Any] = {"color": COLORS["sky"], "marker": "o"}
     for at, row in enumerate(rows):
         found = np.array(row.differences)
-        _draw_cells(
-            axes, np.full(len(found), at + 0.0), found, window, color=COLORS["sky"], marker="o", is_flat=True
-        )
+        _draw_cells(axes, np.full(len(found), float(at)), found, window, style=pairs, is_flat=True)
         if not math.isnan(row.interval.low):
             ends = window.clipped(np.array([row.interval.low, row.interval.high]))
             axes.plot(ends, [at, at], color=COLORS["leaf"], linewidth=1.8, zorder=3)
         if row.n and not window.beyond(np.array(row.mean)):
             axes.plot([row.mean], [at], marker="D", markersize=6, color=COLORS["leaf"], zorder=5)
         axes.annotate(
-            f"{signed(metric, row.mean)}  n={row.n}  p={probability(row.p_holm)}" if row.n else "no pair",
+            f"{signed(metric, row.mean)}  n={row.n}  {_p(row.p_holm)}" if row.n else "no pair",
             (1, at),
             xycoords=axes.get_yaxis_transform(),
             xytext=(10, 0),
@@ -316,7 +307,7 @@ def forest_drawing(metric: str, rows: Sequence[PairedRow], baseline: str) -> Dra
         )
     axes.set_xlim(window.low, window.high)
     _metric_axis(axes, metric, is_difference=True)
-    axes.set_xlabel(f"{name_of(metric)}: difference from {shortened(baseline, 60)}", parse_math=False)
+    axes.set_xlabel(f"{name_of(metric)}: difference from {baseline}", parse_math=False)
     off = int(window.beyond(every).sum())
     told = f" Arrow heads at the edge: {off} pairs beyond it." if off else ""
     return Drawing(
@@ -326,15 +317,14 @@ def forest_drawing(metric: str, rows: Sequence[PairedRow], baseline: str) -> Dra
     )
 
 
+def _p(value: float) -> str:
+    text = probability(value)
+    if math.isnan(value):
+        return "no test"
+    return f"p{text}" if text.startswith("<") else f"p={text}"
+
+
 # ---- their parts ---------------------------------------------------------------------------------
-
-
-def shortened(text: str, letters: int) -> str:
-    """Beginning and end of a text that is too long: names often differ in their end alone."""
-    if len(text) <= letters:
-        return text
-    tail = letters // 2 - 1
-    return f"{text[: letters - tail - 1]}…{text[-tail:]}"
 
 
 def wrapped(text: str) -> str:
@@ -371,22 +361,25 @@ def _rounded(text: str) -> str:
     )
 
 
-def _style(i: int) -> tuple[str, Any, str]:
-    """Color, dashes and marker of a line."""
-    place = i % len(LINE_COLORS)
-    return COLORS[LINE_COLORS[place]], LINE_DASHES[i // len(LINE_COLORS) % len(LINE_DASHES)], _MARKERS[place]
+def _style(i: int) -> dict[str, Any]:
+    """Color, dashes and marker of a line; from the fifth on, marks are hollow."""
+    place, turn = i % len(LINE_COLORS), i // len(LINE_COLORS)
+    color = COLORS[LINE_COLORS[place]]
+    return {
+        "color": color,
+        "linestyle": LINE_DASHES[turn % len(LINE_DASHES)],
+        "marker": _MARKERS[place],
+        "markerfacecolor": "none" if turn else color,
+        "markeredgewidth": 1.0 if turn else 0.0,
+    }
 
 
 def _legend(figure: Figure, split: str, series: Sequence[_Series]) -> None:
-    styles = [_style(i) for i in range(len(series))]
-    handles = [
-        Line2D([], [], color=color, linestyle=dashes, marker=marker, markersize=5)
-        for color, dashes, marker in styles
-    ]
-    names = [shortened(chosen_name, 40) for chosen_name in (f"{split} = {one.name}" for one in series)]
+    """What the lines are, below the picture, which becomes higher by as much."""
+    names = [f"{shortened(split, 40)} = {shortened(one.name, 40)}" for one in series]
     abreast = max(1, min(len(names), LETTERS // (max(map(len, names)) + 8)))
     drawn = figure.legend(
-        handles,
+        [Line2D([], [], markersize=5, **_style(i)) for i in range(len(series))],
         names,
         loc="outside lower center",
         ncols=abreast,
@@ -396,3 +389,5 @@ def _legend(figure: Figure, split: str, series: Sequence[_Series]) -> None:
     )
     for text in drawn.get_texts():
         text.set_parse_math(False)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.17 * math.ceil(len(names) / abreast))

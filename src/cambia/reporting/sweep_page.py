@@ -11,15 +11,16 @@ from pathlib import Path
 
 from cambia import files
 from cambia.reporting import units
-from cambia.reporting.cells import Paired, label
+from cambia.reporting.cells import Paired
 from cambia.reporting.figures import to_svg
 from cambia.reporting.markup import RINGS, Html, document, note, section, table, tag, tiles
 from cambia.reporting.sweep import SEED, Sweep
-from cambia.reporting.sweep_figures import MOST_ROWS, Drawing, axis_drawing, forest_drawing, shortened
+from cambia.reporting.sweep_figures import MOST_ROWS, Drawing, axis_drawing, forest_drawing
 from cambia.reporting.sweep_tables import (
     Shown,
+    against,
     asides,
-    chosen,
+    choice_of,
     counts,
     ends_of,
     ends_table,
@@ -29,6 +30,7 @@ from cambia.reporting.sweep_tables import (
     name_of,
     number,
     paired_table,
+    shortened,
 )
 from cambia.sweepdir import GRID
 
@@ -54,14 +56,14 @@ def write_sweep_report(sweep: Sweep, *, metric: str | None = None, baseline: str
 def sweep_page(sweep: Sweep, *, metric: str | None = None, baseline: str | None = None) -> str:
     """The whole page."""
     parts: list[Html] = []
-    against = sweep.baseline(baseline)
+    reference = sweep.baseline(baseline)
     if metric is None and sweep.main_metric is None:
         parts.append(section("Results", note("No cell has a result with a number yet.")))
     else:
         metric = sweep.metric(metric)
         parts += [_tiles(sweep, metric), shown_section(main_table(sweep, metric)), *_pictures(sweep, metric)]
-        if against is not None:
-            parts.append(_paired(sweep.paired(metric, *against)))
+        if reference is not None:
+            parts.append(_paired(sweep.paired(metric, *reference)))
         parts += [
             shown_section(ends_table(sweep, metric)),
             shown_section(every_metric_table(sweep), is_folded=True),
@@ -94,8 +96,8 @@ def _tiles(sweep: Sweep, metric: str) -> Html:
     first, last = ends_of(metric)
     shown = []
     for which, cell in ((first, sweep.best(metric)), (last, sweep.worst(metric))):
-        choice = {axis: cell.choice.get(axis) for axis in sweep.axes if axis in (*sweep.varied, SEED)}
-        told = f"{name_of(metric)}, {which}: {shortened(chosen(choice), 90)}"
+        choice = choice_of(sweep, cell)
+        told = f"{name_of(metric)}, {which}{': ' if choice else ''}{shortened(choice, 90)}"
         shown.append((number(metric, cell.value(metric)), told))
     shown.append((f"{len(sweep.having('finished'))} of {len(sweep.cells)}", "cells finished"))
     if seeds := len(sweep.axes.get(SEED, ())):
@@ -109,7 +111,9 @@ def _tiles(sweep: Sweep, metric: str) -> Html:
 
 def shown_section(shown: Shown, *above: object, is_folded: bool = False) -> Html:
     """A card with a table and the sentences beneath it; a long table is folded away."""
-    drawn = table(shown.head, shown.rows, numbers=range(shown.words, len(shown.head)))
+    drawn = Html("")
+    if shown.rows:
+        drawn = table(shown.head, shown.rows, numbers=range(shown.words, len(shown.head)))
     if is_folded or len(shown.rows) > _LONG:
         drawn = tag("details", tag("summary", f"Table of {units.plural(len(shown.rows), 'row')}"), drawn)
     beneath = [note(" ".join(shown.notes))] if shown.notes else []
@@ -137,8 +141,7 @@ def picture(drawing: Drawing, name: str, title: str) -> Html:
 
 def _paired(paired: Paired) -> Html:
     shown = paired_table(paired)
-    against = f"{paired.axis} = {label(paired.baseline)}"
-    drawing = forest_drawing(paired.metric, paired.rows, against)
+    drawing = forest_drawing(paired.metric, paired.rows, against(paired))
     return shown_section(shown, *([picture(drawing, "forest", shown.title)] if drawing else []))
 
 

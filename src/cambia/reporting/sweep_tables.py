@@ -60,7 +60,9 @@ def number(metric: str, value: float | None) -> str:
         return units.duration(value)
     if {"tokens", "parameters", "steps", "bytes"} & set(words):
         return units.count(value)
-    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:.4f}"
+    return f"{value:.2g}" if abs(value) < 1e-3 else f"{value:.4g}"
 
 
 def signed(metric: str, value: float) -> str:
@@ -78,6 +80,20 @@ def probability(p: float) -> str:
 def chosen(choice: Mapping[str, Any]) -> str:
     """``"rate=0.001 seed=0"``."""
     return " ".join(f"{axis}={label(value)}" for axis, value in choice.items())
+
+
+def shortened(text: str, letters: int) -> str:
+    """Beginning and end of a text that is too long: names often differ in their end alone."""
+    if len(text) <= letters:
+        return text
+    tail = letters // 2 - 1
+    return f"{text[: letters - tail - 1]}…{text[-tail:]}"
+
+
+def choice_of(sweep: Sweep, cell: Cell) -> str:
+    """What a cell chose where cells differ: ``"rate=0.001 seed=0"``."""
+    differing = {axis: cell.choice.get(axis) for axis, values in sweep.axes.items() if len(values) > 1}
+    return chosen({sweep.short(axis): value for axis, value in differing.items()})
 
 
 def listed(names: Sequence[str]) -> str:
@@ -117,7 +133,7 @@ def main_table(sweep: Sweep, metric: str) -> Shown:
     """Mean, spread and number of values of a metric for each combination of axes."""
     table = sweep.table(metric)
     axes = shown_axes(sweep, table.axes)
-    head = [*(axes or ["cells"]), "mean", "spread", "n"]
+    head = [*(map(sweep.short, axes) if axes else ["cells"]), "mean", "spread", "n"]
     rows = [
         [*([label(row.choice[axis]) for axis in axes] or ["all"]), *summary(metric, row)]
         for row in table.rows
@@ -153,15 +169,26 @@ def _table_notes(sweep: Sweep, rows: Sequence[Row], axes: Sequence[str]) -> list
 
 def paired_table(paired: Paired) -> Shown:
     """The differences from a baseline, with what may be concluded from them."""
-    against = f"{paired.axis} = {label(paired.baseline)}"
-    head = [paired.axis, "difference", "95 % interval", "pairs", "p", "p (Holm)"]
-    return Shown(
-        f"{name_of(paired.metric)}: difference from {against}",
-        head if not any(row.unpaired for row in paired.rows) else [*head, "not in a pair"],
-        [[*paired_cells(paired.metric, row), *_unpaired(row, paired.rows)] for row in paired.rows],
-        1,
-        tuple(_paired_notes(paired)),
-    )
+    head = [
+        paired.axis.rpartition(".")[2],
+        "difference",
+        "95 % interval",
+        "pairs",
+        "p",
+        "p (Holm)",
+        "unpaired",
+    ]
+    rows = [[*paired_cells(paired.metric, row), str(row.unpaired)] for row in paired.rows]
+    if not any(row.unpaired for row in paired.rows):
+        head, rows = head[:-1], [row[:-1] for row in rows]
+    title = f"{name_of(paired.metric)}: difference from {against(paired)}"
+    has_pairs = any(row.n for row in paired.rows)
+    return Shown(title, head, rows if has_pairs else [], 1, tuple(_paired_notes(paired)))
+
+
+def against(paired: Paired) -> str:
+    """What others are compared with, ``"rate = 0.001"``, cut in its middle where it is long."""
+    return shortened(f"{paired.axis} = {label(paired.baseline)}", 72)
 
 
 def paired_cells(metric: str, row: PairedRow) -> list[str]:
@@ -177,10 +204,6 @@ def paired_cells(metric: str, row: PairedRow) -> list[str]:
     ]
 
 
-def _unpaired(row: PairedRow, rows: Sequence[PairedRow]) -> list[str]:
-    return [units.plural(row.unpaired, "cell")] if any(other.unpaired for other in rows) else []
-
-
 def _paired_notes(paired: Paired) -> list[str]:
     agree = f" with equal {listed(paired.over)}" if paired.over else ""
     notes = [f"The two of a pair are cells{agree}."]
@@ -192,6 +215,8 @@ def _paired_notes(paired: Paired) -> list[str]:
 
 def trust_notes(rows: Sequence[PairedRow]) -> list[str]:
     """What was tested and corrected, and how far to trust it."""
+    if not any(row.n for row in rows):
+        return ["There are no pairs: no cell and its only partner both have a value."]
     notes, family = [], sum(not math.isnan(row.test.p) for row in rows)
     if family:
         made = "the 1 test" if family == 1 else f"all {family} tests"
@@ -203,8 +228,8 @@ def trust_notes(rows: Sequence[PairedRow]) -> list[str]:
         notes.append("One pair allows neither an interval nor a test.")
     if any(1 < row.n < FEW_PAIRS for row in rows):
         notes.append(f"The interval is a bootstrap, and too short with fewer than {FEW_PAIRS} pairs.")
-    if all(row.n == 0 for row in rows):
-        notes.append("No cell has a partner that agrees with it on everything else and finished.")
+    if any(row.unpaired for row in rows):
+        notes.append("Unpaired: cells that, or whose partner, failed, are missing or have no value.")
     return notes
 
 
@@ -218,7 +243,7 @@ def ends_table(sweep: Sweep, metric: str) -> Shown:
         top, bottom = ranked[:1], ranked[1:][-1:]
 
     def row(name: str, cell: Cell) -> list[str]:
-        return [name, cell.name, chosen(cell.choice), number(metric, cell.value(metric))]
+        return [name, cell.name, choice_of(sweep, cell), number(metric, cell.value(metric))]
 
     rows = [row(first, cell) for cell in top] + [row(last, cell) for cell in bottom]
     title = f"{first.capitalize()} and {last} cells by {name_of(metric)}"

@@ -187,7 +187,10 @@ def print_sweep(
 
 def print_shown(console: Console, shown: Shown) -> None:
     """Print a table with the sentences beneath it, and no more rows than a person reads."""
-    print_table(console, shown.title, shown.head, shown.rows[:_MOST_ROWS], words=shown.words)
+    if shown.rows:
+        print_table(console, shown.title, shown.head, shown.rows[:_MOST_ROWS], words=shown.words)
+    else:
+        console.print(Text(shown.title, style="bold"))
     more = len(shown.rows) - _MOST_ROWS
     notes = [*([f"{more} more rows stand in the report."] if more > 0 else []), *shown.notes]
     for sentence in notes:

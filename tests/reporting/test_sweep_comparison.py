@@ -110,3 +110,16 @@ def test_terminal_and_page_say_the_same(runs: Path, tmp_path: Path) -> None:
         for row in place.rows:
             assert f"{row.mean:.4f}" in told and f"{row.mean:.4f}" in words
     assert not math.isnan(comparison.paired[0].interval.low)
+
+
+def test_a_narrow_terminal_cuts_nothing(runs: Path) -> None:
+    long = "a_name_that_is_long_enough_to_be_folded_in_two"
+    made(runs / "fixed")
+    made(runs / long, -0.1, rate=[0.003, 0.01])
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_sweep_comparison(compare_sweeps([load_sweep("fixed"), load_sweep(long)]), console)
+    lines = [line.split() for line in console.export_text().splitlines()]
+    head = next(words for words in lines if "unpaired" in words)
+    assert head[-1] == "unpaired"
+    row = lines[lines.index(head) + 2]
+    assert row[1] == "-0.1003" and row[-1] == "3" and row[-4] == "3"

@@ -167,7 +167,7 @@ def comparison_tables(comparison: SweepComparison) -> tuple[Shown, Shown]:
     has_pairs = any(row.n for row in comparison.paired)
     differences = Shown(
         f"{name_of(metric)}: difference from {comparison.labels[0]}",
-        ["sweep", "difference", "95 % interval", "pairs", "p", "p (Holm)", "unpaired"],
+        ["sweep", "difference", "95 % interval", "pairs", "p", "Holm", "unpaired"],
         [[*paired_cells(metric, row), str(row.unpaired)] for row in comparison.paired if has_pairs],
         1,
         tuple(_paired_notes(comparison)),

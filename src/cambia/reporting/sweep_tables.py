@@ -170,12 +170,12 @@ def _table_notes(sweep: Sweep, rows: Sequence[Row], axes: Sequence[str]) -> list
 def paired_table(paired: Paired) -> Shown:
     """The differences from a baseline, with what may be concluded from them."""
     head = [
-        paired.axis.rpartition(".")[2],
+        "value",
         "difference",
         "95 % interval",
         "pairs",
         "p",
-        "p (Holm)",
+        "Holm",
         "unpaired",
     ]
     rows = [[*paired_cells(paired.metric, row), str(row.unpaired)] for row in paired.rows]
@@ -221,7 +221,7 @@ def trust_notes(rows: Sequence[PairedRow]) -> list[str]:
     if family:
         made = "the 1 test" if family == 1 else f"all {family} tests"
         notes.append(
-            "p: paired t test, two-sided, which takes the pairs as independent; Holm's correction is over "
+            "p: paired t test, two-sided, which takes the pairs as independent. Holm: the same corrected for "
             f"the family of {made} in this table."
         )
     if any(row.n == 1 for row in rows):

@@ -210,12 +210,17 @@ def print_table(
     """
     shown = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     filled = [list(row) for row in rows]
-    for i, name in enumerate(head):
-        if i < words:
-            shown.add_column(Text(name), overflow="fold")
-        else:
-            parts = [*name.split(), *(row[i] for row in filled)]
-            shown.add_column(Text(name), justify="right", min_width=max(map(len, parts)))
+    narrowest = [
+        max(map(len, [*head[i].split(), *(row[i] for row in filled)])) for i in range(words, len(head))
+    ]
+    widest = [max(len(line[i]) for line in (head, *filled)) for i in range(words)]
+    # rich narrows columns of numbers as well, and then cuts: the words must leave them their room.
+    room = console.width - sum(narrowest) - _GAP * (len(head) - 1)
+    most = next((most for most in range(max(widest), 4, -1) if sum(min(most, w) for w in widest) <= room), 4)
+    for name in head[:words]:
+        shown.add_column(Text(name), overflow="fold", max_width=most)
+    for name, width in zip(head[words:], narrowest, strict=True):
+        shown.add_column(Text(name), justify="right", min_width=width)
     for row in filled:
         shown.add_row(*map(Text, row))
     console.print(Text(title, style="bold"))

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
@@ -31,15 +30,16 @@ class Display:
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("[red]{task.fields[failed]}"),
+            TextColumn("[green]{task.fields[count]}[/green] [red]{task.fields[failed]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
             speed_estimate_period=_A_DAY,
         )
-        self._bar = self._progress.add_task("cells", total=total, completed=done, failed="")
+        self._bar = self._progress.add_task(
+            "cells", total=total, completed=done, count=self._count, failed=""
+        )
         self._running: dict[str, TaskID] = {}
 
     def __enter__(self) -> Display:
@@ -55,7 +55,7 @@ class Display:
 
     def started(self, cell: str) -> None:
         """A worker has begun with a cell."""
-        self._running[cell] = self._progress.add_task(f"  {cell}", total=None, failed="")
+        self._running[cell] = self._progress.add_task(f"  {cell}", total=None, count="", failed="")
 
     def stopped(self, cell: str) -> None:
         """A worker is done with it, whatever came of it."""
@@ -65,13 +65,17 @@ class Display:
         """A cell has its result."""
         self.done += 1
         self.failed += result.status == "failed"
-        failed = f"{self.failed} failed" if self.failed else ""
-        self._progress.update(self._bar, completed=self.done, failed=failed)
+        failed = f"{self.failed:,} failed" if self.failed else ""
+        self._progress.update(self._bar, completed=self.done, count=self._count, failed=failed)
         name = next((name for name in _SHOWN if result.results.get(name) is not None), None)
         what = f"{name} {result.results[name]:.4f}" if name else ""
         said = what if result.status == "finished" else f"[red]failed[/red]: {escape(result.error or '')}"
         took = f"{seconds:.1f} s  " if seconds else ""
         self.say(f"{self.done}/{self.total}  {result.cell}  {took}{said}")
+
+    @property
+    def _count(self) -> str:
+        return f"{self.done:,}/{self.total:,}"
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

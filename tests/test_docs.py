@@ -19,9 +19,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from cambia.growth import AddKVHeads, AddLayers, WidenFFN, WidenHidden, grow
 from cambia.models.architectures import ARCHITECTURES
+from cambia.sweeps import cells_of, read_grid
 from tests.conftest import tiny
 from tests.markdown import ROOT, Block, Said, blocks, cambia, run_python
 from tests.test_readme import assert_same_text
@@ -173,6 +175,15 @@ def _spelled() -> Iterator[Any]:
             renamed = vars(value).get("OLD_SPELLINGS") if isinstance(value, type) else None
             if isinstance(renamed, Mapping) and renamed and dataclasses.is_dataclass(value):
                 yield value
+
+
+# ---- sweeps.md -----------------------------------------------------------------------------------
+
+
+def test_grids_are_grids() -> None:
+    grids = [yaml.safe_load(block.text) for block in blocks("docs/sweeps.md") if block.language == "yaml"]
+    counts = [len(cells_of(read_grid(grid))) for grid in grids]
+    assert counts == [8, 4]
 
 
 # ---- other_loops.md ------------------------------------------------------------------------------

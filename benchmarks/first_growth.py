@@ -39,7 +39,7 @@ PROMPT_BYTES, WRITTEN_BYTES = 128, 256
 PROMPTS = 40  # per domain
 DOMAINS = {"english": "English", "python": "Python", "cpp": "C++"}
 PRESETS = {
-    "quick": {"seeds": 1, "prompts": 4, "settings": {"training.steps": 20}},
+    "quick": {"seeds": 1, "prompts": 2, "settings": {"training.steps": 8, "evaluation.max_bytes": 2000}},
     "full": {"seeds": 3, "prompts": PROMPTS, "settings": {}},
 }
 

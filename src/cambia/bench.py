@@ -34,8 +34,8 @@ from cambia.reporting.units import plural
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 """Where it is in a checkout; an installed package has none."""
 PRESETS = {
-    "quick": "does it run? A minute at most; writes nothing",
-    "full": "the figures, on a CPU",
+    "quick": "does it run? A minute or a few; nothing is kept",
+    "full": "the figures, on a CPU; may take an hour",
     "gpu": "the figures, on a GPU",
 }
 

@@ -22,10 +22,10 @@ def bench(*words: Settings, preset: str | None = None, write: bool = False) -> i
 
     Args:
         words: a benchmark's name, then options of its script.
-        preset: quick (does it run? writes nothing; the default), full (the figures, on a CPU), or gpu.
+        preset: quick (does it run? nothing is kept; the default), full (the figures, on a CPU), or gpu.
         write: measure nothing, and write the tables anew from the results that are there.
     """
-    from cambia.bench import find, write_pages
+    from cambia.bench import PRESETS, find, write_pages
 
     if words and words[0].startswith("-"):
         raise ConfigError(f"name the benchmark before {words[0]}: cambia bench NAME {' '.join(words)}")
@@ -42,6 +42,8 @@ def bench(*words: Settings, preset: str | None = None, write: bool = False) -> i
         if preset:
             raise ConfigError(f"which one? name a benchmark: cambia bench NAME --preset {preset}")
         console().print(_list())
+        for name, what in PRESETS.items():
+            console().print(f"--preset {name}: {what}")
         return 0
     chosen = preset or "quick"
     return find(words[0], chosen).run(chosen, words[1:])

@@ -290,7 +290,7 @@ def _plain(value: Any) -> Any:
 def matches(choice: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether a choice is one of those wanted: each axis named has that value, or one of a list."""
     return all(
-        _plain(choice[axis]) in [_plain(one) for one in (value if isinstance(value, list) else [value])]
+        _plain(choice[axis]) in [_plain(one) for one in [value, *(value if isinstance(value, list) else ())]]
         for axis, value in wanted.items()
     )
 

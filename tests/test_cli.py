@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cambia.sweepdir import CellRecord, Result, SweepWriter
 from tests.conftest import checkpoint
 
 TINY = {
@@ -321,3 +322,18 @@ def test_recipes_print_yaml_that_is_complete(cambia, tmp_path):
     assert tree["training"]["schedule"]["type"] == "wsd"
     (tmp_path / "copy.yaml").write_text(out)
     assert cambia("run", "copy.yaml", "--training.stepz", "1")[0] == 2
+
+
+def test_sweeps_are_listed_and_deleted(cambia, tmp_path):
+    sweep = SweepWriter(tmp_path / "runs" / "study")
+    cell = CellRecord("a", "1", {"seed": 0})
+    sweep.write_grid("", [cell, CellRecord("b", "2", {"seed": 1})])
+    sweep.record(Result("a", "1", {"seed": 0}, "finished"))
+    _, out, _ = cambia("runs", "list")
+    assert "sweep study: 2 cells, 1 finished, 0 failed" in out
+    claim = sweep.claim("2")
+    code, _, err = cambia("runs", "delete", "study", "--yes")
+    assert code == 2 and "still going" in err
+    claim.release()
+    assert cambia("runs", "delete", "study", "--yes")[0] == 0
+    assert not sweep.folder.exists()

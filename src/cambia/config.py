@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module, resources
 from pathlib import Path
+from types import UnionType
 from typing import Any, ClassVar, Self, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
@@ -183,12 +185,22 @@ def build(cls: type[T], fields: Mapping[str, Any]) -> T:
         except TypeError as error:
             raise FieldError([], f"{cls.__name__} is {error}") from None
         return cls(**fields)
-    hints = get_type_hints(cls, include_extras=True)
+    hints = _hints(cls)
     ready = {key: _build_inside(hints[key], value, [key]) for key, value in fields.items()}
     try:
-        return cast(T, TypeAdapter(cls).validate_python(ready))
+        return cast(T, _adapter(cls).validate_python(ready))
     except ValidationError as error:
         raise _first_problem(error) from None
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
+
+
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
 
 
 def _build_inside(annotation: Any, value: Any, path: list[str | int]) -> Any:
@@ -199,12 +211,22 @@ def _build_inside(annotation: Any, value: Any, path: list[str | int]) -> Any:
     if isinstance(value, bool) and _mentions(annotation, int, float) and not _mentions(annotation, bool):
         # pydantic takes true for 1, and a flag whose value was forgotten is true.
         raise FieldError(path, f"expected a number, got {value!r}")
-    if isinstance(value, Mapping) and dataclasses.is_dataclass(annotation):
+    if isinstance(value, Mapping) and get_origin(annotation) is dict:
+        _, inner = get_args(annotation)
+        return {key: _build_inside(inner, item, [*path, key]) for key, item in value.items()}
+    section = _section_in(annotation)
+    if isinstance(value, Mapping) and section is not None:
         try:
-            return build(annotation, value)
+            return build(section, value)
         except FieldError as error:
             raise FieldError([*path, *error.path], error.problem) from None
     return value
+
+
+def _section_in(annotation: Any) -> type | None:
+    """The plain dataclass that an annotation means, alone or as one of several types."""
+    members = get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
+    return next((member for member in members if dataclasses.is_dataclass(member)), None)
 
 
 def _mentions(annotation: Any, *kinds: type) -> bool:
@@ -249,7 +271,7 @@ def dump(value: Any) -> dict[str, Any]:
     """
     if dataclasses.is_dataclass(value):
         try:
-            plain = TypeAdapter(type(value)).dump_python(value, mode="json")
+            plain = _adapter(type(value)).dump_python(value, mode="json")
         except PydanticSerializationError as error:
             raise (error.__cause__ if isinstance(error.__cause__, ConfigError) else error) from None
         return {name: plain[name] for name in field_names(type(value))}

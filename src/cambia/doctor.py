@@ -25,7 +25,12 @@ _CORE = (
     "rich",
     "matplotlib",
 )
-_EXTRAS = {"data": ("datasets", "pyarrow"), "peft": ("peft",)}
+_EXTRAS = {
+    "data": ("datasets", "pyarrow"),
+    "peft": ("peft",),
+    "sweep": ("optuna", "cmaes"),
+    "ray": ("ray",),
+}
 
 
 def examine() -> Iterator[str]:

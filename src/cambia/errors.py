@@ -40,6 +40,10 @@ class RunError(CambiaError, RuntimeError):
     """A run directory is taken, missing, or still being written by another process."""
 
 
+class SweepError(CambiaError, RuntimeError):
+    """A sweep cannot go on."""
+
+
 class NonFiniteLossError(CambiaError, ArithmeticError):
     """The loss became infinite or not a number; the last good checkpoint is kept."""
 

@@ -99,6 +99,12 @@ def find_sweep(name: str | Path) -> Path:
     )
 
 
+def list_sweeps() -> list[Path]:
+    """Every sweep's folder under `cambia.rundir.runs_root`, by name."""
+    root = rundir.runs_root()
+    return sorted(path.parent for path in root.glob(f"*/{CELLS}"))
+
+
 class SweepReader:
     """Reads a sweep directory, also while the sweep is going."""
 
@@ -123,6 +129,14 @@ class SweepReader:
         path = self.folder / PROGRESS
         return files.read_json(path) if path.exists() else None
 
+    def is_going(self) -> bool:
+        """Whether a process works on one of its cells right now."""
+        claims = [Claim.taken(path) for path in (self.folder / _CLAIMS).iterdir()]
+        for claim in claims:
+            if claim is not None:
+                claim.release()
+        return None in claims
+
 
 class SweepWriter:
     """Writes a sweep directory, beside other processes that do the same.
@@ -142,19 +156,27 @@ class SweepWriter:
         self._known: dict[str, Result] = {}
         self._read_to = 0
 
-    def write_grid(self, yaml_text: str, cells: Iterable[CellRecord]) -> None:
-        """Say what the sweep consists of; results of other cells stay and are not shown."""
+    def write_grid(self, yaml_text: str, cells: Iterable[CellRecord] | None) -> None:
+        """Say what the sweep consists of; results of other cells stay and are not shown.
+
+        Args:
+            yaml_text: of the grid.
+            cells: of the grid; None where a search adds them one by one.
+        """
         with self._locked():
             files.write_text(self.folder / GRID, yaml_text)
-            files.write_json(self.folder / CELLS, [asdict(cell) for cell in cells])
+            if cells is not None or not (self.folder / CELLS).exists():
+                files.write_json(self.folder / CELLS, [asdict(cell) for cell in cells or ()])
+
+    def cells(self) -> list[CellRecord]:
+        """Every cell of the grid so far."""
+        return [CellRecord(**cell) for cell in files.read_json(self.folder / CELLS)]
 
     def add_cells(self, cells: Iterable[CellRecord]) -> None:
         """Add cells that a search has thought of."""
         with self._locked():
-            listed = files.read_json(self.folder / CELLS)
-            known = {cell["hash"] for cell in listed}
-            listed += [asdict(cell) for cell in cells if cell.hash not in known]
-            files.write_json(self.folder / CELLS, listed)
+            listed = {cell.hash: cell for cell in [*self.cells(), *cells]}
+            files.write_json(self.folder / CELLS, [asdict(cell) for cell in listed.values()])
 
     def claim(self, hash: str) -> Claim | None:
         """The right to work on a configuration; None while another process has it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 from cambia.cli.app import Settings, app, console, data_app, recipe_and_flags, runs_app
@@ -39,14 +40,14 @@ def recipes(name: str | None = None, *, print: bool = False) -> None:
 
 @runs_app.command(name="list")
 def list_runs() -> None:
-    """List the runs, oldest first."""
+    """List the runs, oldest first, and the sweeps."""
     from rich.table import Table
 
-    from cambia import rundir
+    from cambia import rundir, sweepdir
 
-    found = rundir.list_runs()
+    found, sweeps = rundir.list_runs(), sweepdir.list_sweeps()
     out = console()
-    if not found:
+    if not found and not sweeps:
         out.print(f"no runs under {rundir.runs_root()} yet; `cambia run` makes the first")
         return
     table = Table("run", "status", "steps", "parameters", "grown", box=None)
@@ -64,7 +65,13 @@ def list_runs() -> None:
             f"{summary['parameters_end']:,}" if "parameters_end" in summary else "",
             str(grown),
         )
-    out.print(table)
+    if found:
+        out.print(table)
+    for folder in sweeps:
+        sweep = sweepdir.SweepReader(folder)
+        states = Counter(result.status for result in sweep.results().values())
+        done = f"{states['finished']:,} finished, {states['failed']:,} failed"
+        out.print(f"sweep {sweep.name}: {len(sweep.cells()):,} cells, {done}")
 
 
 @runs_app.command(name="show")
@@ -81,7 +88,7 @@ def show_run(run: str) -> None:
 
 @runs_app.command(name="delete")
 def delete_run(run: str, *, yes: bool = False) -> None:
-    """Delete a run for good, after asking.
+    """Delete a run or a sweep for good, after asking.
 
     Args:
         run: its name or folder.
@@ -91,10 +98,11 @@ def delete_run(run: str, *, yes: bool = False) -> None:
 
     from cambia.errors import RunError
     from cambia.rundir import RunReader
+    from cambia.sweepdir import SweepReader, is_sweep
 
-    reader = RunReader(run)
+    reader = SweepReader(run) if is_sweep(run) else RunReader(run)
     if reader.is_going():
-        raise RunError(f"the run {reader.name!r} is still going; stop it first (Ctrl-C there)")
+        raise RunError(f"{reader.name!r} is still going; stop it first (Ctrl-C there)")
     if not yes:
         if not sys.stdin.isatty():
             raise ConfigError(f"deleting {reader.folder} needs an answer from a person, or --yes")

@@ -27,6 +27,7 @@ from cambia.data.sources import Splits
 from cambia.data.streams import Stream, Task
 from cambia.data.tokenizers import Tokenizer, build_tokenizer
 from cambia.errors import ConfigError, OutOfMemoryError
+from cambia.experiment.results import results_of
 from cambia.experiment.starts import model_folder
 from cambia.experiment.tree import Experiment, experiment_from, plain_tree, read_experiment
 from cambia.growth import GrowthEvent, GrowthManager
@@ -79,13 +80,28 @@ def train(
         elif flags:
             experiment = experiment_from(plain_tree(experiment), source="experiment", flags=flags)
         folder = rundir.run_folder(name) if name else rundir.free_folder(experiment.name)
-    run = RunWriter(folder, resume=resume)
-    try:
-        with _one_line_when_out_of_memory(experiment):
-            _train(experiment, run)
-    finally:
-        run.close()
+    _train_into(RunWriter(folder, resume=resume), experiment)
     return folder
+
+
+def train_in(folder: Path, experiment: Experiment) -> bool:
+    """Train in a folder of one's own choice, or go on with what was begun there with the same settings.
+
+    Returns:
+        Whether the run has finished; False where it was interrupted.
+
+    Raises:
+        CambiaError: whatever the user can repair.
+    """
+    begun = (folder / rundir.CONFIG_JSON).exists()
+    if not begun or not is_finished(RunReader(folder)):
+        _train_into(RunWriter(folder, resume=begun), experiment)
+    return is_finished(RunReader(folder))
+
+
+def is_finished(run: RunReader) -> bool:
+    """Whether a run was trained to its end."""
+    return (run.summary() or {}).get("status") == "finished"
 
 
 def load(path: str | Path) -> PreTrainedModel:
@@ -109,6 +125,14 @@ class Assembly:
     stage_steps: list[int]
     trainer: Trainer
     resumed: bool
+
+
+def _train_into(run: RunWriter, experiment: Experiment) -> None:
+    try:
+        with _one_line_when_out_of_memory(experiment):
+            _train(experiment, run)
+    finally:
+        run.close()
 
 
 def _train(experiment: Experiment, run: RunWriter) -> None:
@@ -139,6 +163,7 @@ def _train(experiment: Experiment, run: RunWriter) -> None:
             "flops": progress.flops,
             "skipped_steps": progress.skipped,
             "optimizer_covers_all_parameters": _covers(parts.trainer),
+            "results": results_of(RunReader(run.folder)) if finished else {},
         }
     )
 

@@ -8,6 +8,7 @@ Sweeps write it, reports read it, and no other file knows the names in it.
       grid_results.jsonl    a line per result, only ever appended; the last line of a cell counts
       grid_results.csv      the same as a table, a row per cell
       grid_progress.json    a snapshot: total, done, skipped, failed, elapsed, current
+      report.html           written by `cambia report NAME`
       CELL/                 the run directory of a cell
       errors/CELL.txt       why a cell failed, in full
       logs/                 what workers printed
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import difflib
 import fcntl
 import io
 import json
@@ -94,9 +96,15 @@ def find_sweep(name: str | Path) -> Path:
     for folder in (Path(name), rundir.runs_root() / name):
         if (folder / CELLS).is_file():
             return folder
-    raise RunError(
-        f"there is no sweep {str(name)!r} under {rundir.runs_root()}; `cambia sweep GRID.yaml` makes one"
-    )
+    near = nearest_sweep(str(name))
+    hint = f"did you mean {near!r}?" if near else "`cambia sweep GRID.yaml` makes one"
+    raise RunError(f"there is no sweep {str(name)!r} under {rundir.runs_root()}; {hint}")
+
+
+def nearest_sweep(name: str) -> str | None:
+    """The name under `cambia.rundir.runs_root` that is spelled most like it, if any is."""
+    known = [folder.name for folder in list_sweeps()]
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 def list_sweeps() -> list[Path]:
@@ -166,7 +174,7 @@ class SweepWriter:
         with self._locked():
             files.write_text(self.folder / GRID, yaml_text)
             if cells is not None or not (self.folder / CELLS).exists():
-                files.write_json(self.folder / CELLS, [asdict(cell) for cell in cells or ()])
+                self._write_cells(cells or ())
 
     def cells(self) -> list[CellRecord]:
         """Every cell of the grid so far."""
@@ -175,8 +183,7 @@ class SweepWriter:
     def add_cells(self, cells: Iterable[CellRecord]) -> None:
         """Add cells that a search has thought of."""
         with self._locked():
-            listed = {cell.hash: cell for cell in [*self.cells(), *cells]}
-            files.write_json(self.folder / CELLS, [asdict(cell) for cell in listed.values()])
+            self._write_cells({cell.hash: cell for cell in [*self.cells(), *cells]}.values())
 
     def claim(self, hash: str) -> Claim | None:
         """The right to work on a configuration; None while another process has it."""
@@ -197,7 +204,7 @@ class SweepWriter:
                 return False
             with files.one_line_when_full(self.folder / RESULTS), open(self.folder / RESULTS, "ab") as log:
                 log.truncate(self._read_to)  # the beginning of a line whose writer was killed
-                log.write(json.dumps(asdict(result), sort_keys=True, allow_nan=False).encode() + b"\n")
+                log.write(json.dumps(asdict(result), allow_nan=False).encode() + b"\n")
                 log.flush()
                 os.fsync(log.fileno())
             self._read()
@@ -231,6 +238,11 @@ class SweepWriter:
         with open(self.folder / _LOCK, "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+    def _write_cells(self, cells: Iterable[CellRecord]) -> None:
+        # The order of the axes is the grid's: no sorted keys here.
+        text = json.dumps([asdict(cell) for cell in cells], indent=1, allow_nan=False)
+        files.write_text(self.folder / CELLS, text + "\n")
 
     def _read(self) -> None:
         """Take in the whole lines that were appended since the last time."""

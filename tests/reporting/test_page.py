@@ -3,7 +3,6 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 
 from cambia import rundir
 from cambia.reporting import load_run, write_report
+from tests.pages import EVIL, Checked
 
 Make = Callable[..., Path]
 SECTIONS = [
@@ -24,44 +24,6 @@ SECTIONS = [
     "Where it comes from",
     "Configuration",
 ]
-EVIL = '<script>alert("1")</script>'
-
-
-class Checked(HTMLParser):
-    """Fails on tags that do not match; collects what the page would load, its ids and its text."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.loads: list[str] = []
-        self.ids: list[str] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag != "meta":
-            self.open.append(tag)
-        for name, value in attrs:
-            if name in ("src", "href", "srcset", "data", "action"):
-                self.loads.append(value or "")
-            if name == "id":
-                self.ids.append(value or "")
-            assert not name.startswith("on")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
-            self.words.append(data)
 
 
 def written(folder: Path) -> tuple[str, Checked]:

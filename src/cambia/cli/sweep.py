@@ -66,7 +66,7 @@ def sweep(
     found = load_sweep(folder)
     write_sweep_report(found)
     print_sweep(found, console())
-    return 1 if found.failures else 0
+    return 1 if found.having("failed") else 0
 
 
 def _dry_run(

@@ -83,33 +83,49 @@ def evaluate(
 
 
 @app.command
-def report(run: str) -> None:
-    """Print a run's results and write its report.html, also while it is still going.
+def report(name: str, *, metric: str | None = None, baseline: str | None = None) -> None:
+    """Print the results of a run or a sweep and write its report.html, also while it is still going.
 
     Args:
-        run: a run's name or folder.
+        name: of a run or a sweep, or its folder.
+        metric: of a sweep: what to show instead of bits per byte.
+        baseline: of a sweep: AXIS=VALUE, what the other values of that axis are compared with.
     """
-    from cambia.reporting import load_run, print_summary, write_report
+    from cambia import reporting
 
-    found = load_run(run)
-    write_report(found)
-    print_summary(found, console())
+    found = reporting.load(name)
+    if isinstance(found, reporting.Sweep):
+        reporting.write_sweep_report(found, metric=metric, baseline=baseline)
+        reporting.print_sweep(found, console(), metric=metric, baseline=baseline)
+        return
+    if metric or baseline:
+        flag = "--metric" if metric else "--baseline"
+        raise ConfigError(f"{flag} is for sweeps and {name!r} is a run: leave it out")
+    reporting.write_report(found)
+    reporting.print_summary(found, console())
 
 
 @app.command
-def compare(*runs: str, out: Path = Path("comparison.html")) -> None:
-    """Compare runs at equal tokens, operations and parameters, and what growth did to them.
+def compare(*names: str, metric: str | None = None, out: Path = Path("comparison.html")) -> None:
+    """Compare runs at equal tokens, operations and parameters, or sweeps where they chose alike.
 
     Args:
-        runs: names or folders of at least two runs, or checkpoints of them (RUN/ckpt_step200).
-        out: the page to write, with the curves.
+        names: at least two runs, or checkpoints of them (RUN/ckpt_step200); or at least two sweeps.
+        metric: of sweeps: what to compare instead of bits per byte.
+        out: the page to write, with the curves or the paired differences.
     """
-    from cambia.reporting import compare as compared
-    from cambia.reporting import load_for_comparison, print_comparison, write_comparison
+    from cambia import reporting
 
-    comparison = compared([load_for_comparison(run) for run in runs])
-    print_comparison(comparison, console())
-    console().print(f"curves: {write_comparison(comparison, out)}")
+    if reporting.are_sweeps(names):
+        sweeps = reporting.compare_sweeps([reporting.load_sweep(name) for name in names], metric)
+        reporting.print_sweep_comparison(sweeps, console())
+        console().print(f"page: {reporting.write_sweep_comparison(sweeps, out)}", soft_wrap=True)
+        return
+    if metric:
+        raise ConfigError("--metric is for sweeps and these are runs: leave it out")
+    runs = reporting.compare([reporting.load_for_comparison(name) for name in names])
+    reporting.print_comparison(runs, console())
+    console().print(f"curves: {reporting.write_comparison(runs, out)}")
 
 
 @app.command

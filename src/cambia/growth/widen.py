@@ -48,9 +48,9 @@ def lengthened(shape: Shape, dimension: str, sizes: Mapping[int, int], *, std: f
 
 SPLIT = 0.7
 """Share of a split unit's output that the old unit keeps. Halves would never part: equal clones get equal
-gradients. With this split clones part, but slowly under Adam, which divides by the size of the gradient: their
-readers have a cosine of 0.33 after 1,500 steps on a toy problem, and of 0.9999 after 200 steps of a trained
-model (benchmarks/growth_peers.json)."""
+gradients. With this split clones part, but slowly under Adam, which divides by the size of the gradient:
+their readers have a cosine of 0.33 after 1,500 steps on a toy problem, and of 0.9999 after 200 steps of a
+trained model (benchmarks/growth_peers.json)."""
 
 
 def split(shape: Shape, dimension: str, sizes: Mapping[int, int]) -> ParamMap:

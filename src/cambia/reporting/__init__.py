@@ -1,10 +1,12 @@
-"""Reporting: reads run directories and shows them to a person.
+"""Reporting: reads directories of runs and of sweeps, and shows them to a person.
 
     >>> run = load_run("first_growth")
     >>> run.status, run.tokens, run.transfer_metrics().final_mean
     ('finished', 393216, 2.31)
     >>> write_report(run)
     PosixPath('runs/first_growth/report.html')
+    >>> load_sweep("learning_rates").best().choice
+    {'rate': 0.003, 'seed': 1}
 
 Everything here is imported when it is first used: matplotlib only to draw.
 """
@@ -25,6 +27,16 @@ _HOME = {
     "compare": "cambia.reporting.comparison",
     "load_for_comparison": "cambia.reporting.comparison",
     "print_comparison": "cambia.reporting.side_by_side",
+    "Sweep": "cambia.reporting.sweep",
+    "load": "cambia.reporting.sweep",
+    "load_sweep": "cambia.reporting.sweep",
+    "print_sweep": "cambia.reporting.terminal",
+    "write_sweep_report": "cambia.reporting.sweep_page",
+    "SweepComparison": "cambia.reporting.sweep_comparison",
+    "are_sweeps": "cambia.reporting.sweep_comparison",
+    "compare_sweeps": "cambia.reporting.sweep_comparison",
+    "print_sweep_comparison": "cambia.reporting.sweep_comparison",
+    "write_sweep_comparison": "cambia.reporting.sweep_comparison",
     "write_comparison": "cambia.reporting.side_by_side",
 }
 
@@ -32,14 +44,24 @@ __all__ = [
     "Check",
     "Comparison",
     "Run",
+    "Sweep",
+    "SweepComparison",
+    "are_sweeps",
     "check_health",
     "compare",
+    "compare_sweeps",
+    "load",
     "load_for_comparison",
     "load_run",
+    "load_sweep",
     "print_comparison",
     "print_summary",
+    "print_sweep",
+    "print_sweep_comparison",
     "write_comparison",
     "write_report",
+    "write_sweep_comparison",
+    "write_sweep_report",
 ]
 
 if TYPE_CHECKING:
@@ -53,7 +75,17 @@ if TYPE_CHECKING:
     from cambia.reporting.run import load_run as load_run
     from cambia.reporting.side_by_side import print_comparison as print_comparison
     from cambia.reporting.side_by_side import write_comparison as write_comparison
+    from cambia.reporting.sweep import Sweep as Sweep
+    from cambia.reporting.sweep import load as load
+    from cambia.reporting.sweep import load_sweep as load_sweep
+    from cambia.reporting.sweep_comparison import SweepComparison as SweepComparison
+    from cambia.reporting.sweep_comparison import are_sweeps as are_sweeps
+    from cambia.reporting.sweep_comparison import compare_sweeps as compare_sweeps
+    from cambia.reporting.sweep_comparison import print_sweep_comparison as print_sweep_comparison
+    from cambia.reporting.sweep_comparison import write_sweep_comparison as write_sweep_comparison
+    from cambia.reporting.sweep_page import write_sweep_report as write_sweep_report
     from cambia.reporting.terminal import print_summary as print_summary
+    from cambia.reporting.terminal import print_sweep as print_sweep
 
 
 def __getattr__(name: str) -> Any:

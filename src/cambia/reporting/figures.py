@@ -39,10 +39,10 @@ COLORS = {
 }
 """Colors by the name of the CSS variable that replaces them; the values are those of the light page."""
 
-_SIZE = 8.0  # of letters, in points
+LETTER_SIZE = 8.0  # of letters, in points
 _WIDTH = 7.2  # inches; an SVG point is 1/72 inch, and the page stretches the picture to its column
 _MOST_DOTS = 90
-_LETTERS = 95  # that stand side by side over the whole width
+LETTERS = 95  # that stand side by side over the whole width
 
 
 # ---- the pictures --------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def jump_figure(run: Run) -> Figure | None:
             xytext=(8, 0),
             textcoords="offset points",
             va="center",
-            size=_SIZE,
+            size=LETTER_SIZE,
             color=COLORS["ink"],
         )
     rows = range(len(pairs))
@@ -205,8 +205,8 @@ def _event_name(number: int, event: GrowthEvent) -> str:
     return f"{number}  {name if len(name) <= 30 else name[:29] + '…'}"
 
 
-_RUN_COLORS = ("leaf", "sky", "bark", "muted")
-_RUN_DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
+LINE_COLORS = ("leaf", "sky", "bark", "muted")
+LINE_DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
 
 
 def curves_figure(comparison: Comparison) -> Figure:
@@ -219,8 +219,8 @@ def curves_figure(comparison: Comparison) -> Figure:
             metrics = row.run.metrics
             known = np.isfinite(metrics["validation_bits_per_byte"])
             x, y = thinned(metrics[column][known].astype(float), metrics["validation_bits_per_byte"][known])
-            style = _RUN_DASHES[i // len(_RUN_COLORS) % len(_RUN_DASHES)]
-            color = COLORS[_RUN_COLORS[i % len(_RUN_COLORS)]]
+            style = LINE_DASHES[i // len(LINE_COLORS) % len(LINE_DASHES)]
+            color = COLORS[LINE_COLORS[i % len(LINE_COLORS)]]
             axes.plot(x, y, color=color, linestyle=style, linewidth=1.6, label=row.run.name)
             for event in row.run.growth:
                 place = int(np.searchsorted(metrics["step"], event.step))
@@ -276,18 +276,18 @@ def dress(axes: Axes) -> None:
     axes.patch.set_visible(False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(COLORS["muted"])
-    axes.tick_params(colors=COLORS["muted"], labelcolor=COLORS["ink"], labelsize=_SIZE, length=3)
+    axes.tick_params(colors=COLORS["muted"], labelcolor=COLORS["ink"], labelsize=LETTER_SIZE, length=3)
     axes.grid(color=COLORS["rule"], linewidth=0.6)
     axes.set_axisbelow(True)
     for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set(color=COLORS["ink"], size=_SIZE)
+        label.set(color=COLORS["ink"], size=LETTER_SIZE)
 
 
 def task_labels(run: Run) -> list[str]:
     """What stands above each task's stretch: their names, or their numbers where a name does not fit."""
     stretches = run.stretches()
     total = max(1, stretches[-1].last_token) if stretches else 1
-    room = [int(_LETTERS * (s.last_token - s.first_token) / total) for s in stretches]
+    room = [int(LETTERS * (s.last_token - s.first_token) / total) for s in stretches]
     if all(len(s.task) <= letters for s, letters in zip(stretches, room, strict=True)):
         return [s.task for s in stretches]
     numbers = [str(number) for number in range(1, len(stretches) + 1)]
@@ -309,7 +309,7 @@ def _marks(axes: Axes, run: Run, *, labels: bool, numbers: bool = True) -> None:
                 xytext=(0, 3),
                 textcoords="offset points",
                 ha="center",
-                size=_SIZE,
+                size=LETTER_SIZE,
                 color=COLORS["ink"],
                 parse_math=False,
             )
@@ -344,7 +344,7 @@ def _number_growths(axes: Axes, events: Sequence[GrowthEvent], total: float) -> 
             xytext=(2.5, 2.5),
             textcoords="offset points",
             color=COLORS["bark"],
-            size=_SIZE,
+            size=LETTER_SIZE,
             fontweight="bold",
         )
 
@@ -408,7 +408,7 @@ def legend(figure: Figure, axes: Axes) -> None:
         loc="outside lower center",
         ncols=len(order),
         frameon=False,
-        fontsize=_SIZE,
+        fontsize=LETTER_SIZE,
         labelcolor=COLORS["ink"],
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
+from importlib import resources
 
 
 class Html(str):
@@ -65,3 +66,32 @@ def section(title: str, *children: object) -> Html:
 def note(*words: object) -> Html:
     """A paragraph in small print."""
     return tag("p", *words, class_="note")
+
+
+def tiles(pairs: Sequence[tuple[str, str]]) -> Html:
+    """What matters most, as large numbers with what they are beneath."""
+    columns = len(pairs) if len(pairs) <= 5 else (len(pairs) + 1) // 2
+    drawn = (tag("div", tag("b", big), tag("span", small), class_="tile") for big, small in pairs)
+    return tag("div", *drawn, class_="tiles", style=f"--columns:{columns}")
+
+
+RINGS = Html(
+    '<svg viewBox="0 0 32 32" aria-hidden="true" fill="none">'
+    '<circle cx="16" cy="16" r="15" fill="var(--band)" stroke="var(--bark)" stroke-width="2"/>'
+    '<circle cx="16" cy="16" r="11" stroke="var(--leaf)" stroke-width="2"/>'
+    '<circle cx="16" cy="16" r="7" stroke="var(--leaf)" stroke-width="1.4"/>'
+    '<circle cx="16" cy="16" r="3.4" stroke="var(--leaf)" stroke-width="1"/></svg>'
+)
+
+
+def document(title: str, *body: object) -> str:
+    """A whole page that stands alone: no network, no script, the style sheet inside."""
+    style = resources.files("cambia.reporting").joinpath("report.css").read_text(encoding="utf-8")
+    head = tag(
+        "head",
+        Html('<meta charset="utf-8">'),
+        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        tag("title", f"{title} · Cambia"),
+        tag("style", Html(style)),
+    )
+    return f'<!doctype html>\n<html lang="en">\n{head}\n{tag("body", *body)}\n</html>\n'

@@ -10,7 +10,6 @@ follows the reader's light or dark setting and prints well. Whatever comes from 
 from __future__ import annotations
 
 import shlex
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from cambia import files
 from cambia.reporting import units
 from cambia.reporting.figures import FIGURES, task_labels, to_svg
 from cambia.reporting.health import check_health
-from cambia.reporting.markup import Html, join, note, section, tag
+from cambia.reporting.markup import RINGS, Html, document, join, note, section, tag, tiles
 from cambia.reporting.run import Run
 from cambia.reporting.tables import (
     data_table,
@@ -32,13 +31,6 @@ from cambia.reporting.tables import (
 )
 from cambia.rundir import CONFIG_YAML
 
-_RINGS = Html(
-    '<svg viewBox="0 0 32 32" aria-hidden="true" fill="none">'
-    '<circle cx="16" cy="16" r="15" fill="var(--band)" stroke="var(--bark)" stroke-width="2"/>'
-    '<circle cx="16" cy="16" r="11" stroke="var(--leaf)" stroke-width="2"/>'
-    '<circle cx="16" cy="16" r="7" stroke="var(--leaf)" stroke-width="1.4"/>'
-    '<circle cx="16" cy="16" r="3.4" stroke="var(--leaf)" stroke-width="1"/></svg>'
-)
 _NO_STEPS = "No step is logged yet, so there is nothing to draw."
 
 
@@ -50,15 +42,6 @@ def write_report(run: Run) -> Path:
 
 def page(run: Run) -> str:
     """The whole page."""
-    style = resources.files("cambia.reporting").joinpath("report.css").read_text(encoding="utf-8")
-    head = join(
-        [
-            Html('<meta charset="utf-8">'),
-            Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-            tag("title", f"{run.name} · Cambia"),
-            tag("style", Html(style)),
-        ]
-    )
     parts = [
         _tiles(run),
         _health(run),
@@ -75,8 +58,7 @@ def page(run: Run) -> str:
     footer = tag(
         "footer", tag("p", f"Written by Cambia{f' {version}' if version else ''} from {run.folder}.")
     )
-    body = tag("body", _header(run), tag("main", *parts), footer)
-    return f'<!doctype html>\n<html lang="en">\n{tag("head", head)}\n{body}\n</html>\n'
+    return document(run.name, _header(run), tag("main", *parts), footer)
 
 
 # ---- the top -------------------------------------------------------------------------------------
@@ -95,32 +77,30 @@ def _header(run: Run) -> Html:
     ahead = f" Go on with: cambia run --resume {run.handle}" if run.status == "interrupted" else ""
     name = tag("div", tag("h1", run.name), note(f"{words}; the model {grown}.{ahead}"))
     return tag(
-        "header", tag("div", _RINGS, name, tag("span", run.status, class_=f"badge {color}"), class_="title")
+        "header", tag("div", RINGS, name, tag("span", run.status, class_=f"badge {color}"), class_="title")
     )
 
 
 def _tiles(run: Run) -> Html:
-    tiles: list[tuple[str, str]] = []
+    shown: list[tuple[str, str]] = []
     metrics = run.transfer_metrics(run.split)
     if metrics is not None:
         before = np.mean(run.task_matrix(run.split)[0])
         told = f"bits per byte at the end ({run.at_start} {before:.3f})"
-        tiles.append((f"{metrics.final_mean:.3f}", told))
+        shown.append((f"{metrics.final_mean:.3f}", told))
         if len(metrics.tasks) > 1:
-            tiles.append((f"{np.mean(metrics.learned):.3f}", "bits per byte learned, mean of the tasks"))
-            tiles.append((f"{np.mean(metrics.forgotten):.3f}", "bits per byte forgotten, mean of the tasks"))
+            shown.append((f"{np.mean(metrics.learned):.3f}", "bits per byte learned, mean of the tasks"))
+            shown.append((f"{np.mean(metrics.forgotten):.3f}", "bits per byte forgotten, mean of the tasks"))
     start, end = run.parameters_start, run.parameters_end
     if start is not None and end is not None:
         text = units.count(start) if start == end else f"{units.count(start)} → {units.count(end)}"
-        tiles.append((text, "parameters"))
-    tiles.append((units.count(run.tokens), "training tokens"))
-    tiles.append((units.flops(run.flops), "operations"))
+        shown.append((text, "parameters"))
+    shown.append((units.count(run.tokens), "training tokens"))
+    shown.append((units.flops(run.flops), "operations"))
     if run.wall_seconds is not None:
         about = "wall time" if run.status == "finished" else "wall time, about"
-        tiles.append((units.duration(run.wall_seconds), about))
-    columns = len(tiles) if len(tiles) <= 5 else (len(tiles) + 1) // 2
-    drawn = (tag("div", tag("b", big), tag("span", small), class_="tile") for big, small in tiles)
-    return tag("div", *drawn, class_="tiles", style=f"--columns:{columns}")
+        shown.append((units.duration(run.wall_seconds), about))
+    return tiles(shown)
 
 
 def _health(run: Run) -> Html:

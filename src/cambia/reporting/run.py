@@ -187,9 +187,7 @@ class Run:
     @property
     def handle(self) -> str:
         """What to call the run on the command line: its name, or its path where the name is not enough."""
-        by_name = rundir.runs_root() / self.name
-        known = by_name.exists() and by_name.resolve() == self.folder.resolve()
-        return shlex.quote(self.name if known else str(self.folder))
+        return handle_of(self.name, self.folder)
 
     def _furthest(self, key: str, column: str) -> float:
         # A summary can be older than the logs (interrupted, resumed, killed), and the logs than the
@@ -203,6 +201,13 @@ class Run:
             return int(self.summary[key])
         logged = self.metrics["parameters"]
         return int(logged[row]) if len(logged) and math.isfinite(logged[row]) else None
+
+
+def handle_of(name: str, folder: Path) -> str:
+    """What to call a run or a sweep on the command line, quoted for a shell."""
+    by_name = rundir.runs_root() / name
+    known = by_name.exists() and by_name.resolve() == folder.resolve()
+    return shlex.quote(name if known else str(folder))
 
 
 def load_run(name: str | Path) -> Run:

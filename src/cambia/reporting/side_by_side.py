@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from cambia import files
 from cambia.reporting import units
 from cambia.reporting.comparison import WINDOW, Comparison, Reading
 from cambia.reporting.figures import curves_figure, to_svg
-from cambia.reporting.markup import Html, join, note, section, tag
+from cambia.reporting.markup import Html, document, note, section, tag
 from cambia.reporting.markup import table as html_table
+from cambia.reporting.terminal import print_table
 
 _MARK = "*"
 _UNDECAYED = "* read before the learning rate came down: not to be compared with figures without the mark"
@@ -96,34 +94,14 @@ def _has_marks(comparison: Comparison) -> bool:
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Print the tables."""
     for title, head, rows in tables(comparison):
-        shown = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for i, name in enumerate(head):
-            if i == 0:  # a run's name is folded and never cut: two may differ in its end alone
-                shown.add_column(name, overflow="fold")
-            else:
-                words = [*name.split(), *(row[i] for row in rows)]
-                shown.add_column(name, justify="right", min_width=max(map(len, words)))
-        for row in rows:
-            shown.add_row(*row)
-        console.print(title, style="bold")
-        console.print(shown)
-        console.print()
+        print_table(console, title, head, rows)
     if _has_marks(comparison):
         console.print(_UNDECAYED, style="dim")
 
 
 def page(comparison: Comparison) -> str:
     """The whole page; it stands alone."""
-    style = resources.files("cambia.reporting").joinpath("report.css").read_text(encoding="utf-8")
     names = ", ".join(row.run.name for row in comparison.rows)
-    head = join(
-        [
-            Html('<meta charset="utf-8">'),
-            Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-            tag("title", f"{names} · Cambia"),
-            tag("style", Html(style)),
-        ]
-    )
     drawn = Html(to_svg(curves_figure(comparison), "curves", "Validation loss over tokens and operations"))
     sections = [section("Validation loss", drawn)]
     for title, columns, rows in tables(comparison):
@@ -131,8 +109,7 @@ def page(comparison: Comparison) -> str:
     equal = f"equal tokens: {comparison.tokens:,}; equal operations: {units.flops(comparison.flops)}"
     sections.append(note(equal, f". {_UNDECAYED}." if _has_marks(comparison) else "."))
     heading = tag("header", tag("div", tag("div", tag("h1", "Side by side"), note(names)), class_="title"))
-    body = tag("body", heading, tag("main", *sections))
-    return f'<!doctype html>\n<html lang="en">\n{tag("head", head)}\n{body}\n</html>\n'
+    return document(names, heading, tag("main", *sections))
 
 
 def write_comparison(comparison: Comparison, path: Path) -> Path:

@@ -1,9 +1,13 @@
-"""What a person sees in the terminal when a run is done: the task matrix and the facts, in 80 columns.
+"""What a person sees in the terminal when a run or a sweep is done: tables and facts.
 
 >>> print_summary(load_run("first_growth"), Console())
+>>> print_sweep(load_sweep("learning_rates"), Console())
 """
 
 from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,10 +16,22 @@ from rich.text import Text
 
 from cambia.reporting import units
 from cambia.reporting.run import Run
+from cambia.reporting.sweep import Sweep
+from cambia.reporting.sweep_tables import (
+    Shown,
+    asides,
+    counts,
+    ends_table,
+    failures_table,
+    main_table,
+    paired_table,
+)
+from cambia.sweepdir import GRID
 
 _WIDTH = 80
 _LONGEST = 22  # letters of a task's name
 _GAP = 3  # a column has a space left and right, and its border
+_MOST_ROWS = 40  # of a table in the terminal; the page has all
 _STATUS_STYLE = {"finished": "green", "going": "cyan", "interrupted": "yellow"}
 
 
@@ -127,6 +143,86 @@ def _print_facts(run: Run, console: Console) -> None:
     facts.append(("try it", f'cambia generate {run.handle} --prompt "Once upon a time"'))
     if run.status == "interrupted":
         facts.append(("go on", f"cambia run --resume {run.handle}"))
+    _print_pairs(facts, console)
+
+
+def _print_pairs(facts: Iterable[tuple[str, str]], console: Console) -> None:
     for name, value in facts:
         # No wrapping: a path or a command that is broken in two cannot be copied.
         console.print(Text.assemble((f"{name:<11}", "dim"), value), soft_wrap=True)
+
+
+def print_sweep(
+    sweep: Sweep, console: Console, *, metric: str | None = None, baseline: str | None = None
+) -> None:
+    """Print a sweep: counts, its main metric, what differs from the baseline, both ends, failures.
+
+    Args:
+        metric: another one than the main one.
+        baseline: ``"AXIS=VALUE"``; by default the first value of the first axis that varies.
+
+    Raises:
+        ConfigError, RunError: there is no such metric, axis or value.
+    """
+    console.print(Text.assemble((sweep.name, "bold"), "  ", counts(sweep)), soft_wrap=True)
+    for sentence in asides(sweep):
+        console.print(Text(sentence, style="dim"), soft_wrap=True)
+    console.print()
+    against = sweep.baseline(baseline)
+    if metric is not None or sweep.main_metric is not None:
+        metric = sweep.metric(metric)
+        print_shown(console, main_table(sweep, metric))
+        if against is not None:
+            print_shown(console, paired_table(sweep.paired(metric, *against)))
+        print_shown(console, ends_table(sweep, metric))
+    if sweep.having("failed"):
+        print_shown(console, failures_table(sweep))
+    others = [name for name in sweep.metrics if name != metric]
+    facts = [("metrics", f"{', '.join(others)}   (--metric NAME)")] if others else []
+    facts.append(("report", str(sweep.report) if sweep.report.exists() else "not written yet"))
+    if sweep.having("missing") and sweep.grid:
+        facts.append(("go on", f"cambia sweep {shlex.quote(str(sweep.folder / GRID))}"))
+    _print_pairs(facts, console)
+
+
+def print_shown(console: Console, shown: Shown) -> None:
+    """Print a table with the sentences beneath it, and no more rows than a person reads."""
+    if shown.rows:
+        print_table(console, shown.title, shown.head, shown.rows[:_MOST_ROWS], words=shown.words)
+    else:
+        console.print(Text(shown.title, style="bold"))
+    more = len(shown.rows) - _MOST_ROWS
+    notes = [*([f"{more} more rows stand in the report."] if more > 0 else []), *shown.notes]
+    for sentence in notes:
+        console.print(Text(sentence, style="dim"))
+    if notes:
+        console.print()
+
+
+def print_table(
+    console: Console, title: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1
+) -> None:
+    """Print a table under its title.
+
+    Args:
+        words: columns from the left that hold words. They are folded and never cut: two names may differ
+            in their end alone. The others hold numbers, aligned right and never broken.
+    """
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    filled = [list(row) for row in rows]
+    narrowest = [
+        max(map(len, [*head[i].split(), *(row[i] for row in filled)])) for i in range(words, len(head))
+    ]
+    widest = [max(len(line[i]) for line in (head, *filled)) for i in range(words)]
+    # rich narrows columns of numbers as well, and then cuts: the words must leave them their room.
+    room = console.width - sum(narrowest) - _GAP * (len(head) - 1)
+    most = next((most for most in range(max(widest), 4, -1) if sum(min(most, w) for w in widest) <= room), 4)
+    for name in head[:words]:
+        shown.add_column(Text(name), overflow="fold", max_width=most)
+    for name, width in zip(head[words:], narrowest, strict=True):
+        shown.add_column(Text(name), justify="right", min_width=width)
+    for row in filled:
+        shown.add_row(*map(Text, row))
+    console.print(Text(title, style="bold"))
+    console.print(shown)
+    console.print()

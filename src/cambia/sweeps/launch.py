@@ -101,7 +101,8 @@ def run_grid(
 
 def open_sweep(grid: Grid, cells: Sequence[Cell], name: str | None = None) -> SweepWriter:
     """The sweep's folder, with what it consists of written down."""
-    folder = sweepdir.sweep_folder(name or grid.name or "sweep")
+    grid.name = name or grid.name or "sweep"  # so that grid.yaml goes on here
+    folder = sweepdir.sweep_folder(grid.name)
     try:
         sweep = SweepWriter(folder)
         sweep.write_grid(to_yaml(plain_grid(grid)), None if grid.search else [cell.record for cell in cells])

@@ -19,7 +19,7 @@ class Supply(Protocol):
     total: int
     """Cells in all, with those that have a result already."""
 
-    refused: Sequence[str]
+    refused: list[str]
     """Why values that a search thought of were no experiment."""
 
     def next(self) -> Cell | None:

@@ -1,6 +1,6 @@
 """Growth in pretraining against the sizes that it begins and ends with, three seeds.
 
-    python benchmarks/arbor_growth.py
+    cambia bench arbor_growth --preset full
 
 Five arms; the same text, batches and order for each seed; every arm decayed to its own end:
 
@@ -9,18 +9,20 @@ Five arms; the same text, batches and order for each seed; every arm decayed to 
     small, longer and large, shorter   the baselines at the operations that growth takes
 
 What is compared is bits per byte on the test split at the end. The learning rate is the recipe's for all of
-them, not tuned for each. Finished runs (arbor-ARM-seedN) are read, an interrupted one goes on. The table
-goes to docs/results.md, the curves of seed 0 beside it.
+them, not tuned for each. Finished runs (arbor-ARM-seedN) are read, an interrupted one goes on; `quick` makes
+other ones, of a few steps. The curves of seed 0 go to docs/pictures/.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness import arguments, write_result, write_section
-from rich.console import Console
+from harness import arguments, keep, spread, table
 
 from cambia import rundir
 from cambia.evaluation import growth_metrics
@@ -30,16 +32,19 @@ from cambia.reporting.figures import curves_figure
 from cambia.reporting.run import Run
 
 SMALL, LARGE = "arbor_fixed_small", "arbor_fixed_large"
+PRESETS = {
+    "quick": {"seeds": 1, "settings": {"training.steps": 10, "evaluation.max_bytes": 2000}},
+    "full": {"seeds": 3, "settings": {}},
+}
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "arbor_growth.png"
 
 
-def trained(arm: str, recipe: str, seed: int, steps: int | None = None) -> Run:
+def trained(arm: str, recipe: str, settings: Mapping[str, Any]) -> Run:
     """A finished run of an arm; goes on with one that was interrupted."""
-    folder = rundir.run_folder(f"arbor-{arm.replace(', ', '-')}-seed{seed}")
+    folder = rundir.run_folder(f"arbor-{arm.replace(', ', '-')}-seed{settings['seed']}")
     begun = (folder / rundir.CONFIG_JSON).exists()
     if not begun:
-        settings: dict[str, Any] = {"seed": seed} | ({"training.steps": steps} if steps else {})
-        train(recipe, name=folder.name, overrides=settings)
+        train(recipe, name=folder.name, overrides=dict(settings))
     elif load_run(folder).status != "finished":
         train(recipe, name=folder.name, resume=True)
     run = load_run(folder)
@@ -48,40 +53,21 @@ def trained(arm: str, recipe: str, seed: int, steps: int | None = None) -> Run:
     return run
 
 
-def main() -> None:
-    options = arguments(__doc__ or "", ["full", "quick"])
-    seeds = range(3 if options.preset == "full" else 1)
-    arms: dict[str, list[Run]] = {}
-    for seed in seeds:
-        growth = trained("growth", "arbor_growth", seed)
-        small, large = trained("small", SMALL, seed), trained("large", LARGE, seed)
-        longer, shorter = (round(run.steps * growth.flops / run.flops) for run in (small, large))
-        found = {
-            "growth": growth,
-            "small": small,
-            "large": large,
-            "small, longer": trained("small, longer", SMALL, seed, longer),
-            "large, shorter": trained("large, shorter", LARGE, seed, shorter),
-        }
-        for arm, run in found.items():
-            arms.setdefault(arm, []).append(run)
-    rows = [row(arm, runs, arms["growth"]) for arm, runs in arms.items()]
-    events = [
-        {
-            "seed": seed,
-            "logit_errors": [event.logit_error for event in run.growth],
-            "loss_jumps": growth_metrics(run.growth, []).loss_jumps,
-        }
-        for seed, run in zip(seeds, arms["growth"], strict=True)
-    ]
-    text = markdown(rows, len(seeds))
-    Console(width=140).print(text)
-    write_result(__file__, options, {"seeds": len(seeds), "rows": rows, "growth": events})
-    if options.preset == "full":
-        PICTURE.parent.mkdir(exist_ok=True)
-        figure = curves_figure(compare([runs[0] for runs in arms.values()]))
-        figure.savefig(PICTURE, dpi=160, facecolor="white")
-        write_section("results.md", "arbor_growth", text)
+def arms_of(seed: int, settings: Mapping[str, Any]) -> dict[str, Run]:
+    """Every arm, trained with this seed."""
+    settings = {**settings, "seed": seed}
+    growth = trained("growth", "arbor_growth", settings)
+    small, large = trained("small", SMALL, settings), trained("large", LARGE, settings)
+    longer, shorter = (
+        {"training.steps": round(run.steps * growth.flops / run.flops)} for run in (small, large)
+    )
+    return {
+        "growth": growth,
+        "small": small,
+        "large": large,
+        "small, longer": trained("small, longer", SMALL, {**settings, **longer}),
+        "large, shorter": trained("large, shorter", LARGE, {**settings, **shorter}),
+    }
 
 
 def row(arm: str, runs: list[Run], growth: list[Run]) -> dict[str, Any]:
@@ -99,7 +85,7 @@ def row(arm: str, runs: list[Run], growth: list[Run]) -> dict[str, Any]:
     }
 
 
-def markdown(rows: list[dict[str, Any]], seeds: int) -> str:
+def markdown(result: Mapping[str, Any]) -> str:
     head = (
         "arm",
         "parameters at the end",
@@ -108,17 +94,51 @@ def markdown(rows: list[dict[str, Any]], seeds: int) -> str:
         "bits per byte, test",
         "above growth's",
     )
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for found in rows:
-        bits, less = found["bits_per_byte"], found["less_growth"]
-        spread = f" ± {statistics.stdev(bits):.4f}" if seeds > 1 else ""
-        own = found["arm"] == "growth"
-        difference = "" if own else f"{statistics.fmean(less):+.4f} ({min(less):+.4f} to {max(less):+.4f})"
-        lines.append(
-            f"| {found['arm']} | {found['parameters']:,} | {found['tokens'] / 1e6:.2f}M "
-            f"| {found['flops'] / 1e12:.2f} | {statistics.fmean(bits):.4f}{spread} | {difference} |"
+    rows = []
+    for found in result["rows"]:
+        bits = found["bits_per_byte"]
+        deviation = f" ± {statistics.stdev(bits):.4f}" if len(bits) > 1 else ""
+        rows.append(
+            [
+                found["arm"],
+                f"{found['parameters']:,}",
+                f"{found['tokens'] / 1e6:.2f}M",
+                f"{found['flops'] / 1e12:.2f}",
+                f"{statistics.fmean(bits):.4f}{deviation}",
+                "" if found["arm"] == "growth" else spread(found["less_growth"], 4),
+            ]
         )
-    return "\n".join(lines)
+    return table(head, rows)
+
+
+def measure(seeds: int, settings: Mapping[str, Any]) -> tuple[dict[str, list[Run]], dict[str, Any]]:
+    """The runs of every arm, and what they say."""
+    found = [arms_of(seed, settings) for seed in range(seeds)]
+    arms = {arm: [runs[arm] for runs in found] for arm in found[0]}
+    events = [
+        {
+            "seed": seed,
+            "logit_errors": [event.logit_error for event in run.growth],
+            "loss_jumps": growth_metrics(run.growth, []).loss_jumps,
+        }
+        for seed, run in enumerate(arms["growth"])
+    ]
+    rows = [row(arm, runs, arms["growth"]) for arm, runs in arms.items()]
+    return arms, {"seeds": seeds, "rows": rows, "growth": events}
+
+
+def main() -> None:
+    options = arguments(__doc__, PRESETS)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.preset == "quick":
+            os.environ["CAMBIA_RUNS"] = folder
+        arms, result = measure(**PRESETS[options.preset])
+    print(markdown(result))
+    if options.preset == "full":
+        PICTURE.parent.mkdir(exist_ok=True)
+        figure = curves_figure(compare([runs[0] for runs in arms.values()]))
+        figure.savefig(PICTURE, dpi=160, facecolor="white")
+    keep(__file__, options, result)
 
 
 if __name__ == "__main__":

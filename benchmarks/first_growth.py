@@ -1,6 +1,6 @@
 """The first run, measured: time, task matrix, exactness of growth, and whether prompts stay in their domain.
 
-    python benchmarks/first_growth.py
+    cambia bench first_growth --preset full
 
 Three seeds of recipe `first_growth`, each as `cambia run` would do it. Then text is continued: prompts of
 128 bytes from the test split of each domain, 256 bytes written to each as `cambia generate` does it, and a
@@ -15,18 +15,19 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from harness import arguments, write_result
-from rich.console import Console
-from rich.table import Table
+from harness import arguments, keep, table
 
 from cambia.data.corpus import PreparedCorpus
 from cambia.evaluation import task_matrix, transfer_metrics
 from cambia.experiment import load, read_experiment, train
 from cambia.experiment.build import open_stream
 from cambia.generation import continue_text
+from cambia.reporting.units import duration
 from cambia.rundir import RunReader
 from cambia.training.checkpoint import load_tokenizer
 
@@ -36,6 +37,11 @@ PRIOR = 4.0
 SHORTEST = 16  # bytes
 PROMPT_BYTES, WRITTEN_BYTES = 128, 256
 PROMPTS = 40  # per domain
+DOMAINS = {"english": "English", "python": "Python", "cpp": "C++"}
+PRESETS = {
+    "quick": {"seeds": 1, "prompts": 2, "settings": {"training.steps": 8, "evaluation.max_bytes": 2000}},
+    "full": {"seeds": 3, "prompts": PROMPTS, "settings": {}},
+}
 
 
 class NgramClassifier:
@@ -96,10 +102,10 @@ def stretches(corpus: PreparedCorpus, length: int, count: int) -> list[bytes]:
     return [found[i][1] for i in chosen]
 
 
-def one_run(seed: int, preset: str) -> dict:
-    flags = {"seed": seed, **({"training.steps": 20} if preset == "quick" else {})}
+def one_run(seed: int, count: int, settings: dict[str, Any]) -> dict:
+    """Train; continue `count` prompts of each domain."""
     began = time.perf_counter()
-    folder = train("first_growth", name=f"first_growth-seed{seed}", overrides=flags)
+    folder = train("first_growth", name=f"first_growth-seed{seed}", overrides={"seed": seed, **settings})
     seconds = time.perf_counter() - began
     reader = RunReader(folder)
     matrix, tasks = task_matrix(reader.rows("eval.csv"))
@@ -111,7 +117,7 @@ def one_run(seed: int, preset: str) -> dict:
     model, tokenizer = load(folder), load_tokenizer(folder / "latest")
     kept, plainly, ceiling = {}, {}, {}
     for name, corpus in corpora.items():
-        prompts = [text.decode("ascii") for text in stretches(corpus, PROMPT_BYTES, PROMPTS)]
+        prompts = [text.decode("ascii") for text in stretches(corpus, PROMPT_BYTES, count)]
         written = continue_text(model, tokenizer, prompts, max_new_tokens=WRITTEN_BYTES, seed=seed)
         kept[name] = statistics.mean(classify(text.encode()) == name for text in written)
         as_it_is = {"temperature": 1.0, "top_p": 1.0}
@@ -119,7 +125,7 @@ def one_run(seed: int, preset: str) -> dict:
             model, tokenizer, prompts, max_new_tokens=WRITTEN_BYTES, seed=seed, **as_it_is
         )
         plainly[name] = statistics.mean(classify(text.encode()) == name for text in written)
-        real = stretches(corpus, WRITTEN_BYTES, 4 * PROMPTS)
+        real = stretches(corpus, WRITTEN_BYTES, 4 * count)
         ceiling[name] = statistics.mean(classify(text) == name for text in real)
     events = reader.growth()
     return {
@@ -139,26 +145,72 @@ def one_run(seed: int, preset: str) -> dict:
     }
 
 
+def markdown(result: Mapping[str, Any]) -> str:
+    tasks = [DOMAINS[task] for task in result["runs"][0]["tasks"]]
+    head = (
+        "seed",
+        "wall time",
+        "parameters",
+        "largest logit error",
+        "bits per byte at the end, mean",
+        f"forgotten, bits per byte ({', '.join(tasks)})",
+        "continuations in their domain",
+        "at temperature 1",
+        "real text, as judged",
+    )
+    rows = []
+    for row in result["runs"]:
+        kept = (
+            "continuations_in_domain",
+            "continuations_in_domain_at_temperature_1",
+            "classifier_on_real_text",
+        )
+        rows.append(
+            [
+                str(row["seed"]),
+                duration(row["wall_seconds"]),
+                " → ".join(f"{count:,}" for count in row["parameters"]),
+                tiny(row["largest_logit_error"]),
+                f"{row['final_mean_bits_per_byte']:.3f}",
+                ", ".join(f"{value:.2f}" for value in row["forgotten"]),
+                *(", ".join(f"{share:.3f}" for share in row[name].values()) for name in kept),
+            ]
+        )
+    return table(head, rows)
+
+
+def tiny(number: float) -> str:
+    return f"{number:.0e}".replace("e-0", "e-")
+
+
+def headlines(result: Mapping[str, Any]) -> dict[str, str]:
+    runs = result["runs"]
+    seconds = [row["wall_seconds"] for row in runs]
+    error = max(row["largest_logit_error"] for row in runs)
+    shares = {
+        label: statistics.mean(row["continuations_in_domain"][name] for row in runs)
+        for name, label in DOMAINS.items()
+    }
+    return {
+        "`first_growth`: wall time; largest relative change of a logit at growth": (
+            f"{duration(min(seconds))} to {duration(max(seconds))}; {tiny(error)}"
+        ),
+        f"`first_growth`: continuations in the domain of their prompt, {PROMPTS} prompts each, "
+        f"{len(runs)} seeds, as an n-gram classifier judges": ", ".join(
+            f"{name} {share:.2f}" for name, share in shares.items()
+        ),
+    }
+
+
 def main() -> None:
-    options = arguments(__doc__ or "", ["full", "quick"])
+    options = arguments(__doc__, PRESETS)
+    preset = PRESETS[options.preset]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CAMBIA_RUNS"] = str(Path(folder) / "runs")
-        rows = [one_run(seed, options.preset) for seed in range(3 if options.preset == "full" else 1)]
-    table = Table(
-        "seed", "seconds", "parameters", "final bits per byte", "forgotten", "in domain", "real text"
-    )
-    for row in rows:
-        table.add_row(
-            str(row["seed"]),
-            f"{row['wall_seconds']:.0f}",
-            " → ".join(f"{count:,}" for count in row["parameters"]),
-            f"{row['final_mean_bits_per_byte']:.3f}",
-            " ".join(f"{value:.2f}" for value in row["forgotten"]),
-            " ".join(f"{share:.3f}" for share in row["continuations_in_domain"].values()),
-            " ".join(f"{share:.3f}" for share in row["classifier_on_real_text"].values()),
-        )
-    Console().print(table)
-    write_result(__file__, options, {"runs": rows})
+        runs = [one_run(seed, preset["prompts"], preset["settings"]) for seed in range(preset["seeds"])]
+    found = {"runs": runs}
+    print(markdown(found))
+    keep(__file__, options, found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What one growth event costs, in training steps; and what asking the rules costs.
 
-    python benchmarks/growth_cost.py
+    cambia bench growth_cost --preset full
 
 Goals: an event takes less time than two training steps of 2,048 tokens at the size before it; signals and
 rules take under 1 % of a step. (`growth_memory.py` measures memory.)
@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from harness import arguments, interleaved, median_interval, write_result
-from rich.console import Console
-from rich.table import Table
+from harness import arguments, interleaved, keep, median_interval, table
 
 from cambia import CambiaConfig, CambiaForCausalLM
 from cambia.growth import (
@@ -37,6 +37,10 @@ from cambia.growth import (
 )
 
 SIZES = [(128, 4, 384, 256), (256, 6, 768, 4096), (512, 8, 1408, 4096)]
+PRESETS = {
+    "quick": {"sizes": SIZES[:1], "pairs": 3},
+    "full": {"sizes": SIZES, "pairs": 12},
+}
 EVENTS = {
     "widen_ffn x1.5": lambda: WidenFFN(factor=1.5),
     "add_layers +2": lambda: AddLayers(add=2),
@@ -117,30 +121,50 @@ def rules_cost(size: tuple[int, int, int, int], repeats: int) -> dict:
     return {"size": size, "step_ms": step * 1e3, "asking_ms": each * 1e3, "share_of_step": each / step}
 
 
+def markdown(result: Mapping[str, Any]) -> str:
+    head = (
+        "hidden, layers, feed-forward, vocabulary",
+        "event",
+        "step, ms",
+        "event, ms",
+        "event / step (95 %)",
+    )
+    rows = []
+    for row in result["events"]:
+        low, high = row["interval_95"]
+        size = ", ".join(map(str, row["size"].values()))
+        times = f"{row['step_ms']:.0f}", f"{row['event_ms']:.0f}"
+        rows.append([size, row["event"], *times, f"{row['event_in_steps']:.2f} ({low:.2f} to {high:.2f})"])
+    asking = result["rules"]
+    return (
+        f"{table(head, rows)}\n\n"
+        f"Signals and three rules take {share(asking)} of a step at {', '.join(map(str, asking['size']))}."
+    )
+
+
+def share(asking: Mapping[str, Any]) -> str:
+    return f"{100 * asking['share_of_step']:.1g} %"
+
+
+def headlines(result: Mapping[str, Any]) -> dict[str, str]:
+    in_steps = [row["event_in_steps"] for row in result["events"]]
+    return {
+        "one growth event, in training steps of 2,048 tokens": f"{min(in_steps):.1f} to {max(in_steps):.1f}",
+        "signals and three rules, share of a step": share(result["rules"]),
+    }
+
+
 def main() -> None:
-    options = arguments(__doc__ or "", ["full", "quick"])
-    pairs = 12 if options.preset == "full" else 3
-    sizes = SIZES if options.preset == "full" else SIZES[:1]
+    options = arguments(__doc__, PRESETS)
+    preset = PRESETS[options.preset]
+    sizes = preset["sizes"]
     # The two events that runs have mostly at every size, the others at one.
     cells = [(size, event) for size in sizes for event in list(EVENTS)[:2]]
     cells += [(sizes[len(sizes) // 2], event) for event in list(EVENTS)[2:]]
-    rows = [measure(*cell, pairs) for cell in cells]
-    asking = rules_cost(SIZES[0], 2000)
-    columns = ("event", "step ms", "event ms", "event / step (95 %)")
-    table = Table("d, L, ffn, V", *columns)
-    for row in rows:
-        low, high = row["interval_95"]
-        table.add_row(
-            ", ".join(map(str, row["size"].values())),
-            row["event"],
-            f"{row['step_ms']:.0f}",
-            f"{row['event_ms']:.0f}",
-            f"{row['event_in_steps']:.2f} ({low:.2f} to {high:.2f})",
-        )
-    console = Console()
-    console.print(table)
-    console.print(f"asking three rules: {asking['share_of_step']:.3%} of a step at {SIZES[0]}")
-    write_result(__file__, options, {"events": rows, "rules": asking})
+    rows = [measure(*cell, preset["pairs"]) for cell in cells]
+    found = {"events": rows, "rules": rules_cost(SIZES[0], 2000)}
+    print(markdown(found))
+    keep(__file__, options, found)
 
 
 if __name__ == "__main__":

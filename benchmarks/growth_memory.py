@@ -1,6 +1,6 @@
 """What memory one growth event needs, beside what the model and its optimizer grow by.
 
-    python benchmarks/growth_memory.py
+    cambia bench growth_memory --preset full
 
 Goal: at most one extra copy of the largest tensor that grew and of its moments, and what its check takes.
 
@@ -22,19 +22,22 @@ import gc
 import multiprocessing
 import os
 import statistics
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from growth_cost import EVENTS, SIZES, build, train_step
-from harness import arguments, write_result
-from rich.console import Console
-from rich.table import Table
+from harness import arguments, keep, table
 
 from cambia import CambiaForCausalLM
 from cambia.growth import grow, plan_growth
 
-REPEATS = {"full": 3, "quick": 1}
+PRESETS = {
+    "quick": {"sizes": SIZES[:1], "repeats": 1},
+    "full": {"sizes": SIZES[1:], "repeats": 3},
+}
 
 
 def peak_rise(action) -> int | None:
@@ -99,24 +102,56 @@ def forward(model: CambiaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False).logits
 
 
+def markdown(result: Mapping[str, Any]) -> str:
+    head = (
+        "hidden, layers, feed-forward, vocabulary",
+        "event",
+        "grown by MB",
+        "held MB",
+        "check MB",
+        "peak MB",
+        "within the goal",
+    )
+    rows = []
+    for row in result["events"]:
+        figures = [row[key] for key in ("grown_by_bytes", "held_bytes", "check_bytes", "peak_rise_bytes")]
+        rows.append(
+            [
+                ", ".join(map(str, row["size"])),
+                row["event"],
+                *(megabytes(figure) for figure in figures),
+                "yes" if row["within_goal"] else "no",
+            ]
+        )
+    return table(head, rows)
+
+
+def megabytes(number: int | None) -> str:
+    return "" if number is None else f"{number / 1e6:.0f}"
+
+
+def headlines(result: Mapping[str, Any]) -> dict[str, str]:
+    widened = [row for row in result["events"] if row["event"] == "widen_ffn x1.5"]
+    row = max(widened, key=lambda row: row["size"])
+    hidden, layers, *_ = row["size"]
+    peak, grown, check = (megabytes(row[key]) for key in ("peak_rise_bytes", "grown_by_bytes", "check_bytes"))
+    return {
+        f"highest memory of one growth event, {layers} layers of {hidden}, feed-forward x1.5": (
+            f"{peak} MB, of which {grown} MB are the larger model and its moments, "
+            f"and up to {check} MB the check"
+        )
+    }
+
+
 def main() -> None:
-    options = arguments(__doc__ or "", ["full", "quick"])
-    sizes = SIZES[1:] if options.preset == "full" else SIZES[:1]
-    cells = [(size, event, REPEATS[options.preset]) for size in sizes for event in EVENTS]
+    options = arguments(__doc__, PRESETS)
+    preset = PRESETS[options.preset]
+    cells = [(size, event, preset["repeats"]) for size in preset["sizes"] for event in EVENTS]
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc reads it when a process starts
     with multiprocessing.get_context("spawn").Pool(1) as process:
-        rows = process.starmap(memory, cells)
-    table = Table("d, L, ffn, V", "event", "grown by MB", "held MB", "check MB", "peak MB", "within the goal")
-    for row in rows:
-        figures = [row[key] for key in ("grown_by_bytes", "held_bytes", "check_bytes", "peak_rise_bytes")]
-        table.add_row(
-            ", ".join(map(str, row["size"])),
-            row["event"],
-            *("" if figure is None else f"{figure / 1e6:.0f}" for figure in figures),
-            str(row["within_goal"]),
-        )
-    Console().print(table)
-    write_result(__file__, options, {"events": rows})
+        found = {"events": process.starmap(memory, cells)}
+    print(markdown(found))
+    keep(__file__, options, found)
 
 
 if __name__ == "__main__":

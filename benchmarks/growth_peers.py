@@ -1,6 +1,6 @@
 """The same checkpoint grown by other tools and by Cambia: exact or not, alive or not, time, memory.
 
-    python benchmarks/growth_peers.py --preset full --peers-python PEERS/bin/python --parts FOLDER
+    cambia bench growth_peers --preset full --peers-python PEERS/bin/python --parts FOLDER
 
 mergekit and GroMo live in an environment of their own, whose interpreter is named by `--peers-python`;
 without it their rows are left out. The data is that of CAMBIA_DATA: stories260K, a trained Llama of 260,032
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Parts, arguments, machine, median_interval, write_result, write_section
+from harness import Parts, PathOption, arguments, keep, machine, median_interval
 from peers.arms import DEPTH, FEED_FORWARD, Course, compared
 from peers.judging import judge
 from peers.llama import Pieces, batches, random_llama, stories, text
@@ -189,11 +189,13 @@ def measured(options: Any, data: Path, place: Place, parts: Parts) -> dict[str, 
 
 def main() -> None:
     options = arguments(
-        __doc__ or "",
-        list(PRESETS),
+        __doc__,
+        PRESETS,
         {
-            "--peers-python": "an interpreter that has mergekit and GroMo",
-            "--parts": "a folder for what was measured, so that a run broken off can go on",
+            "--peers-python": PathOption("an interpreter that has mergekit and GroMo", "PEERS/bin/python"),
+            "--parts": PathOption(
+                "a folder for what was measured, so that a run broken off can go on", "FOLDER"
+            ),
         },
     )
     data = os.environ.get("CAMBIA_DATA")
@@ -207,11 +209,8 @@ def main() -> None:
     parts = Parts(options.parts, PRESETS[options.preset] | machine() | {"libraries": sorted(libraries)})
     with tempfile.TemporaryDirectory() as folder:
         result = measured(options, Path(data), Place(peers, libraries, options.threads, Path(folder)), parts)
-    page = markdown(result)
-    print(page)
-    write_result(__file__, options, result)
-    if options.preset == "full":
-        write_section("results.md", "growth_peers", page)
+    print(markdown(result))
+    keep(__file__, options, result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,14 @@
-"""What every benchmark shares: a description of the machine, refusal of a busy one, and the result file.
+"""What every benchmark shares: its options, the machine, refusal of a busy one, tables, and the result file.
 
 Performance is measured as a ratio, side by side in one run: the sides alternate, each is warmed up, and
 medians with a bootstrap interval are reported.
+
+A benchmark is a script with a dictionary `PRESETS` and a function `markdown` (`cambia.bench` says more):
+
+    options = arguments(__doc__, PRESETS)
+    result = ...                          # plain JSON
+    print(markdown(result))
+    keep(__file__, options, result)
 """
 
 from __future__ import annotations
@@ -14,29 +21,51 @@ import platform
 import random
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from cambia import bench
+from cambia.files import write_text
+
 BUSY_LOAD = 0.5
 
 
+@dataclass(frozen=True)
+class PathOption:
+    """An option that names a place on the machine."""
+
+    help: str
+    shown: str
+    """What stands in help and result file instead: a result says how to call it, not where things lay."""
+
+
 def arguments(
-    description: str, presets: Sequence[str], more: Mapping[str, str] | None = None
+    description: str | None, presets: Iterable[str], paths: Mapping[str, PathOption] | None = None
 ) -> argparse.Namespace:
-    """The options that every benchmark takes, and more of its own: option -> its help."""
+    """The options that every benchmark takes, and more of its own, `--like-this`."""
+    script, paths = Path(sys.argv[0]).resolve(), paths or {}
+    name = script.stem
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"cambia bench {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--preset", choices=presets, default=presets[0])
+    parser.add_argument("--preset", choices=tuple(presets), default="quick")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     parser.add_argument("--anyway", action="store_true", help="run on a busy machine and mark the result")
-    for name, help_text in (more or {}).items():
-        parser.add_argument(name, help=help_text)
+    for option, path in paths.items():
+        parser.add_argument(option, metavar=path.shown, help=path.help)
     options = parser.parse_args()
+    if script.parent != bench.FOLDER.resolve():
+        parser.exit(
+            2, f"{script} would measure the package of {bench.__file__}; call `cambia bench {name}` instead\n"
+        )
     load = os.getloadavg()[0]
     if load > BUSY_LOAD and not options.anyway and options.preset != "quick":
         parser.exit(
@@ -44,7 +73,21 @@ def arguments(
         )
     torch.set_num_threads(options.threads)
     options.load = load
+    options.command = _command(name, options, paths)
     return options
+
+
+def _command(name: str, options: argparse.Namespace, paths: Mapping[str, PathOption]) -> str:
+    """How to call it so again, on any machine."""
+    words = ["cambia bench", name, "--preset", options.preset]
+    if options.threads != os.cpu_count():
+        words += ["--threads", str(options.threads)]
+    if options.anyway:
+        words.append("--anyway")
+    for option, path in paths.items():
+        if vars(options)[option.strip("-").replace("-", "_")]:
+            words += [option, path.shown]
+    return " ".join(words)
 
 
 def machine() -> dict[str, Any]:
@@ -122,29 +165,36 @@ class Parts:
         return json.loads(path.read_text())
 
 
-def write_result(script: str, options: argparse.Namespace, result: dict[str, Any]) -> Path:
-    """Write the result file beside its script, with the command that made it; `quick` writes none."""
-    path = Path(script).with_suffix(".json")
-    if options.preset not in ("full", "cpu"):
-        path = path.with_name(f"{path.stem}_{options.preset}.json")
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """The mean of signed differences, with the least and the largest of them."""
+    mean, least, most = (f"{v:+.{digits}f}" for v in (statistics.fmean(values), min(values), max(values)))
+    return f"{mean} ({least} to {most})"
+
+
+def keep(script: str, options: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Keep a result beside its script, with the command that made it, and renew the pages.
+
+    `quick` says only whether a script runs: nothing of it is kept.
+    """
+    name = Path(script).stem
+    if options.preset == "quick":
+        print(f"nothing is kept of quick; the figures: cambia bench {name} --preset full", file=sys.stderr)
+        return
     content = {
-        "command": " ".join(["python", f"benchmarks/{Path(script).name}", *sys.argv[1:]]),
+        "command": options.command,
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "load_at_start": round(options.load, 2),
         "busy": options.load > BUSY_LOAD,
         **result,
     }
-    if options.preset != "quick":
-        path.write_text(json.dumps(content, indent=1) + "\n")
-    return path
-
-
-def write_section(page: str, name: str, text: str) -> None:
-    """Put a table into a page of docs/, between the markers of that name."""
-    path = Path(__file__).parents[1] / "docs" / page
-    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-    before, found, rest = path.read_text().partition(begin)
-    if not found or end not in rest:
-        raise SystemExit(f"{path} has no lines {begin.strip()} and {end}")
-    path.write_text(before + begin + text + "\n" + rest[rest.index(end) :])
+    path = bench.find(name, options.preset).result_file(options.preset)
+    write_text(path, json.dumps(content, indent=1) + "\n")
+    for written in [path, *bench.write_pages(name)]:
+        print(f"wrote {written.relative_to(bench.FOLDER.parent)}", file=sys.stderr)

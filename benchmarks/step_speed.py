@@ -5,9 +5,8 @@ report the same loss before anything is timed. A step is forward, backward and t
 two take turns, the first of a pair changing each time, so that a machine that slows down slows both; what is
 reported is the median over pairs of (time of the other / time of ours) and its bootstrap interval.
 
-    python benchmarks/step_speed.py                    # the figures; refuses to start on a busy machine
-    python benchmarks/step_speed.py --preset quick     # does it run? (3 pairs, no figures)
-    python benchmarks/step_speed.py --preset gpu       # bfloat16, torch.compile, larger shapes
+    cambia bench step_speed --preset full     # refuses to start on a busy machine
+    cambia bench step_speed --preset gpu      # bfloat16, torch.compile, larger shapes
 
 The native model is asked for the loss alone (`skip_logits=True`), as Cambia's trainer asks it; stock Llama
 has no such way and keeps its logits. Neither keeps a cache of keys and values.
@@ -18,18 +17,16 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from harness import arguments, interleaved, machine, median_interval, write_result
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
+from harness import arguments, interleaved, keep, median_interval, table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from cambia.models import CambiaConfig, CambiaForCausalLM
+from cambia.models.bodies import count_parameters, on_meta
 
 Step = Callable[[], float]
 """One training step; returns its seconds."""
@@ -59,6 +56,10 @@ class Shape:
             "num_key_value_heads": heads // 2,
         }
 
+    @property
+    def parameters(self) -> int:
+        return count_parameters(on_meta(CambiaForCausalLM, CambiaConfig(**self.settings())))
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -77,8 +78,8 @@ class Preset:
 SMALL = (Shape(128, 4, 384, 256, 32), Shape(256, 6, 768, 4096, 32), Shape(512, 8, 1408, 4096, 64))
 LARGE = (Shape(768, 12, 2048, 32768, 64), Shape(2048, 16, 5632, 32768, 128))
 PRESETS = {
-    "cpu": Preset(SMALL, pairs=31),
     "quick": Preset(SMALL[:1], pairs=3, warm_up=1),
+    "full": Preset(SMALL, pairs=31),
     "gpu": Preset(LARGE, 31, warm_up=8, batch=16, length=1024, device="cuda", bfloat16=True, compiled=True),
 }
 
@@ -237,45 +238,60 @@ def grown_against_built(preset: Preset) -> Result:
 # ---- the report ----------------------------------------------------------------------------------
 
 
-def table(results: list[Result]) -> Table:
-    table = Table(
-        title="ratio: time of the other / time of ours",
-        caption="goal: 1.05 with an interval from 1.02 on against stock; 0.97 for a grown model",
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE,
+def markdown(result: Mapping[str, Any]) -> str:
+    head = (
+        "model (hidden x layers)",
+        "against",
+        "its ms",
+        "our ms",
+        "our tokens/s",
+        "its time / ours (95 %)",
+        "goal",
     )
-    for column in ("model", "against", "its ms", "our ms", "tokens/s", "ratio", "95 % interval", "goal"):
-        table.add_column(column, justify="left" if column in ("model", "against") else "right", no_wrap=True)
-    for r in results:
-        table.add_row(
-            r.name,
-            r.other,
-            f"{r.other_ms:.1f}",
-            f"{r.ours_ms:.1f}",
-            f"{r.ours_tokens_per_second:,.0f}",
-            f"{r.ratio:.3f}",
-            f"{r.low:.3f} to {r.high:.3f}",
-            "reached" if r.reached else "missed",
-        )
-    return table
+    return table(head, [cells(row) for row in result["results"]])
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    least = f", interval from {row['goal_low']}" if row["goal_low"] else ""
+    return [
+        row["name"],
+        row["other"],
+        f"{row['other_ms']:.1f}",
+        f"{row['ours_ms']:.1f}",
+        f"{row['ours_tokens_per_second']:,.0f}",
+        f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})",
+        f"{row['goal']}{least}: {'reached' if row['reached'] else 'missed'}",
+    ]
+
+
+def headlines(result: Mapping[str, Any]) -> dict[str, str]:
+    *against_stock, grown = result["results"]
+    ratios = ", ".join(f"{row['ratio']:.2f}" for row in against_stock)
+    shapes = [Shape(**shape) for shape in result["preset"]["shapes"]]
+    *sizes, largest = (f"{shape.parameters / 1e6:.2g}M" for shape in shapes)
+    return {
+        "a training step of the native model against stock Llama, sdpa, the same loss: "
+        "time of stock / ours": f"{ratios} at {', '.join(sizes)} and {largest} parameters",
+        "a step of a model that grew three times against one built at that size": f"{grown['ratio']:.2f}",
+    }
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", list(PRESETS))
+    options = arguments(__doc__, PRESETS)
     preset = PRESETS[options.preset]
     if preset.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("--preset gpu needs a CUDA device and torch finds none here; run --preset cpu")
-    console = Console(width=120)
-    console.print(f"{machine()['cpu']}, {torch.get_num_threads()} threads, {preset.pairs} pairs")
-    results = []
+        sys.exit("--preset gpu needs a CUDA device and torch finds none here; run --preset full")
+    rows = []
     for shape in preset.shapes:
-        results.append(native_against_stock(shape, preset))
-        console.print(f"  {shape}: {results[-1].ratio:.3f}")
-    results.append(grown_against_built(preset))
-    console.print(table(results))
-    rows = [{**asdict(row), "reached": row.reached} for row in results]
-    write_result(__file__, options, {"preset": asdict(preset), "results": rows})
+        rows.append(native_against_stock(shape, preset))
+        print(f"{shape}: {rows[-1].ratio:.3f}", file=sys.stderr)
+    rows.append(grown_against_built(preset))
+    found = {
+        "preset": asdict(preset),
+        "results": [{**asdict(row), "reached": row.reached} for row in rows],
+    }
+    print(markdown(found))
+    keep(__file__, options, found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a sweep costs above its runs, and whether two workers with one thread beat one with two.
 
-    python benchmarks/sweep_speed.py
+    cambia bench sweep_speed --preset full
 
 Goals: what is not a run (starting workers, imports, claims, results) takes less than 3 % of cells of 30
 seconds; two workers with one thread each finish a grid of cells of a million parameters sooner than one
@@ -13,19 +13,19 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness import arguments, write_result
+from harness import arguments, keep, table
 from rich.console import Console
-from rich.table import Table
 
 from cambia.sweepdir import SweepReader
 from cambia.sweeps import run_grid
 
 PRESETS = {
-    "full": {"cells": 4, "steps": 230, "repeats": 3},
     "quick": {"cells": 2, "steps": 5, "repeats": 1},
+    "full": {"cells": 4, "steps": 230, "repeats": 3},
 }
 SIDES = {"1 worker, 1 thread": (1, 1), "2 workers, 1 thread": (2, 1), "1 worker, 2 threads": (1, 2)}
 
@@ -66,8 +66,22 @@ def measured(preset: dict[str, int]) -> dict[str, list[dict[str, float]]]:
     return found
 
 
+def markdown(result: Mapping[str, Any]) -> str:
+    rows = []
+    for side, times in result["sides"].items():
+        wall, runs = (statistics.median(one[key] for one in times) for key in ("wall", "runs"))
+        rows.append([side, f"{wall:.1f}", f"{runs:.1f}"])
+    head = ("side", "wall seconds, median", "of that runs, all together")
+    return (
+        f"{table(head, rows)}\n\n"
+        f"Above cells of {result['cell_seconds']:.1f} s a sweep takes {100 * result['overhead']:.1f} %; "
+        f"2 workers with 1 thread take {result['two_workers_against_two_threads']:.2f} of the time of "
+        "1 worker with 2."
+    )
+
+
 def main() -> None:
-    options = arguments(__doc__ or "", list(PRESETS))
+    options = arguments(__doc__, PRESETS)
     preset = PRESETS[options.preset]
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"CAMBIA_RUNS": f"{folder}/runs", "CAMBIA_CACHE": str(Path(folder) / "cache")}
@@ -84,16 +98,8 @@ def main() -> None:
             for mine, other in zip(sides["2 workers, 1 thread"], sides["1 worker, 2 threads"], strict=True)
         ),
     }
-    table = Table("side", "wall seconds, median", "of that runs, all together", box=None)
-    for side, times in sides.items():
-        wall, runs = (statistics.median(one[key] for one in times) for key in ("wall", "runs"))
-        table.add_row(side, f"{wall:.1f}", f"{runs:.1f}")
-    Console().print(table)
-    Console().print(
-        f"overhead above cells of {result['cell_seconds']:.1f} s: {100 * result['overhead']:.1f} %; "
-        f"2 x 1 takes {result['two_workers_against_two_threads']:.2f} of the time of 1 x 2"
-    )
-    write_result(__file__, options, result)
+    print(markdown(result))
+    keep(__file__, options, result)
 
 
 if __name__ == "__main__":

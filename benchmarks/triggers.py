@@ -1,6 +1,6 @@
 """How often triggers are fooled, and how late: seven kinds of trigger, five of training, three seeds.
 
-    python benchmarks/triggers.py
+    cambia bench triggers --preset full
 
 A small byte-level model trains without growing, and what it says at every step is recorded. Each trigger,
 with its default settings and with settings around them, is then shown the recordings. What should be seen:
@@ -21,13 +21,12 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import arguments, write_result, write_section
-from rich.console import Console
+from harness import arguments, keep, table
 
 from cambia.data.batches import Batch
 from cambia.data.streams import Stream
@@ -48,7 +47,10 @@ from cambia.growth import (
 )
 from cambia.rundir import RunWriter
 
-STEPS = 900
+PRESETS = {
+    "quick": {"steps": 120, "seeds": 1},
+    "full": {"steps": 900, "seeds": 3},
+}
 COOLDOWN = 50
 EVERY = 10
 """Steps between measurements of the validation loss."""
@@ -225,56 +227,54 @@ def judged(fired: list[int], event: int | None) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    options = arguments(__doc__ or "", ["full", "quick"])
-    quick = options.preset == "quick"
-    steps, seeds = (120, 1) if quick else (STEPS, 3)
+def measure(steps: int, seeds: int) -> dict[str, Any]:
+    """Recordings of every scenario, shown to every trigger."""
     recordings = {
-        (scenario, seed): record(scenario, seed, steps) for scenario in SCENARIOS for seed in range(seeds)
+        scenario: [record(scenario, seed, steps) for seed in range(seeds)] for scenario in SCENARIOS
+    }
+    events = {
+        scenario: [event_of(scenario, signals) for signals in recorded]
+        for scenario, recorded in recordings.items()
     }
     rows = []
     for kind, settings in TRIGGERS.items():
         for name, make in settings.items():
-            for scenario in SCENARIOS:
-                results = []
-                for seed in range(seeds):
-                    signals = recordings[scenario, seed]
-                    results.append(judged(alarms(make(), signals), event_of(scenario, signals)))
-                delays = [r["delay_steps"] for r in results]
+            for scenario, recorded in recordings.items():
+                results = [
+                    judged(alarms(make(), signals), event)
+                    for signals, event in zip(recorded, events[scenario], strict=True)
+                ]
                 rows.append(
                     {
                         "trigger": kind,
                         "settings": name,
                         "scenario": scenario,
                         "has_event": scenario in ("domain shift", "learned"),
-                        "false_alarms": [r["false_alarms"] for r in results],
-                        "alarms": [r["alarms"] for r in results],
-                        "delay_steps": delays,
+                        **{key: [r[key] for r in results] for key in results[0]},
                     }
                 )
-    text = markdown(rows)
-    Console(width=160).print(text)
-    events = {s: [event_of(s, recordings[s, seed]) for seed in range(seeds)] for s in SCENARIOS}
-    write_result(__file__, options, {"steps": steps, "seeds": seeds, "events": events, "rows": rows})
-    if not quick:
-        write_section("triggers.md", "triggers", text)
+    return {"steps": steps, "seeds": seeds, "events": events, "rows": rows}
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(result: Mapping[str, Any]) -> str:
     """False alarms a run; and of an event, in how many runs it was seen and after how many steps."""
-    head = ["trigger", "settings", *SCENARIOS]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for kind, name in dict.fromkeys((row["trigger"], row["settings"]) for row in rows):
-        cells = []
-        for row in rows:
-            if (row["trigger"], row["settings"]) == (kind, name):
-                false = f"{statistics.fmean(row['false_alarms']):.1f}"
-                seen = [delay for delay in row["delay_steps"] if delay is not None]
-                late = f" after {statistics.median(seen):.0f}" if seen else ""
-                told = f"; seen {len(seen)}/{len(row['delay_steps'])}{late}" if row["has_event"] else ""
-                cells.append(false + told)
-        lines.append(f"| {kind} | {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in result["rows"]:
+        cell = f"{statistics.fmean(row['false_alarms']):.1f}"
+        if row["has_event"]:
+            delays = [delay for delay in row["delay_steps"] if delay is not None]
+            cell += f"; seen {len(delays)}/{len(row['delay_steps'])}"
+            cell += f" after {statistics.median(delays):.0f}" if delays else ""
+        found.setdefault((row["trigger"], row["settings"]), []).append(cell)
+    head = ["trigger", "settings", *dict.fromkeys(row["scenario"] for row in result["rows"])]
+    return table(head, [[*names, *cells] for names, cells in found.items()])
+
+
+def main() -> None:
+    options = arguments(__doc__, PRESETS)
+    result = measure(**PRESETS[options.preset])
+    print(markdown(result))
+    keep(__file__, options, result)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from harness import spread, table
+
 from peers.arms import COMPUTED, DEPTH, FEED_FORWARD
 from peers.sides import SIDES
 
@@ -59,7 +61,7 @@ def _sides(facts: dict[str, Any], costs: dict[str, Any]) -> str:
                 side.cannot,
             ]
         )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _error(value: float) -> str:
@@ -89,14 +91,8 @@ def _training(rows: Sequence[dict[str, Any]]) -> str:
                 f"{of[0]['parameters']:,}",
                 f"{statistics.fmean(row['loss_grown'] for row in of):.3f}",
                 f"{statistics.fmean(row['loss_trained'] for row in of):.4f}",
-                ""
-                if arm == reference
-                else f"{statistics.fmean(above):+.4f} ({min(above):+.4f} to {max(above):+.4f})",
+                "" if arm == reference else spread(above, 4),
                 f"{statistics.fmean(clones):.4f}" if clones else "",
             ]
         )
-    return _table(head, lines)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+    return table(head, lines)

@@ -1,0 +1,242 @@
+"""Benchmarks: which a checkout has, how one is run, and how its numbers get into the pages.
+
+A script of `benchmarks/` is a benchmark if it declares `PRESETS`, a dictionary of which only the names are
+read here; its first line says what it measures. It keeps what it measured as JSON beside itself, and
+
+    markdown(result)     makes the tables of such a file, which go to docs/results.md
+    headlines(result)    is the same in rows for README: what was measured -> what came out; may be left out
+
+so that the pages can be written anew without measuring. No number gets into these tables in another way.
+Another kind of benchmark is a subclass of `Benchmark`, named in `KINDS`.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import os
+import signal
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Self
+
+from cambia.config import did_you_mean
+from cambia.errors import ConfigError
+from cambia.files import read_json, write_text
+from cambia.reporting.units import plural
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+"""Where it is in a checkout; an installed package has none."""
+PRESETS = {
+    "quick": "does it run? A minute or a few; nothing is kept",
+    "full": "the figures, on a CPU; may take an hour",
+    "gpu": "the figures, on a GPU",
+}
+
+
+@dataclass(frozen=True)
+class Benchmark(ABC):
+    """Something that is measured by name."""
+
+    path: Path
+    """Its own file in the folder of benchmarks; result files are beside it."""
+    title: str
+    """What it measures, in a line."""
+    presets: tuple[str, ...]
+
+    @classmethod
+    @abstractmethod
+    def read(cls, path: Path) -> Self | None:
+        """The benchmark in a file, without running it; None if the file is something else."""
+
+    @abstractmethod
+    def run(self, preset: str, options: Sequence[str]) -> int:
+        """Measure; unless it is `quick`, keep the result and renew the pages. Returns an exit code."""
+
+    @abstractmethod
+    def markdown(self, result: Mapping[str, Any]) -> str:
+        """The tables of a result."""
+
+    @abstractmethod
+    def headlines(self, result: Mapping[str, Any]) -> Mapping[str, str]:
+        """What was measured -> what came out, a row each of README's table."""
+
+    @property
+    def name(self) -> str:
+        """What it is called on the command line."""
+        return self.path.stem
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The presets whose results are kept."""
+        return tuple(preset for preset in self.presets if preset != "quick")
+
+    def result_file(self, preset: str) -> Path:
+        """Where the result of a preset is kept."""
+        return self.path.with_name(f"{self.name}.json" if preset == "full" else f"{self.name}_{preset}.json")
+
+    def result(self, preset: str) -> dict[str, Any] | None:
+        """What was measured last, None if nothing was."""
+        path = self.result_file(preset)
+        return read_json(path) if path.exists() else None
+
+    def section(self, preset: str) -> str:
+        """What docs/results.md says about a preset: tables, machine, versions, command, date."""
+        result = self.result(preset)
+        if result is None:
+            return f"Not measured yet: `cambia bench {self.name} --preset {preset}`."
+        return f"{self.markdown(result)}\n\n{_stamp(result)}"
+
+
+class Script(Benchmark):
+    """A script that measures in a process of its own."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """A Python file with PRESETS."""
+        # The file is parsed and not imported: that would load torch.
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in tree.body:
+            if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Dict):
+                continue
+            if [ast.unparse(target) for target in node.targets] == ["PRESETS"]:
+                presets = [ast.literal_eval(key) for key in node.value.keys if key]
+                return cls(path, (ast.get_docstring(tree) or "").partition("\n")[0], tuple(presets))
+        return None
+
+    def run(self, preset: str, options: Sequence[str]) -> int:
+        """Run the script with this interpreter; its output is its own."""
+        # What is measured is the package that was called, whatever else is installed.
+        search = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search), "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, str(self.path), "--preset", preset, *options]
+        with subprocess.Popen(command, env=environment) as process:
+            before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+            try:
+                return _ended(process)
+            finally:
+                signal.signal(signal.SIGTERM, before)
+
+    def markdown(self, result: Mapping[str, Any]) -> str:
+        """What the script's own function makes of it."""
+        return self._module().markdown(result)
+
+    def headlines(self, result: Mapping[str, Any]) -> Mapping[str, str]:
+        """What the script's own function makes of it; nothing where it has none."""
+        headlines = vars(self._module()).get("headlines")
+        return headlines(result) if headlines else {}
+
+    def _module(self) -> ModuleType:
+        # Scripts import harness.py and each other by name, as they do when they are run.
+        if str(self.path.parent) not in sys.path:
+            sys.path.insert(0, str(self.path.parent))
+        return importlib.import_module(self.name)
+
+
+KINDS: dict[str, type[Benchmark]] = {".py": Script}
+"""Ending of a file in `benchmarks/` -> what it is."""
+
+
+def benchmarks() -> dict[str, Benchmark]:
+    """The benchmarks of this checkout by their names."""
+    if not (FOLDER / "harness.py").is_file():
+        raise ConfigError(
+            "benchmarks are in a checkout of Cambia's repository, and this is an installed package: get the "
+            "source, run `pip install -e .` in it, and call `cambia bench` from that environment"
+        )
+    files = [path for path in sorted(FOLDER.iterdir()) if path.suffix in KINDS]
+    found = [KINDS[path.suffix].read(path) for path in files]
+    return {benchmark.name: benchmark for benchmark in found if benchmark}
+
+
+def find(name: str, preset: str = "quick") -> Benchmark:
+    """A benchmark that has this preset."""
+    known = benchmarks()
+    if name not in known:
+        raise ConfigError(f"there is no benchmark {name!r}{did_you_mean(name, known)}")
+    if preset not in known[name].presets:
+        raise ConfigError(f"{name} has no preset {preset!r}; it has {', '.join(known[name].presets)}")
+    return known[name]
+
+
+def pages(only: str | None = None) -> dict[Path, str]:
+    """docs/results.md and README.md as they should be by the result files.
+
+    Args:
+        only: of docs/results.md, renew the sections of this benchmark.
+    """
+    found = benchmarks()
+    results, readme = FOLDER.parent / "docs" / "results.md", FOLDER.parent / "README.md"
+    said = results.read_text(encoding="utf-8")
+    for benchmark in found.values():
+        for preset in benchmark.kept if only in (None, benchmark.name) else ():
+            said = _filled(said, benchmark.result_file(preset).stem, benchmark.section(preset), results)
+    short = _filled(readme.read_text(encoding="utf-8"), "measured", _measured(found.values()), readme)
+    return {results: said, readme: short}
+
+
+def write_pages(only: str | None = None) -> list[Path]:
+    """Write the pages by the result files; returns those that changed."""
+    there = {page: text for page, text in pages(only).items() if page.read_text(encoding="utf-8") != text}
+    for page, text in there.items():
+        write_text(page, text)
+    return list(there)
+
+
+def _measured(found: Iterable[Benchmark]) -> str:
+    """README's table, and what it was measured on."""
+    rows, machines, on_gpu = [], set(), False
+    for benchmark in found:
+        on_gpu |= benchmark.result_file("gpu").exists()
+        result = benchmark.result("full")
+        headlines = benchmark.headlines(result) if result else {}
+        if not result or not headlines:
+            continue
+        busy = ", on a busy machine" if result["busy"] else ""
+        rows += [f"| {what} | {value} | `{benchmark.name}`{busy} |" for what, value in headlines.items()]
+        machine = result["machine"]
+        machines.add(f"{plural(machine['cores'], 'core')} of {machine['cpu']}, torch {machine['torch']}")
+    below = f"On {'; '.join(sorted(machines))}."
+    if not on_gpu:
+        below += " The GPU presets have not been run."
+    return "\n".join(["| what | result | benchmark |", "|---|---|---|", *rows, "", below])
+
+
+def _stamp(result: Mapping[str, Any]) -> str:
+    """How a result came about, in a line."""
+    machine = result["machine"]
+    what = [
+        machine["cpu"],
+        *filter(None, [machine["gpu"]]),
+        plural(machine["cores"], "core"),
+        plural(machine["threads"], "thread"),
+    ]
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers"))
+    busy = " On a busy machine." if result["busy"] else ""
+    return f"`{result['command']}`, {result['date']}; {', '.join(what)}; {versions}.{busy}"
+
+
+def _filled(page: str, name: str, text: str, path: Path) -> str:
+    """A page with a text between the markers of this name."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    before, found, rest = page.partition(begin)
+    if not found or end not in rest:
+        raise ConfigError(
+            f"{path} lacks the lines `{begin.strip()}` and `{end}`: add them where it should stand"
+        )
+    return f"{before}{begin}{text}\n{rest[rest.index(end) :]}"
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of a process that ends when it wants to."""
+    while True:
+        # Ctrl-C reaches the script as well, which may have something to save first.
+        with contextlib.suppress(KeyboardInterrupt):
+            code = process.wait()
+            return code if code >= 0 else 128 - code

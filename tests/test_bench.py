@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -18,6 +19,10 @@ from typing import Any
 import pytest
 
 from cambia import bench
+from cambia.config import merged
+from cambia.errors import ConfigError
+from cambia.sweepdir import Result
+from cambia.sweeps import cells_of, read_grid
 from tests.conftest import Call
 from tests.markdown import ROOT
 
@@ -276,3 +281,39 @@ def test_only_figures_are_kept(
     assert (result["metres"], result["busy"], result["command"]) == (7, False, options.command)
     assert "| 7 |" in (checkout / "docs" / "results.md").read_text()
     assert "| 7 m |" in (checkout / "README.md").read_text()
+
+
+# ---- grids ---------------------------------------------------------------------------------------
+
+
+def cells(*, seeds: int = 3, grown: float = 0.5) -> dict[str, Any]:
+    """The result of a benchmark that is a grid."""
+    found = []
+    for seed in range(seeds):
+        for method, loss in (("fixed", 2.0 + seed), ("grown", 2.0 + seed - grown - 0.01 * seed)):
+            choice = {"method": method, "seed": seed}
+            numbers = {"test_bits_per_byte": loss, "flops": 3e12, "parameters": 1_000_000}
+            one = Result(f"{method}-{seed}", f"{method}{seed}", choice, "finished", numbers)
+            found.append(dataclasses.asdict(one))
+    return {"cells": found}
+
+
+def test_a_grid_is_a_benchmark() -> None:
+    found = bench.find("growth_or_fixed", "full")
+    shown = found.markdown(cells())
+    assert "| fixed | 3.0000 ± 1.0000 (3) | 3 TFLOP" in shown
+    assert "| grown | -0.5100 | -0.5200 to -0.5000 | 3 |" in shown
+    (said,) = found.headlines(cells()).values()
+    assert said == "-0.5100 (-0.5200 to -0.5000), 3 pairs"
+
+
+@pytest.mark.parametrize("preset", bench.find("growth_or_fixed").presets)
+def test_the_cells_of_a_grid_are_experiments(preset: str) -> None:
+    said = bench._sweep_file(BENCHMARKS / "growth_or_fixed.yaml")
+    found = cells_of(read_grid(merged(said.grid, said.presets[preset])))
+    assert len(found) == (2 if preset == "quick" else 6)
+
+
+def test_a_grids_benchmark_takes_few_options() -> None:
+    with pytest.raises(ConfigError, match="--training.steps is no option"):
+        bench.find("growth_or_fixed").run("quick", ["--training.steps", "3"])

@@ -7,7 +7,8 @@ read here; its first line says what it measures. It keeps what it measured as JS
     headlines(result)    is the same in rows for README: what was measured -> what came out; may be left out
 
 so that the pages can be written anew without measuring. No number gets into these tables in another way.
-Another kind of benchmark is a subclass of `Benchmark`, named in `KINDS`.
+A YAML file of `benchmarks/` is a grid of runs (`SweepFile`), with the table that follows from it. Another
+kind of benchmark is a subclass of `Benchmark`, named in `KINDS`.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Self
 
-from cambia.config import did_you_mean
-from cambia.errors import ConfigError
+from cambia.config import FieldError, build, did_you_mean, explain, load_yaml, merged, parse_flags
+from cambia.errors import ConfigError, SweepError
 from cambia.files import read_json, write_text
+from cambia.reporting.cells import Cell, Row, label
+from cambia.reporting.sweep import Sweep
+from cambia.reporting.sweep_tables import name_of, paired_table, signed, summary
 from cambia.reporting.units import plural
+from cambia.sweepdir import Result, SweepReader
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 """Where it is in a checkout; an installed package has none."""
@@ -86,6 +91,12 @@ class Benchmark(ABC):
         path = self.result_file(preset)
         return read_json(path) if path.exists() else None
 
+    def _import(self, module: str) -> ModuleType:
+        # Scripts import harness.py and each other by name, as they do when they are run.
+        if str(self.path.parent) not in sys.path:
+            sys.path.insert(0, str(self.path.parent))
+        return importlib.import_module(module)
+
     def section(self, preset: str) -> str:
         """What docs/results.md says about a preset: tables, machine, versions, command, date."""
         result = self.result(preset)
@@ -133,13 +144,128 @@ class Script(Benchmark):
         return headlines(result) if headlines else {}
 
     def _module(self) -> ModuleType:
-        # Scripts import harness.py and each other by name, as they do when they are run.
-        if str(self.path.parent) not in sys.path:
-            sys.path.insert(0, str(self.path.parent))
-        return importlib.import_module(self.name)
+        return self._import(self.name)
 
 
-KINDS: dict[str, type[Benchmark]] = {".py": Script}
+@dataclass
+class SweepFile:
+    """What a YAML file of `benchmarks/` says. The string under a field is its help."""
+
+    title: str
+    """What is measured, in a line."""
+    grid: dict[str, Any]
+    """As for `cambia sweep`."""
+    presets: dict[str, dict[str, Any]]
+    """Preset -> what it lays over the grid."""
+    metrics: list[str]
+    """The columns of the table; differences are taken of the first."""
+    compare: str
+    """``"AXIS=VALUE"``: what the other values of an axis are compared with."""
+
+
+class Grid(Benchmark):
+    """A grid of runs; it goes on where it was stopped."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """A YAML file with a grid and presets."""
+        said = _sweep_file(path)
+        return cls(path, said.title, tuple(said.presets))
+
+    def run(self, preset: str, options: Sequence[str]) -> int:
+        """Run the cells that have no result yet, in the folder of a sweep of this benchmark's name."""
+        from cambia.sweeps import Limits, run_grid
+
+        said = _sweep_file(self.path)
+        flags = parse_flags(options)
+        unknown = sorted(flags.keys() - {"workers", "retry"})
+        if unknown:
+            raise ConfigError(
+                f"--{unknown[0]} is no option of a sweep's benchmark; --workers and --retry are"
+            )
+        harness = self._import("harness")
+        load = os.getloadavg()[0]
+        folder = run_grid(
+            merged(said.grid, said.presets[preset]),
+            name=f"bench-{self.name}-{preset}",
+            workers=flags.get("workers"),
+            limits=Limits(retry=bool(flags.get("retry"))),
+        )
+        results = SweepReader(folder).results()
+        cells = [asdict(results[cell.hash]) for cell in SweepReader(folder).cells()]
+        failed = [cell for cell in cells if cell["status"] == "failed"]
+        if failed:
+            raise SweepError(
+                f"{len(failed)} of {len(cells)} cells failed, the first: {failed[0]['error']}. Nothing was "
+                f"kept; `cambia report {folder.name}` shows them, --retry runs them again"
+            )
+        command = f"cambia bench {self.name} --preset {preset}"
+        about = SimpleNamespace(preset=preset, command=command, load=load)
+        harness.keep(str(self.path), about, {"cells": cells})
+        return 0
+
+    def markdown(self, result: Mapping[str, Any]) -> str:
+        """Means and spreads of each metric, and the paired differences of the first."""
+        said = _sweep_file(self.path)
+        sweep = self._sweep(result)
+        tables = [sweep.table(metric) for metric in said.metrics]
+        axes = sweep.varied
+        head = [*axes, *(f"{name_of(metric)} (n)" for metric in said.metrics)]
+        rows = [
+            [
+                *(label(row.choice[axis]) for axis in axes),
+                *(_summary(table.metric, at) for table, at in pairs),
+            ]
+            for i, row in enumerate(tables[0].rows)
+            for pairs in [[(table, table.rows[i]) for table in tables]]
+        ]
+        axis, baseline = self._baseline(sweep)
+        paired = paired_table(sweep.paired(said.metrics[0], axis, baseline))
+        parts = [_table(head, rows), f"{paired.title}:", _table(paired.head, paired.rows), *paired.notes]
+        return "\n\n".join(parts)
+
+    def headlines(self, result: Mapping[str, Any]) -> Mapping[str, str]:
+        """The paired differences, one row each."""
+        said, sweep = _sweep_file(self.path), self._sweep(result)
+        axis, baseline = self._baseline(sweep)
+        metric = said.metrics[0]
+        return {
+            f"{said.title.rstrip('.')}: {label(row.value)} less {label(baseline)}": (
+                f"{signed(metric, row.mean)} ({signed(metric, row.interval.low)} to "
+                f"{signed(metric, row.interval.high)}), {plural(row.n, 'pair')}"
+            )
+            for row in sweep.paired(metric, axis, baseline).rows
+        }
+
+    def _sweep(self, result: Mapping[str, Any]) -> Sweep:
+        results = [Result(**cell) for cell in result["cells"]]
+        return Sweep.of(self.name, [Cell(one.cell, one.hash, one.choice, one) for one in results])
+
+    def _baseline(self, sweep: Sweep) -> tuple[str, Any]:
+        found = sweep.baseline(_sweep_file(self.path).compare)
+        assert found is not None
+        return found
+
+
+def _sweep_file(path: Path) -> SweepFile:
+    try:
+        return build(SweepFile, load_yaml(path))
+    except FieldError as error:
+        raise explain(error, source=str(path), flags={}) from None
+
+
+def _summary(metric: str, row: Row) -> str:
+    mean, spread, n = summary(metric, row)
+    return f"{mean} ± {spread} ({n})"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+KINDS: dict[str, type[Benchmark]] = {".py": Script, ".yaml": Grid}
 """Ending of a file in `benchmarks/` -> what it is."""
 
 

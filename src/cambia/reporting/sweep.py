@@ -12,7 +12,7 @@ the grid as it was last asked for are shown; results of earlier grids are counte
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,17 @@ class Sweep:
     """Results of cells that only earlier grids had."""
     progress: Mapping[str, Any] | None
     """grid_progress.json as it was last written, None where it was not."""
+
+    @classmethod
+    def of(cls, name: str, cells: Sequence[Cell], **more: Any) -> Sweep:
+        """A sweep of these cells, wherever they are from; `more` are its other fields."""
+        found: dict[str, dict[Hashable, Any]] = {axis: {} for cell in cells for axis in cell.choice}
+        for cell in cells:
+            for axis, known in found.items():  # a cell that says nothing of an axis has none there
+                known.setdefault(key(cell.choice.get(axis)), cell.choice.get(axis))
+        axes = {axis: tuple(values.values()) for axis, values in found.items()}
+        fields = {"folder": Path(name), "grid": "", "earlier": 0, "progress": None, **more}
+        return cls(name=name, axes=axes, cells=tuple(cells), **fields)
 
     @property
     def results(self) -> tuple[Result, ...]:
@@ -241,16 +252,11 @@ def load_sweep(name: str | Path) -> Sweep:
         raise CheckpointError(
             f"{reader.folder / CELLS} does not list cells; it was altered or is of another version"
         ) from None
-    found: dict[str, dict[Hashable, Any]] = {axis: {} for cell in cells for axis in cell.choice}
-    for cell in cells:
-        for axis, known in found.items():  # a cell that says nothing of an axis has none there
-            known.setdefault(key(cell.choice.get(axis)), cell.choice.get(axis))
-    return Sweep(
-        name=reader.name,
+    return Sweep.of(
+        reader.name,
+        cells,
         folder=reader.folder,
         grid=reader.grid() if (reader.folder / GRID).exists() else "",
-        axes={axis: tuple(values.values()) for axis, values in found.items()},
-        cells=cells,
         earlier=len(results.keys() - {cell.hash for cell in cells}),
         progress=reader.progress(),
     )

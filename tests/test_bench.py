@@ -315,5 +315,5 @@ def test_the_cells_of_a_grid_are_experiments(preset: str) -> None:
 
 
 def test_a_grids_benchmark_takes_few_options() -> None:
-    with pytest.raises(ConfigError, match="--training.steps is no option"):
+    with pytest.raises(ConfigError, match=r"--training\.steps is no option"):
         bench.find("growth_or_fixed").run("quick", ["--training.steps", "3"])

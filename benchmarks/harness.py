@@ -30,6 +30,7 @@ import torch
 import transformers
 
 from cambia import bench
+from cambia.bench import table as table
 from cambia.files import write_text
 
 BUSY_LOAD = 0.5
@@ -163,12 +164,6 @@ class Parts:
             written.write_text(json.dumps(measure()))
             written.replace(path)
         return json.loads(path.read_text())
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def spread(values: Sequence[float], digits: int) -> str:

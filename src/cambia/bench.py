@@ -208,20 +208,16 @@ class Grid(Benchmark):
         """Means and spreads of each metric, and the paired differences of the first."""
         said = _sweep_file(self.path)
         sweep = self._sweep(result)
-        tables = [sweep.table(metric) for metric in said.metrics]
+        found = [sweep.table(metric) for metric in said.metrics]
         axes = sweep.varied
         head = [*axes, *(f"{name_of(metric)} (n)" for metric in said.metrics)]
         rows = [
-            [
-                *(label(row.choice[axis]) for axis in axes),
-                *(_summary(table.metric, at) for table, at in pairs),
-            ]
-            for i, row in enumerate(tables[0].rows)
-            for pairs in [[(table, table.rows[i]) for table in tables]]
+            [*(label(same[0].choice[axis]) for axis in axes), *map(_summary, said.metrics, same)]
+            for same in zip(*(each.rows for each in found), strict=True)
         ]
         axis, baseline = self._baseline(sweep)
         paired = paired_table(sweep.paired(said.metrics[0], axis, baseline))
-        parts = [_table(head, rows), f"{paired.title}:", _table(paired.head, paired.rows), *paired.notes]
+        parts = [table(head, rows), f"{paired.title}:", table(paired.head, paired.rows), *paired.notes]
         return "\n\n".join(parts)
 
     def headlines(self, result: Mapping[str, Any]) -> Mapping[str, str]:
@@ -259,7 +255,7 @@ def _summary(metric: str, row: Row) -> str:
     return f"{mean} ± {spread} ({n})"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])

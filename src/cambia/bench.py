@@ -30,9 +30,9 @@ from typing import Any, Self
 from cambia.config import FieldError, build, did_you_mean, explain, load_yaml, merged, parse_flags
 from cambia.errors import ConfigError, SweepError
 from cambia.files import read_json, write_text
-from cambia.reporting.cells import Cell, Row, label
-from cambia.reporting.sweep import Sweep
-from cambia.reporting.sweep_tables import name_of, paired_table, signed, summary
+from cambia.reporting.sweeps.cells import Cell, Row, label
+from cambia.reporting.sweeps.sweep import Sweep
+from cambia.reporting.sweeps.tables import name_of, paired_table, signed, summary
 from cambia.reporting.units import plural
 from cambia.sweepdir import Result, SweepReader
 

@@ -109,7 +109,7 @@ def test_labels_do_not_overlap(make_run: Make) -> None:
 
 def test_only_figures_import_matplotlib_and_only_pages_import_figures() -> None:
     importers: dict[str, set[str]] = {"matplotlib": set(), "cambia.reporting.figures": set()}
-    for path in FOLDER.glob("*.py"):
+    for path in FOLDER.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -117,9 +117,9 @@ def test_only_figures_import_matplotlib_and_only_pages_import_figures() -> None:
                 assert "pyplot" not in name
                 for wanted, files in importers.items():
                     if name == wanted or name.startswith(wanted + "."):
-                        files.add(path.name)
-    figures = {"figures.py", "sweep_figures.py"}
-    pages = {"page.py", "side_by_side.py", "sweep_figures.py", "sweep_page.py"}
+                        files.add(path.relative_to(FOLDER).as_posix())
+    figures = {"figures.py", "sweeps/figures.py"}
+    pages = {"page.py", "side_by_side.py", "sweeps/figures.py", "sweeps/page.py"}
     assert importers == {"matplotlib": figures, "cambia.reporting.figures": pages}
 
 

@@ -27,16 +27,16 @@ _HOME = {
     "compare": "cambia.reporting.comparison",
     "load_for_comparison": "cambia.reporting.comparison",
     "print_comparison": "cambia.reporting.side_by_side",
-    "Sweep": "cambia.reporting.sweep",
-    "load": "cambia.reporting.sweep",
-    "load_sweep": "cambia.reporting.sweep",
+    "Sweep": "cambia.reporting.sweeps.sweep",
+    "load": "cambia.reporting.sweeps.sweep",
+    "load_sweep": "cambia.reporting.sweeps.sweep",
     "print_sweep": "cambia.reporting.terminal",
-    "write_sweep_report": "cambia.reporting.sweep_page",
-    "SweepComparison": "cambia.reporting.sweep_comparison",
-    "are_sweeps": "cambia.reporting.sweep_comparison",
-    "compare_sweeps": "cambia.reporting.sweep_comparison",
-    "print_sweep_comparison": "cambia.reporting.sweep_comparison",
-    "write_sweep_comparison": "cambia.reporting.sweep_comparison",
+    "write_sweep_report": "cambia.reporting.sweeps.page",
+    "SweepComparison": "cambia.reporting.sweeps.comparison",
+    "are_sweeps": "cambia.reporting.sweeps.comparison",
+    "compare_sweeps": "cambia.reporting.sweeps.comparison",
+    "print_sweep_comparison": "cambia.reporting.sweeps.comparison",
+    "write_sweep_comparison": "cambia.reporting.sweeps.comparison",
     "write_comparison": "cambia.reporting.side_by_side",
 }
 
@@ -75,15 +75,15 @@ if TYPE_CHECKING:
     from cambia.reporting.run import load_run as load_run
     from cambia.reporting.side_by_side import print_comparison as print_comparison
     from cambia.reporting.side_by_side import write_comparison as write_comparison
-    from cambia.reporting.sweep import Sweep as Sweep
-    from cambia.reporting.sweep import load as load
-    from cambia.reporting.sweep import load_sweep as load_sweep
-    from cambia.reporting.sweep_comparison import SweepComparison as SweepComparison
-    from cambia.reporting.sweep_comparison import are_sweeps as are_sweeps
-    from cambia.reporting.sweep_comparison import compare_sweeps as compare_sweeps
-    from cambia.reporting.sweep_comparison import print_sweep_comparison as print_sweep_comparison
-    from cambia.reporting.sweep_comparison import write_sweep_comparison as write_sweep_comparison
-    from cambia.reporting.sweep_page import write_sweep_report as write_sweep_report
+    from cambia.reporting.sweeps.comparison import SweepComparison as SweepComparison
+    from cambia.reporting.sweeps.comparison import are_sweeps as are_sweeps
+    from cambia.reporting.sweeps.comparison import compare_sweeps as compare_sweeps
+    from cambia.reporting.sweeps.comparison import print_sweep_comparison as print_sweep_comparison
+    from cambia.reporting.sweeps.comparison import write_sweep_comparison as write_sweep_comparison
+    from cambia.reporting.sweeps.page import write_sweep_report as write_sweep_report
+    from cambia.reporting.sweeps.sweep import Sweep as Sweep
+    from cambia.reporting.sweeps.sweep import load as load
+    from cambia.reporting.sweeps.sweep import load_sweep as load_sweep
     from cambia.reporting.terminal import print_summary as print_summary
     from cambia.reporting.terminal import print_sweep as print_sweep
 

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from cambia.reporting import units
 from cambia.reporting.run import Run
-from cambia.reporting.sweep import Sweep
-from cambia.reporting.sweep_tables import (
+from cambia.reporting.sweeps.sweep import Sweep
+from cambia.reporting.sweeps.tables import (
     Shown,
     asides,
     counts,

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from cambia import sweepdir
 from cambia.errors import CheckpointError, ConfigError, RunError
 from cambia.reporting import Sweep, load, load_sweep
-from cambia.reporting.cells import direction, key, label
-from cambia.reporting.statistics import bootstrap_interval, holm, paired_t
+from cambia.reporting.sweeps.cells import direction, key, label
+from cambia.reporting.sweeps.statistics import bootstrap_interval, holm, paired_t
 from cambia.sweepdir import SweepWriter
 from tests.sweep_records import Choice, Outcome, cell, record_outcome, write_cells, write_sweep
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cambia.reporting import units
-from cambia.reporting.cells import Cell, Paired, PairedRow, Row, direction, label
-from cambia.reporting.sweep import SEED, Sweep
+from cambia.reporting.sweeps.cells import Cell, Paired, PairedRow, Row, direction, label
+from cambia.reporting.sweeps.sweep import SEED, Sweep
 from cambia.sweepdir import ERRORS
 
 FEW_PAIRS = 10

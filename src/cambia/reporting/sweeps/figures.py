@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from cambia.reporting.cells import Cell, PairedRow, grouped, key, label, left
 from cambia.reporting.figures import COLORS, LETTER_SIZE, LETTERS, LINE_COLORS, LINE_DASHES, dress, new_figure
-from cambia.reporting.sweep import SEED, Sweep
-from cambia.reporting.sweep_tables import (
+from cambia.reporting.sweeps.cells import Cell, PairedRow, grouped, key, label, left
+from cambia.reporting.sweeps.sweep import SEED, Sweep
+from cambia.reporting.sweeps.tables import (
     listed,
     name_of,
     number,

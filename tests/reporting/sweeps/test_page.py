@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cambia import rundir
 from cambia.reporting import load_sweep, print_sweep, write_sweep_report
-from cambia.reporting.sweep_tables import number, probability, signed
+from cambia.reporting.sweeps.tables import number, probability, signed
 from tests.pages import EVIL, Checked
 from tests.sweep_records import Choice, Outcome, write_sweep
 

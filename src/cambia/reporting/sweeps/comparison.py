@@ -17,13 +17,23 @@ from rich.console import Console
 from cambia import files
 from cambia.errors import ConfigError, RunError
 from cambia.reporting import units
-from cambia.reporting.cells import PairedRow, Row, direction, grouped, key, label, left, paired_rows, values
 from cambia.reporting.comparison import load_for_comparison
 from cambia.reporting.markup import document, note, tag
-from cambia.reporting.sweep import MAIN_METRICS, SEED, Sweep
-from cambia.reporting.sweep_figures import forest_drawing
-from cambia.reporting.sweep_page import picture, shown_section
-from cambia.reporting.sweep_tables import (
+from cambia.reporting.sweeps.cells import (
+    PairedRow,
+    Row,
+    direction,
+    grouped,
+    key,
+    label,
+    left,
+    paired_rows,
+    values,
+)
+from cambia.reporting.sweeps.figures import forest_drawing
+from cambia.reporting.sweeps.page import picture, shown_section
+from cambia.reporting.sweeps.sweep import MAIN_METRICS, SEED, Sweep
+from cambia.reporting.sweeps.tables import (
     Shown,
     listed,
     name_of,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cambia.reporting.statistics import bootstrap_interval, holm, mean, paired_t, spread, t_tail
+from cambia.reporting.sweeps.statistics import bootstrap_interval, holm, mean, paired_t, spread, t_tail
 
 NUMBERS = st.lists(st.floats(-100, 100), min_size=2, max_size=25)
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=12)

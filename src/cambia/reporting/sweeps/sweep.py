@@ -20,7 +20,8 @@ from typing import Any
 from cambia import rundir
 from cambia.config import did_you_mean
 from cambia.errors import CheckpointError, ConfigError, RunError
-from cambia.reporting.cells import (
+from cambia.reporting.run import Run, handle_of, load_run
+from cambia.reporting.sweeps.cells import (
     Cell,
     Paired,
     Row,
@@ -34,7 +35,6 @@ from cambia.reporting.cells import (
     paired_rows,
     values,
 )
-from cambia.reporting.run import Run, handle_of, load_run
 from cambia.sweepdir import CELLS, GRID, Result, SweepReader, is_sweep, nearest_sweep
 
 SEED = "seed"

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from cambia import files
 from cambia.reporting import units
-from cambia.reporting.cells import Paired
 from cambia.reporting.figures import to_svg
 from cambia.reporting.markup import RINGS, Html, document, note, section, table, tag, tiles
-from cambia.reporting.sweep import SEED, Sweep
-from cambia.reporting.sweep_figures import MOST_ROWS, Drawing, axis_drawing, forest_drawing
-from cambia.reporting.sweep_tables import (
+from cambia.reporting.sweeps.cells import Paired
+from cambia.reporting.sweeps.figures import MOST_ROWS, Drawing, axis_drawing, forest_drawing
+from cambia.reporting.sweeps.sweep import SEED, Sweep
+from cambia.reporting.sweeps.tables import (
     Shown,
     against,
     asides,

@@ -8,7 +8,7 @@ import pytest
 
 from cambia.reporting import load_sweep
 from cambia.reporting.figures import to_svg
-from cambia.reporting.sweep_figures import (
+from cambia.reporting.sweeps.figures import (
     axis_drawing,
     forest_drawing,
     is_logarithmic,
@@ -17,7 +17,7 @@ from cambia.reporting.sweep_figures import (
     window_of,
     wrapped,
 )
-from cambia.reporting.sweep_tables import shortened
+from cambia.reporting.sweeps.tables import shortened
 from tests.sweep_records import Choice, Outcome, cell, write_cells, write_sweep
 
 

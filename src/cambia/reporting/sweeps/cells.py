@@ -11,7 +11,15 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cambia.reporting.statistics import Interval, TTest, bootstrap_interval, holm, mean, paired_t, spread
+from cambia.reporting.sweeps.statistics import (
+    Interval,
+    TTest,
+    bootstrap_interval,
+    holm,
+    mean,
+    paired_t,
+    spread,
+)
 from cambia.sweepdir import Result
 
 _LOWER = ("bits_per_byte", "nll", "nats", "loss", "perplexity", "forgotten", "forgetting")

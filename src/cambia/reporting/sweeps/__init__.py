@@ -1,0 +1,1 @@
+"""Sweeps read back: cells, tables, paired differences, figures, pages."""

@@ -69,16 +69,20 @@ def test_every_cell_has_one_result(swept: Path) -> None:
     assert progress == {"total": 6, "done": 4, "skipped": 0, "failed": 2, "current": []}
 
 
-def test_a_cell_is_what_the_run_is_alone(swept: Path, tmp_path: Path) -> None:
-    for cell in cells_of(read_grid(swept / "grid.yaml")):
-        if cell.record.choice["method"] == "broken":
+def assert_as_alone(folder: Path, alone: Path, *, but: str = "") -> None:
+    """Every cell is, byte for byte, what the same run is without a sweep."""
+    for cell in cells_of(read_grid(folder / "grid.yaml")):
+        if cell.record.choice["method"] == but:
             continue
-        alone = tmp_path / cell.name
-        assert train_in(alone, cell.experiment())
+        assert train_in(alone / cell.name, cell.experiment())
         for name in (rundir.METRICS, rundir.EVAL, rundir.GROWTH):
-            mine, other = alone / name, swept / cell.name / name
+            mine, other = alone / cell.name / name, folder / cell.name / name
             assert mine.exists() == other.exists()
             assert not mine.exists() or mine.read_bytes() == other.read_bytes(), name
+
+
+def test_a_cell_is_what_the_run_is_alone(swept: Path, tmp_path: Path) -> None:
+    assert_as_alone(swept, tmp_path, but="broken")
 
 
 def test_the_same_call_again_has_nothing_to_do(swept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +195,7 @@ def assert_whole(folder: Path, count: int) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds workers by their command")
-def test_launcher_and_workers_are_killed(place: Path) -> None:
+def test_launcher_and_workers_are_killed(place: Path, tmp_path: Path) -> None:
     written(place, grid(seeds=3, settings={"training.steps": 12, "checkpoint.every_steps": 4}))
     folder = place / "runs" / "tiny"
     first = launcher(place)
@@ -205,6 +209,7 @@ def test_launcher_and_workers_are_killed(place: Path) -> None:
         os.kill(worker, signal.SIGKILL)
     assert second.wait(120) == other.wait(120) == 0
     assert_whole(folder, 6)
+    assert_as_alone(folder, tmp_path)
     progress = SweepReader(folder).progress()
     assert progress is not None and (progress["total"], progress["done"], progress["current"]) == (6, 6, [])
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from cambia.errors import ConfigError, MissingExtraError
@@ -35,14 +37,14 @@ class RayWorkers:
 
     def __init__(self, folder: Path, count: int | None, *, threads: int, address: str | None):
         try:
-            import ray
+            ray = import_module("ray")  # an extra: type checkers may not see it
         except ImportError:
             raise MissingExtraError.of("ray", "ray") from None
         self._ray = ray
         self.folder = folder.resolve()
         self._is_ours = not ray.is_initialized()
         if self._is_ours:
-            _connect(count, threads, address)
+            _connect(ray, count, threads, address)
         self.count = count or int(ray.cluster_resources().get("CPU", 1)) // threads or 1
         environment = {"env_vars": environment_of(threads)}
         self._work = ray.remote(num_cpus=threads, max_retries=0, runtime_env=environment)(_work)
@@ -80,20 +82,17 @@ class RayWorkers:
         return next(reference for reference, one in self._busy.items() if one == hash)
 
     def _outcome(self, reference: Any) -> Outcome:
-        from ray.exceptions import RayError, TaskCancelledError
-
+        exceptions = self._ray.exceptions
         hash = self._busy.pop(reference)
         try:
             return Outcome(**self._ray.get(reference))
-        except TaskCancelledError:
+        except exceptions.TaskCancelledError:
             return Outcome(hash, "died" if hash in self._killed else "interrupted")
-        except RayError as error:
+        except exceptions.RayError as error:
             return Outcome(hash, "died", type(error).__name__)
 
 
-def _connect(count: int | None, threads: int, address: str | None) -> None:
-    import ray
-
+def _connect(ray: ModuleType, count: int | None, threads: int, address: str | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address:

@@ -31,7 +31,7 @@ from cambia.sweeps import run_grid
 
 PRESETS = {
     "quick": {"grid": 2, "cells": 2, "steps": 5, "repeats": 1},
-    "full": {"grid": 12, "cells": 4, "steps": 230, "repeats": 3},
+    "full": {"grid": 12, "cells": 4, "steps": 115, "repeats": 3},
 }
 SIDES = {"2 workers, 1 thread": (2, 1), "1 worker, 2 threads": (1, 2)}
 

@@ -232,7 +232,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "wrong.yaml").write_text(
         "data: {tasks: [{name: a, source: {type: generated}}]}\ntraining: {steps: 2, batchsize: 4}\n"
     )
+    for name, axes in GRIDS.items():
+        (folder / name).write_text(yaml.safe_dump({"base": "smoke", **axes}))
     return folder
+
+
+GRIDS: dict[str, dict[str, Any]] = {
+    "rates.yaml": {"axes": {"optimizer.learning_rate": [0.001, 0.003]}},
+    "typo.yaml": {"axes": {"optimizer.learning_rat": [0.001, 0.003]}},
+    "nothing.yaml": {"axes": {"optimizer.learning_rate": []}},
+    "twice.yaml": {"axes": {"method": {"plain": {}, "same": {"training.steps": 30}}}},
+    "many.yaml": {"seeds": 1_000_000},
+}
 
 
 @pytest.fixture

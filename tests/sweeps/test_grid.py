@@ -104,6 +104,8 @@ def test_only_some() -> None:
     read = read_grid(grid(seeds=3))
     every = cells_of(read)
     assert len(chosen(every, ["method=grown"], read)) == 3
+    rates = read_grid({"base": BASE, "axes": {"optimizer.learning_rate": [1e-3, 1e-2]}})
+    assert len(chosen(cells_of(rates), ["learning_rate=1e-2"], rates)) == 1
     assert len(chosen(every, ["method=grown", "seed=1", "seed=2"], read)) == 2
     for only, said in (
         ("methd=x", "did you mean 'method'"),

@@ -296,18 +296,19 @@ def matches(choice: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def chosen(cells: Sequence[Cell], only: Sequence[str], grid: Grid) -> list[Cell]:
-    """The cells that match every ``"axis=value"``.
+    """The cells that match every ``"axis=value"``; an axis may be named by its last dotted part.
 
     Raises:
         ConfigError: there is no such axis, or no such cell.
     """
     wanted: dict[str, list[Any]] = {}
+    names = [*grid.axes, "seed"]
     for one in only:
         axis, given, text = one.partition("=")
-        if not given or axis not in (*grid.axes, "seed"):
-            hint = did_you_mean(axis, [*grid.axes, "seed"])
-            raise ConfigError(f"--only {one!r}: expected axis=value{hint}")
-        wanted.setdefault(axis, []).append(parse_flags([f"--x={text}"])["x"])
+        meant = [name for name in names if axis in (name, name.rpartition(".")[2])]
+        if not given or len(meant) != 1:
+            raise ConfigError(f"--only {one!r}: expected axis=value{did_you_mean(axis, names)}")
+        wanted.setdefault(meant[0], []).append(parse_flags([f"--x={text}"])["x"])
     found = [cell for cell in cells if matches(cell.choice, wanted)]
     if not found:
         raise ConfigError(f"--only {' --only '.join(only)}: the grid has no such cell")

@@ -82,7 +82,7 @@ class RayWorkers:
         return next(reference for reference, one in self._busy.items() if one == hash)
 
     def _outcome(self, reference: Any) -> Outcome:
-        exceptions = self._ray.exceptions
+        exceptions = import_module("ray.exceptions")
         hash = self._busy.pop(reference)
         try:
             return Outcome(**self._ray.get(reference))

@@ -262,6 +262,7 @@ class Launch:
                 task, began = self.running.pop(outcome.hash)
                 if outcome.kind in ("finished", "failed"):
                     self._counted(task.cell, time.monotonic() - began)
+        self.display.say("the same command goes on from here")
         raise KeyboardInterrupt
 
     def _snapshot(self) -> None:

@@ -95,6 +95,16 @@ def test_a_damaged_line_leaves_its_cell_without_a_result(sweep: SweepWriter) -> 
     assert fresh.record(result(1)) and len(SweepReader(sweep.folder).results()) == 2
 
 
+def test_lines_that_somebody_took_out_are_forgotten(sweep: SweepWriter) -> None:
+    for number in (1, 2, 3):
+        sweep.record(result(number))
+    path = sweep.folder / RESULTS
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[1])
+    assert sweep.record(result(4))
+    assert set(sweep.results()) == {record(2).hash, record(4).hash}
+    assert b"\0" not in path.read_bytes()
+
+
 def test_a_claim_belongs_to_one_process_and_ends_with_it(sweep: SweepWriter) -> None:
     claim, other = sweep.claim("a"), sweep.claim("b")
     assert claim is not None and other is not None and sweep.claim("a") is None

@@ -250,6 +250,8 @@ class SweepWriter:
         if not path.exists():
             return
         with open(path, "rb") as log:
+            if log.seek(0, os.SEEK_END) < self._read_to:  # somebody has taken lines out
+                self._known, self._read_to = {}, 0
             log.seek(self._read_to)
             new = log.read()
         self._known |= {result.hash: result for result in _parsed(new)}

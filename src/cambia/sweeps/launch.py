@@ -147,6 +147,7 @@ class Launch:
         """Of cells that failed here, until one has finished."""
         self.finished = self.failures = 0
         self.late: set[str] = set()
+        self.has_waited = False
         known = sweep.results()
         self.skipped = sum(has_result(known.get(cell.hash), limits.retry) for cell in supply.records())
         self.display = Display(console, supply.total, self.skipped)
@@ -241,9 +242,15 @@ class Launch:
                 self._counted(cell, 0.0)
             elif workers.free > 0 and not self.running:
                 # Nothing else is left to do: perhaps whoever had it is dead.
+                self._say_waiting()
                 del self.elsewhere[hash]
                 self._start(cell, workers)
                 time.sleep(_LOOK_SECONDS)
+
+    def _say_waiting(self) -> None:
+        if not self.has_waited:
+            self.has_waited = True
+            self.display.say("the rest is being worked on by another launcher; waiting for it")
 
     def _stop_if_all_fail_alike(self) -> None:
         if len(self.errors) >= _ALIKE and len(set(self.errors)) == 1 and self.errors[0]:

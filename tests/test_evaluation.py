@@ -1,10 +1,14 @@
-"""What growth has brought, in numbers."""
+"""What was learned, forgotten and grown, in numbers."""
 
 from __future__ import annotations
 
-import pytest
+import math
 
-from cambia.evaluation import growth_metrics
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cambia.evaluation import growth_metrics, transfer_metrics
 from cambia.records import GrowthEvent
 
 
@@ -46,3 +50,94 @@ def test_no_growth_is_no_numbers() -> None:
     found = growth_metrics([], [(1, 3.0), (2, 2.0)])
     assert (found.events, found.loss_falls, found.flops_per_token) == (0, (), ())
     assert growth_metrics([], []).events_per_1000_steps == 0.0
+
+
+# ---- task matrices -------------------------------------------------------------------------------
+
+LOSSES = [[8.0, 8.0, 8.0], [2.0, 7.0, 7.5], [3.0, 1.5, 6.0], [2.5, 1.75, 1.0]]
+TASKS = ("a", "b", "c")
+
+
+def test_a_matrix_in_numbers() -> None:
+    found = transfer_metrics(LOSSES, TASKS, reference=[1.9, 1.4, 1.0])
+    assert found.final_mean == pytest.approx(5.25 / 3)
+    assert found.incremental_mean == pytest.approx((2.0 + 2.25 + 1.75) / 3)
+    assert found.learned == (6.0, 6.5, 7.0)
+    assert found.forgotten == (0.5, 0.25, 0.0)
+    assert found.forgetting == pytest.approx(0.375)
+    assert found.relative_forgetting == pytest.approx((100 * (2**0.5 - 1), 100 * (2**0.25 - 1)))
+    assert found.backward_transfer == pytest.approx(-0.375)
+    assert found.forward_transfer == pytest.approx((1.0 + 2.0) / 2)
+    assert found.learning_loss == pytest.approx(1.5)
+    assert found.intransigence == pytest.approx((0.1, 0.1, 0.0))
+    assert found.forgotten_by_weights is None and found.regret_to_oracle is None
+
+
+def test_a_last_stage_that_makes_others_better_is_no_forgetting() -> None:
+    better = [*LOSSES[:3], [1.8, 1.4, 1.0]]
+    found = transfer_metrics(better, TASKS)
+    assert found.forgotten == (0.0, 0.0, 0.0)
+    assert found.forgetting == pytest.approx(-0.15) and found.backward_transfer == pytest.approx(0.15)
+
+
+def test_what_is_lost_to_weights_and_what_to_routes() -> None:
+    sealed = [[8.0, 8.0, 8.0], [2.0, 7.0, 7.5], [2.0, 1.5, 6.0], [2.0, 1.5, 1.0]]
+    found = transfer_metrics(LOSSES, TASKS, oracle=sealed)
+    assert found.forgotten_by_weights == (0.0, 0.0, 0.0), "exactly"
+    assert found.forgotten_by_routes == pytest.approx((0.5, 0.25, 0.0))
+    assert found.regret_to_oracle == pytest.approx(0.75 / 3)
+
+
+def test_nats_and_bits_forget_alike() -> None:
+    nats = [[value * math.log(2) for value in row] for row in LOSSES]
+    bits, same = transfer_metrics(LOSSES, TASKS), transfer_metrics(nats, TASKS, unit="nats")
+    assert same.relative_forgetting == pytest.approx(bits.relative_forgetting)
+    assert same.forgetting == pytest.approx(bits.forgetting * math.log(2))
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> list[list[float]]:
+    count = draw(st.integers(1, 6))
+    value = st.floats(0.0, 10.0)
+    return draw(
+        st.lists(st.lists(value, min_size=count, max_size=count), min_size=count + 1, max_size=count + 1)
+    )
+
+
+@given(matrices())
+def test_identities(matrix: list[list[float]]) -> None:
+    tasks = [str(j) for j in range(len(matrix[0]))]
+    count = len(tasks)
+    found = transfer_metrics(matrix, tasks)
+    # ACC = LA + (T - 1) / T BWT, with the sign of losses.
+    assert found.final_mean == pytest.approx(
+        found.learning_loss - (count - 1) / count * found.backward_transfer, abs=1e-9
+    )
+    assert found.forgetting >= -found.backward_transfer - 1e-9, "the best is no worse than one's own stage"
+    # The same values as accuracies: what was good is bad.
+    turned = transfer_metrics([[-value for value in row] for row in matrix], tasks, unit="accuracy")
+    assert turned.final_mean == pytest.approx(-found.final_mean)
+    assert turned.learned == pytest.approx(found.learned)
+    assert turned.forgetting == pytest.approx(found.forgetting)
+    assert turned.backward_transfer == pytest.approx(found.backward_transfer)
+    assert turned.forward_transfer == pytest.approx(found.forward_transfer)
+    assert turned.relative_forgetting is None
+    # An oracle that routes as oneself takes all the blame.
+    same = transfer_metrics(matrix, tasks, oracle=matrix)
+    assert same.regret_to_oracle == 0 and not any(same.forgotten_by_routes or ())
+
+
+@pytest.mark.parametrize(
+    ("matrix", "tasks", "more"),
+    [
+        ([[1.0]], ["a"], {}),
+        ([[1.0, 2.0], [1.0, 2.0]], ["a", "b"], {}),
+        ([[1.0, 2.0], [1.0], [1.0, 2.0]], ["a", "b"], {}),
+        ([[]], [], {}),
+        ([[1.0], [1.0]], ["a"], {"reference": [1.0, 2.0]}),
+        ([[1.0], [1.0]], ["a"], {"oracle": [[1.0]]}),
+    ],
+)
+def test_what_is_not_whole_is_refused(matrix: list[list[float]], tasks: list[str], more: dict) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        transfer_metrics(matrix, tasks, **more)

@@ -1,11 +1,11 @@
 """What a run has come to: the task matrix and what follows from it, and what growth has brought.
 
-``R[i][j]`` is the bits per byte on task j after stage i; row 0 is the untrained model. Lower is better.
+``R[i][j]`` is the bits per byte on task j after stage i, or its accuracy; row 0 is the untrained model.
 Forgetting stands beside what was learned, since a model that learns nothing forgets nothing.
 
 Definitions: Lopez-Paz & Ranzato 2017 (arXiv:1706.08840; backward and forward transfer), Chaudhry et al.
-2018 (arXiv:1801.10112; forgetting), Riemer et al. 2019 (arXiv:1810.11910; learning accuracy). Theirs are
-for accuracies; with losses the signs are turned so that positive transfer is good.
+2018 (arXiv:1801.10112; forgetting, intransigence), Riemer et al. 2019 (arXiv:1810.11910; learning accuracy).
+Theirs are for accuracies; with losses the signs are turned so that positive transfer is good.
 """
 
 from __future__ import annotations
@@ -14,57 +14,114 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from cambia.probes import Likelihood as Likelihood
 from cambia.probes import bits_per_byte as bits_per_byte
 from cambia.records import GrowthEvent
 
+Unit = Literal["bits", "nats", "accuracy"]
+"""Of a task matrix: bits or nats per byte, where lower is better, or accuracies, where higher is."""
+
 
 @dataclass(frozen=True)
 class TransferMetrics:
-    """What a task matrix says, in its own unit (bits per byte)."""
+    """What a task matrix says, in its own unit. Positive transfer is good, positive forgetting is bad."""
 
     tasks: tuple[str, ...]
     final_mean: float
-    """Mean over tasks after the last stage."""
+    """Mean over tasks after the last stage (ACC; AL for losses)."""
+    incremental_mean: float
+    """Mean over stages of the mean over the tasks so far (Rebuffi et al. 2017, arXiv:1611.07725)."""
     learned: tuple[float, ...]
-    """Per task: how far its loss fell from the untrained model to the end of its own stage."""
+    """Per task: how far it came from the untrained model to the end of its own stage."""
     forgotten: tuple[float, ...]
-    """Per task: how far its loss is at the end above its best after it was learned; 0 for the last task."""
+    """Per task: how far it is at the end behind its best after it was learned; 0 for the last task."""
+    forgetting: float
+    """Mean over all but the last task of how far it is at the end behind its best before the last stage;
+    negative where the last stage made the others better than they ever were."""
+    relative_forgetting: tuple[float, ...] | None
+    """Per task but the last: the same as a rise of its perplexity per byte, in percent, which compares
+    across domains; None for accuracies."""
     backward_transfer: float
-    """Mean over all but the last task of R[j][j] - R[end][j]; negative where something was forgotten."""
+    """Mean over all but the last task of what came after its own stage; negative where it was forgotten."""
     forward_transfer: float
-    """Mean over all but the first task of R[0][j] - R[j-1][j]: what earlier tasks did for later ones."""
+    """Mean over all but the first task of what earlier tasks did for it, against the untrained model."""
     learning_loss: float
-    """Mean of R[j][j]: plasticity."""
+    """Mean of R[j][j], each task at the end of its own stage: plasticity (learning accuracy)."""
+    intransigence: tuple[float, ...] | None
+    """Per task: how far it is behind its reference at the end of its own stage; None without a reference."""
+    forgotten_by_weights: tuple[float, ...] | None
+    """Per task: what was lost since its own stage with its right route; exactly 0 where sealed Parts hold
+    it. None without the oracle's matrix."""
+    forgotten_by_routes: tuple[float, ...] | None
+    """Per task: the rest of what was lost since its own stage, which is the router's."""
+    regret_to_oracle: float | None
+    """How far the final mean is behind that of right routes."""
 
 
-def transfer_metrics(matrix: Sequence[Sequence[float]], tasks: Sequence[str]) -> TransferMetrics:
-    """Metrics of a whole task matrix.
+def transfer_metrics(
+    matrix: Sequence[Sequence[float]],
+    tasks: Sequence[str],
+    *,
+    unit: Unit = "bits",
+    reference: Sequence[float] | None = None,
+    oracle: Sequence[Sequence[float]] | None = None,
+) -> TransferMetrics:
+    """Metrics of a whole task matrix, anyone's.
 
     Args:
-        matrix: (S + 1) rows of J losses: row 0 untrained, row i after stage i, which trained task i - 1.
+        matrix: (S + 1) rows of J values: row 0 untrained, row i after stage i, which trained task i - 1.
         tasks: J names, in the order of training.
+        unit: of the values.
+        reference: J values of models that had each task, or all of them, for themselves: specialists or the
+            joint model.
+        oracle: the matrix with the right route for every text, where something routes.
 
     Raises:
-        ValueError: the matrix is not whole.
+        ValueError: a matrix or the reference is not whole.
     """
     count = len(tasks)
-    if len(matrix) != count + 1 or any(len(row) != count for row in matrix):
-        raise ValueError(f"expected {count + 1} rows of {count} losses for tasks {list(tasks)}")
-    own = [matrix[j + 1][j] for j in range(count)]
-    end = matrix[count]
-    forgotten = [max(0.0, end[j] - min(matrix[i][j] for i in range(j + 1, count + 1))) for j in range(count)]
+    sign = -1 if unit == "accuracy" else 1  # of a loss
+    loss = [[sign * value for value in row] for row in _whole(matrix, tasks)]
+    right = None if oracle is None else [[sign * value for value in row] for row in _whole(oracle, tasks)]
+    if reference is not None and len(reference) != count:
+        raise ValueError(f"expected a reference for each of {list(tasks)}, got {len(reference)}")
+    own = [loss[j + 1][j] for j in range(count)]
+    end = loss[count]
+    since = [end[j] - own[j] for j in range(count)]
+    behind = [end[j] - min(loss[i][j] for i in range(j + 1, count)) for j in range(count - 1)]
+    by_weights = None if right is None else tuple(right[count][j] - right[j + 1][j] for j in range(count))
+    bits = math.log(2) if unit == "bits" else 1.0
     return TransferMetrics(
         tasks=tuple(tasks),
-        final_mean=sum(end) / count,
-        learned=tuple(matrix[0][j] - own[j] for j in range(count)),
-        forgotten=tuple(forgotten),
-        backward_transfer=_mean([own[j] - end[j] for j in range(count - 1)]),
-        forward_transfer=_mean([matrix[0][j] - matrix[j][j] for j in range(1, count)]),
-        learning_loss=sum(own) / count,
+        final_mean=sign * _mean(end),
+        incremental_mean=sign * _mean([_mean(loss[i][:i]) for i in range(1, count + 1)]),
+        learned=tuple(loss[0][j] - own[j] for j in range(count)),
+        forgotten=tuple(max(0.0, lost) for lost in (*behind, 0.0)),
+        forgetting=_mean(behind),
+        relative_forgetting=(
+            None if unit == "accuracy" else tuple(100 * math.expm1(bits * lost) for lost in behind)
+        ),
+        backward_transfer=_mean([-lost for lost in since[:-1]]),
+        forward_transfer=_mean([loss[0][j] - loss[j][j] for j in range(1, count)]),
+        learning_loss=sign * _mean(own),
+        intransigence=(
+            None if reference is None else tuple(own[j] - sign * reference[j] for j in range(count))
+        ),
+        forgotten_by_weights=by_weights,
+        forgotten_by_routes=(
+            None if by_weights is None else tuple(since[j] - by_weights[j] for j in range(count))
+        ),
+        regret_to_oracle=None if right is None else _mean(end) - _mean(right[count]),
     )
+
+
+def _whole(matrix: Sequence[Sequence[float]], tasks: Sequence[str]) -> Sequence[Sequence[float]]:
+    count = len(tasks)
+    if not count or len(matrix) != count + 1 or any(len(row) != count for row in matrix):
+        raise ValueError(f"expected {count + 1} rows of {count} values for tasks {list(tasks)}")
+    return matrix
 
 
 def _mean(values: Sequence[float]) -> float:

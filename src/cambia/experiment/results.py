@@ -7,7 +7,6 @@ equal for equal runs: no clock is among them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from cambia import rundir
 from cambia.evaluation import task_matrix, transfer_metrics
@@ -29,7 +28,7 @@ def results_of(run: RunReader) -> dict[str, float | None]:
         if len(tasks) > 1:
             found |= {
                 "learning_loss": metrics.learning_loss,
-                "forgotten": _mean(metrics.forgotten[:-1]),
+                "forgetting": metrics.forgetting,
                 "backward_transfer": metrics.backward_transfer,
                 "forward_transfer": metrics.forward_transfer,
             }
@@ -46,7 +45,3 @@ def results_of(run: RunReader) -> dict[str, float | None]:
         name: value if isinstance(value, int | float) and math.isfinite(value) else None
         for name, value in found.items()
     }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

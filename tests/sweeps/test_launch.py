@@ -235,13 +235,15 @@ def test_two_hundred_cells_and_ten_kills(place: Path) -> None:
     import random
 
     chance = random.Random(0)
-    written(place, {**grid(seeds=100), "name": "many"})
+    settings = {"training.steps": 12, "checkpoint.every_steps": 4}
+    written(place, {**grid(seeds=100, settings=settings), "name": "many"})
     folder = place / "runs" / "many"
     process = launcher(place)
     for kill in range(10):
         before = len(lines(folder)) if (folder / RESULTS).exists() else 0
         wait_for(lambda before=before: (folder / RESULTS).exists() and len(lines(folder)) > before)
-        time.sleep(chance.uniform(0, 6))
+        time.sleep(chance.uniform(0, 2))
+        assert len(lines(folder)) < 200, "it is over before it was killed often enough"
         if kill % 2:
             process.kill()
             process.wait()

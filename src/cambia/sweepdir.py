@@ -77,6 +77,11 @@ class Result:
     """When, UTC, ISO 8601."""
 
 
+def is_settled(result: Result | None, retry: bool) -> bool:
+    """Whether a cell need not be run: it has finished, or has failed and nobody asks for another try."""
+    return result is not None and (result.status == "finished" or not retry)
+
+
 def sweep_folder(name: str) -> Path:
     """The folder of the sweep of that name, which need not exist; sweeps live beside runs."""
     return rundir.run_folder(name)
@@ -84,7 +89,7 @@ def sweep_folder(name: str) -> Path:
 
 def is_sweep(name: str | Path) -> bool:
     """Whether a name under `cambia.rundir.runs_root`, or a path, is a sweep's."""
-    return any((folder / CELLS).is_file() for folder in (Path(name), rundir.runs_root() / name))
+    return _found(name) is not None
 
 
 def find_sweep(name: str | Path) -> Path:
@@ -93,12 +98,17 @@ def find_sweep(name: str | Path) -> Path:
     Raises:
         RunError: there is none.
     """
-    for folder in (Path(name), rundir.runs_root() / name):
-        if (folder / CELLS).is_file():
-            return folder
+    folder = _found(name)
+    if folder is not None:
+        return folder
     near = nearest_sweep(str(name))
     hint = f"did you mean {near!r}?" if near else "`cambia sweep GRID.yaml` makes one"
     raise RunError(f"there is no sweep {str(name)!r} under {rundir.runs_root()}; {hint}")
+
+
+def _found(name: str | Path) -> Path | None:
+    folders = (Path(name), rundir.runs_root() / name)
+    return next((folder for folder in folders if (folder / CELLS).is_file()), None)
 
 
 def nearest_sweep(name: str) -> str | None:
@@ -126,7 +136,7 @@ class SweepReader:
 
     def cells(self) -> list[CellRecord]:
         """Every cell of the grid as it was last asked for."""
-        return [CellRecord(**cell) for cell in files.read_json(self.folder / CELLS)]
+        return _read_cells(self.folder)
 
     def results(self) -> dict[str, Result]:
         """Hash of a configuration -> its result, the last one that was written."""
@@ -178,7 +188,7 @@ class SweepWriter:
 
     def cells(self) -> list[CellRecord]:
         """Every cell of the grid so far."""
-        return [CellRecord(**cell) for cell in files.read_json(self.folder / CELLS)]
+        return _read_cells(self.folder)
 
     def add_cells(self, cells: Iterable[CellRecord]) -> None:
         """Add cells that a search has thought of."""
@@ -277,6 +287,10 @@ class Claim:
 
     def release(self) -> None:
         self._file.close()
+
+
+def _read_cells(folder: Path) -> list[CellRecord]:
+    return [CellRecord(**cell) for cell in files.read_json(folder / CELLS)]
 
 
 def _parsed(content: bytes) -> Iterator[Result]:

@@ -209,15 +209,15 @@ def cells_of(grid: Grid, *, yes: bool = False) -> list[Cell]:
                 f"{_said(other.record.choice)} and {_said(cell.record.choice)} are one configuration: "
                 "exclude one of them, or give it another value"
             )
-    return sorted(cells, key=lambda cell: priority(grid, cell))
+    seeds = {seed: i for i, seed in enumerate(grid.seed_list)}
 
+    def priority(cell: Cell) -> tuple[int, int]:
+        # What the grid puts first, then all cells of the first seed, of the second...
+        choice = cell.record.choice
+        place = next((i for i, one in enumerate(grid.first) if matches(choice, one)), len(grid.first))
+        return place, seeds[choice["seed"]]
 
-def priority(grid: Grid, cell: Cell) -> tuple[int, int]:
-    """What comes first: what the grid says, then all cells of the first seed, of the second..."""
-    place = next(
-        (i for i, chosen in enumerate(grid.first) if matches(cell.record.choice, chosen)), len(grid.first)
-    )
-    return place, grid.seed_list.index(cell.record.choice["seed"])
+    return sorted(cells, key=priority)
 
 
 def make_cell(grid: Grid, choice: Mapping[str, Any], searched: Mapping[str, Any] | None = None) -> Cell:

@@ -23,11 +23,11 @@ from rich.console import Console
 from cambia import sweepdir
 from cambia.config import to_yaml
 from cambia.errors import ConfigError, SweepError
-from cambia.sweepdir import ERRORS, LOGS, SweepWriter
+from cambia.sweepdir import ERRORS, LOGS, SweepWriter, is_settled
 from cambia.sweeps.display import Display
 from cambia.sweeps.grid import Cell, Grid, cells_of, chosen, plain_grid, read_grid
 from cambia.sweeps.pool import Pool, Workers
-from cambia.sweeps.supply import Listed, Searched, Supply, has_result
+from cambia.sweeps.supply import Listed, Searched, Supply
 from cambia.sweeps.worker import Outcome, Task, failed
 from cambia.training.interrupts import Interrupts
 
@@ -145,11 +145,10 @@ class Launch:
         """Hash -> workers that died of it."""
         self.errors: list[str] = []
         """Of cells that failed here, until one has finished."""
-        self.finished = self.failures = 0
         self.late: set[str] = set()
         self.has_waited = False
         known = sweep.results()
-        self.skipped = sum(has_result(known.get(cell.hash), limits.retry) for cell in supply.records())
+        self.skipped = sum(is_settled(known.get(cell.hash), limits.retry) for cell in supply.records())
         self.display = Display(console, supply.total, self.skipped)
 
     def run(self, workers: Workers) -> None:
@@ -218,10 +217,8 @@ class Launch:
             self.elsewhere[cell.hash] = cell
             return
         if result.status == "finished":
-            self.finished += 1
             self.errors = [""]
         else:
-            self.failures += 1
             self.errors.append(result.error or "")
         self.display.counted(result, seconds)
         self.supply.done(cell, result)
@@ -237,7 +234,7 @@ class Launch:
             return
         results = self.sweep.results()
         for hash, cell in list(self.elsewhere.items()):
-            if has_result(results.get(hash), self.limits.retry):
+            if is_settled(results.get(hash), self.limits.retry):
                 del self.elsewhere[hash]
                 self._counted(cell, 0.0)
             elif workers.free > 0 and not self.running:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from cambia.config import did_you_mean
 from cambia.errors import ConfigError
-from cambia.sweepdir import CellRecord, Result, SweepWriter
+from cambia.sweepdir import CellRecord, Result, SweepWriter, is_settled
 from cambia.sweeps.grid import Cell, Grid, make_cell
 from cambia.sweeps.search import Running, Studies, said
 
@@ -24,10 +24,6 @@ class Supply(Protocol):
 
     def next(self) -> Cell | None:
         """A cell to run; None where there is none, now or ever."""
-        ...
-
-    def put_back(self, cell: Cell) -> None:
-        """A cell that was not run after all comes next."""
         ...
 
     def done(self, cell: Cell, result: Result) -> None:
@@ -52,24 +48,16 @@ class Listed:
         self.total = len(cells)
         self.refused: list[str] = []
         self._records = [cell.record for cell in cells]
-        self._waiting = deque(cell for cell in cells if not has_result(results.get(cell.hash), retry))
+        self._waiting = deque(cell for cell in cells if not is_settled(results.get(cell.hash), retry))
 
     def next(self) -> Cell | None:
         return self._waiting.popleft() if self._waiting else None
-
-    def put_back(self, cell: Cell) -> None:
-        self._waiting.appendleft(cell)
 
     def done(self, cell: Cell, result: Result) -> None:
         pass
 
     def records(self) -> Sequence[CellRecord]:
         return self._records
-
-
-def has_result(result: Result | None, retry: bool) -> bool:
-    """Whether a cell need not be run."""
-    return result is not None and (result.status == "finished" or not retry)
 
 
 class Searched:
@@ -107,9 +95,6 @@ class Searched:
             self._begin(name, self._studies.ask(name))
         return self._waiting.popleft() if self._waiting else None
 
-    def put_back(self, cell: Cell) -> None:
-        self._waiting.appendleft(cell)
-
     def records(self) -> Sequence[CellRecord]:
         return self.sweep.cells()
 
@@ -133,7 +118,7 @@ class Searched:
         results = self.sweep.results()
         for cell in cells:
             known = results.get(cell.hash)
-            if known is not None and has_result(known, self.retry):
+            if known is not None and is_settled(known, self.retry):
                 self._take(name, running, known)
             else:
                 self._waiting.append(cell)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cambia.errors import CambiaError
-from cambia.sweepdir import CellRecord, Result, SweepWriter
+from cambia.sweepdir import CellRecord, Result, SweepWriter, is_settled
 from cambia.sweeps.grid import Cell
 
 Kind = Literal["finished", "failed", "interrupted", "taken", "known", "died"]
@@ -67,8 +67,7 @@ def work(folder: Path, task: Task) -> Outcome:
     if claim is None:
         return Outcome(cell.hash, "taken")
     try:
-        known = sweep.results().get(cell.hash)
-        if known is not None and (known.status == "finished" or not task.retry):
+        if is_settled(sweep.results().get(cell.hash), task.retry):
             return Outcome(cell.hash, "known")
         try:
             return _ran(sweep, task)

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -26,7 +25,6 @@ from cambia.reporting.sweeps.tables import (
     main_table,
     paired_table,
 )
-from cambia.sweepdir import GRID
 
 _WIDTH = 80
 _LONGEST = 22  # letters of a task's name
@@ -181,7 +179,7 @@ def print_sweep(
     facts = [("metrics", f"{', '.join(others)}   (--metric NAME)")] if others else []
     facts.append(("report", str(sweep.report) if sweep.report.exists() else "not written yet"))
     if sweep.having("missing") and sweep.grid:
-        facts.append(("go on", f"cambia sweep {shlex.quote(str(sweep.folder / GRID))}"))
+        facts.append(("go on", sweep.command))
     _print_pairs(facts, console)
 
 

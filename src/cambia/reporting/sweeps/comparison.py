@@ -22,7 +22,6 @@ from cambia.reporting.markup import document, note, tag
 from cambia.reporting.sweeps.cells import (
     PairedRow,
     Row,
-    direction,
     grouped,
     key,
     label,
@@ -38,8 +37,8 @@ from cambia.reporting.sweeps.tables import (
     listed,
     name_of,
     paired_cells,
+    paired_notes,
     summary,
-    trust_notes,
     with_direction,
 )
 from cambia.reporting.terminal import print_shown
@@ -180,7 +179,13 @@ def comparison_tables(comparison: SweepComparison) -> tuple[Shown, Shown]:
         ["sweep", "difference", "95 % interval", "pairs", "p", "Holm", "unpaired"],
         [[*paired_cells(metric, row), str(row.unpaired)] for row in comparison.paired if has_pairs],
         1,
-        tuple(_paired_notes(comparison)),
+        paired_notes(
+            metric,
+            comparison.paired,
+            pair="the only cells of their sweeps",
+            over=comparison.paired_over,
+            baseline=comparison.labels[0],
+        ),
     )
     return means, differences
 
@@ -193,15 +198,6 @@ def _notes(comparison: SweepComparison) -> list[str]:
         if alone:
             notes.append(f"{name} made {units.plural(alone, 'more choice')} that not all sweeps made.")
     return notes
-
-
-def _paired_notes(comparison: SweepComparison) -> list[str]:
-    agree = f" with equal {listed(comparison.paired_over)}" if comparison.paired_over else ""
-    notes = [f"The two of a pair are the only cells of their sweeps{agree}."]
-    better = {"lower": "Below", "higher": "Above"}.get(direction(comparison.metric) or "")
-    if better:
-        notes.append(f"{better} zero is better than {comparison.labels[0]}.")
-    return notes + trust_notes(comparison.paired)
 
 
 def print_sweep_comparison(comparison: SweepComparison, console: Console) -> None:

@@ -6,7 +6,6 @@ PosixPath('runs/learning_rates/report.html')
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from cambia import files
@@ -155,7 +154,7 @@ def _missing(sweep: Sweep) -> Html:
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     again = [
         tag("p", "Run what is missing:"),
-        tag("pre", f"cambia sweep {shlex.quote(str(sweep.folder / GRID))}"),
+        tag("pre", sweep.command),
     ]
     return section(
         "Missing",

@@ -12,6 +12,7 @@ the grid as it was last asked for are shown; results of earlier grids are counte
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,11 @@ class Sweep:
     def handle(self) -> str:
         """What to call the sweep on the command line."""
         return handle_of(self.name, self.folder)
+
+    @property
+    def command(self) -> str:
+        """The command that runs what is missing."""
+        return f"cambia sweep {shlex.quote(str(self.folder / GRID))}"
 
     def baseline(self, words: str | None = None) -> tuple[str, Any] | None:
         """An axis and one of its values, to compare the others with.

@@ -183,7 +183,10 @@ def paired_table(paired: Paired) -> Shown:
         head, rows = head[:-1], [row[:-1] for row in rows]
     title = f"{name_of(paired.metric)}: difference from {against(paired)}"
     has_pairs = any(row.n for row in paired.rows)
-    return Shown(title, head, rows if has_pairs else [], 1, tuple(_paired_notes(paired)))
+    notes = paired_notes(
+        paired.metric, paired.rows, pair="cells", over=paired.over, baseline=label(paired.baseline)
+    )
+    return Shown(title, head, rows if has_pairs else [], 1, notes)
 
 
 def against(paired: Paired) -> str:
@@ -204,16 +207,25 @@ def paired_cells(metric: str, row: PairedRow) -> list[str]:
     ]
 
 
-def _paired_notes(paired: Paired) -> list[str]:
-    agree = f" with equal {listed(paired.over)}" if paired.over else ""
-    notes = [f"The two of a pair are cells{agree}."]
-    better = {"lower": "Below", "higher": "Above"}.get(direction(paired.metric) or "")
+def paired_notes(
+    metric: str, rows: Sequence[PairedRow], *, pair: str, over: Sequence[str], baseline: str
+) -> tuple[str, ...]:
+    """What is paired, which side is better, and how far to trust it.
+
+    Args:
+        pair: what the two of a pair are, in words.
+        over: axes that they agree on.
+        baseline: what zero stands for, in words.
+    """
+    agree = f" with equal {listed(over)}" if over else ""
+    notes = [f"The two of a pair are {pair}{agree}."]
+    better = {"lower": "Below", "higher": "Above"}.get(direction(metric) or "")
     if better:
-        notes.append(f"{better} zero is better than {label(paired.baseline)}.")
-    return notes + trust_notes(paired.rows)
+        notes.append(f"{better} zero is better than {baseline}.")
+    return (*notes, *_trust_notes(rows))
 
 
-def trust_notes(rows: Sequence[PairedRow]) -> list[str]:
+def _trust_notes(rows: Sequence[PairedRow]) -> list[str]:
     """What was tested and corrected, and how far to trust it."""
     if not any(row.n for row in rows):
         return ["There are no pairs: no cell and its only partner both have a value."]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import importlib
 import os
 import signal
@@ -166,6 +167,11 @@ class SweepFile:
 class Grid(Benchmark):
     """A grid of runs; it goes on where it was stopped."""
 
+    @functools.cached_property
+    def said(self) -> SweepFile:
+        """What its file says."""
+        return _sweep_file(self.path)
+
     @classmethod
     def read(cls, path: Path) -> Self | None:
         """A YAML file with a grid and presets."""
@@ -176,7 +182,7 @@ class Grid(Benchmark):
         """Run the cells that have no result yet, in the folder of a sweep of this benchmark's name."""
         from cambia.sweeps import Limits, run_grid
 
-        said = _sweep_file(self.path)
+        said = self.said
         flags = parse_flags(options)
         unknown = sorted(flags.keys() - {"workers", "retry"})
         if unknown:
@@ -191,8 +197,9 @@ class Grid(Benchmark):
             workers=flags.get("workers"),
             limits=Limits(retry=bool(flags.get("retry"))),
         )
-        results = SweepReader(folder).results()
-        cells = [asdict(results[cell.hash]) for cell in SweepReader(folder).cells()]
+        sweep = SweepReader(folder)
+        results = sweep.results()
+        cells = [asdict(results[cell.hash]) for cell in sweep.cells()]
         failed = [cell for cell in cells if cell["status"] == "failed"]
         if failed:
             raise SweepError(
@@ -206,7 +213,7 @@ class Grid(Benchmark):
 
     def markdown(self, result: Mapping[str, Any]) -> str:
         """Means and spreads of each metric, and the paired differences of the first."""
-        said = _sweep_file(self.path)
+        said = self.said
         sweep = self._sweep(result)
         found = [sweep.table(metric) for metric in said.metrics]
         axes = sweep.varied
@@ -222,7 +229,7 @@ class Grid(Benchmark):
 
     def headlines(self, result: Mapping[str, Any]) -> Mapping[str, str]:
         """The paired differences, one row each."""
-        said, sweep = _sweep_file(self.path), self._sweep(result)
+        said, sweep = self.said, self._sweep(result)
         axis, baseline = self._baseline(sweep)
         metric = said.metrics[0]
         return {
@@ -238,7 +245,7 @@ class Grid(Benchmark):
         return Sweep.of(self.name, [Cell(one.cell, one.hash, one.choice, one) for one in results])
 
     def _baseline(self, sweep: Sweep) -> tuple[str, Any]:
-        found = sweep.baseline(_sweep_file(self.path).compare)
+        found = sweep.baseline(self.said.compare)
         assert found is not None
         return found
 

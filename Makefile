@@ -34,3 +34,4 @@ types: install
 docs: install
 	$(BIN)/python docs/configuration.py
 	$(BIN)/python docs/architectures.py
+	$(BIN)/python docs/methods.py

@@ -71,8 +71,8 @@ def arms_of(seed: int, settings: Mapping[str, Any]) -> dict[str, Run]:
 
 
 def row(arm: str, runs: list[Run], growth: list[Run]) -> dict[str, Any]:
-    bits = [run.task_matrix("test")[-1][0] for run in runs]
-    against = [run.task_matrix("test")[-1][0] for run in growth]
+    bits = [run.task_matrix("test").rows[-1][0] for run in runs]
+    against = [run.task_matrix("test").rows[-1][0] for run in growth]
     return {
         "arm": arm,
         "parameters": runs[0].parameters_end,

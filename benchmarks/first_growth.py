@@ -108,8 +108,9 @@ def one_run(seed: int, count: int, settings: dict[str, Any]) -> dict:
     folder = train("first_growth", name=f"first_growth-seed{seed}", overrides={"seed": seed, **settings})
     seconds = time.perf_counter() - began
     reader = RunReader(folder)
-    matrix, tasks = task_matrix(reader.rows("eval.csv"))
-    metrics = transfer_metrics(matrix, tasks)
+    found = task_matrix(reader.rows("eval.csv"))
+    matrix, tasks = found.rows, found.tasks
+    metrics = transfer_metrics(matrix, tasks, trained=found.trained)
 
     _, stream = open_stream(read_experiment("first_growth"))
     corpora = {task.name: task.corpus for task in stream.tasks}

@@ -46,9 +46,17 @@ class PathOption:
 
 
 def arguments(
-    description: str | None, presets: Iterable[str], paths: Mapping[str, PathOption] | None = None
+    description: str | None,
+    presets: Iterable[str],
+    paths: Mapping[str, PathOption] | None = None,
+    *,
+    clocked: bool = True,
 ) -> argparse.Namespace:
-    """The options that every benchmark takes, and more of its own, `--like-this`."""
+    """The options that every benchmark takes, and more of its own, `--like-this`.
+
+    Args:
+        clocked: whether a clock is among the figures; if not, a busy machine does not matter.
+    """
     script, paths = Path(sys.argv[0]).resolve(), paths or {}
     name = script.stem
     parser = argparse.ArgumentParser(
@@ -67,7 +75,7 @@ def arguments(
         parser.exit(
             2, f"{script} would measure the package of {bench.__file__}; call `cambia bench {name}` instead\n"
         )
-    load = os.getloadavg()[0]
+    load = os.getloadavg()[0] if clocked else 0.0
     if load > BUSY_LOAD and not options.anyway and options.preset != "quick":
         parser.exit(
             2, f"the machine is busy (load {load:.2f} above {BUSY_LOAD}); wait, or mark it with --anyway\n"

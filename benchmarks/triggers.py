@@ -161,7 +161,7 @@ def record(scenario: str, seed: int, steps: int) -> list[Signals]:
             "sequence_length": 128,
             "schedule": setting["schedule"],
         },
-        "replay": {"fraction": 0.0},
+        "methods": [],
         "evaluation": {
             "every_steps": EVERY,
             "max_bytes": 8192,

@@ -148,6 +148,8 @@ def _default(field: dataclasses.Field[Any]) -> str:
         return "required"
     if dataclasses.is_dataclass(value):
         return ""  # a section or a member: its own table says
+    if isinstance(value, list) and any(map(dataclasses.is_dataclass, value)):
+        return "one " + ", one ".join(f"`{type(item).__name__}`" for item in value)
     if value == "":
         return "empty"
     if isinstance(value, str) and "\n" in value:

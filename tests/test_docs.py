@@ -65,7 +65,7 @@ def generator(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["configuration", "architectures"])
+@pytest.mark.parametrize("name", ["configuration", "architectures", "methods"])
 def test_made_pages_are_up_to_date(name: str) -> None:
     assert read(f"{name}.md") == generator(name).page(), f"docs/{name}.md is out of date: make docs"
 
@@ -94,7 +94,7 @@ def test_map_names_what_exists() -> None:
             file, _, name = span.partition(":")
             assert (SRC / file).is_file(), f"docs/map.md names the file {file}"
             assert name in _definitions(SRC / file), f"docs/map.md names {name} in {file}"
-        elif re.fullmatch(r"[\w/]+\.py|[\w/]+/", span) and not re.match(r"latest/|best/|ckpt_", span):
+        elif re.fullmatch(r"[\w/]+\.py|[\w/]+/", span) and not re.match(r"latest/|best/|probes/|ckpt_", span):
             assert (SRC / span).exists(), f"docs/map.md names {span}"
         else:
             # A setting, a tensor, a name in a run directory: each of its words stands somewhere in the code.
@@ -306,7 +306,7 @@ def _arrange(note: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr("cambia.files.fsync_path", full)
     elif note == "without memory":
 
-        def exhausted(*_: object) -> None:
+        def exhausted(*_: object, **__: object) -> None:
             raise MemoryError
 
         patch.setattr("cambia.data.streams.Stream.next_batch", exhausted)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cambia.config import build, dump
 from cambia.data.batches import IGNORED, Batch
@@ -105,3 +107,67 @@ def test_the_model_stays_in_its_mode() -> None:
     model: Any = tiny().train()
     bits_per_byte(model, batches())
     assert model.training
+
+
+# ---- answers that are exactly right --------------------------------------------------------------
+
+
+def answered(model: Any, *, spoiled: list[int]) -> Batch:
+    """Two rows, each of two questions of 4 tokens with what the model says to it, 3 tokens; some spoiled."""
+    rows = torch.zeros(2, 0, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(5)
+    for i in range(2):
+        asked = torch.randint(1, 31, (2, 4), generator=generator)
+        rows = model.generate(
+            torch.cat([rows, asked], dim=1),
+            max_new_tokens=3,
+            min_new_tokens=3,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        for row in range(2):
+            if 2 * i + row in spoiled:  # its last token: what follows reads it, and answers that
+                rows[row, -1] = (rows[row, -1] + 1) % 31
+    targets = rows[:, 1:].clone()
+    targets[:, :3] = targets[:, 6:10] = IGNORED
+    return Batch(rows[:, :-1], targets, 20, "a")
+
+
+@pytest.mark.parametrize("spoiled", [[], [0], [1, 2], [0, 1, 2, 3]])
+def test_an_answer_is_exact_where_greedy_decoding_writes_it(spoiled: list[int]) -> None:
+    model: Any = tiny().eval()
+    model.generation_config.eos_token_id = None
+    found = bits_per_byte(model, [answered(model, spoiled=spoiled)], exact=True)
+    assert (found.exact, found.examples) == (4 - len(spoiled), 4)
+    assert found.accuracy == 1 - len(spoiled) / 4
+
+
+@given(st.lists(st.booleans(), min_size=14, max_size=14), st.lists(st.booleans(), min_size=14, max_size=14))
+def test_answers_are_stretches_of_at_least_two_targets(counted: list[bool], wrong: list[bool]) -> None:
+    model: Any = tiny().eval()
+    ids = torch.randint(0, 31, (2, 7), generator=torch.Generator().manual_seed(1))
+    first = model(input_ids=ids).logits.argmax(-1)
+    targets = torch.where(torch.tensor(wrong).view(2, 7), (first + 1) % 31, first)
+    targets[~torch.tensor(counted).view(2, 7)] = IGNORED
+    right = examples = 0
+    for row in range(2):
+        marks = "".join(
+            " " if not counted[i] else "x" if wrong[i] else "." for i in range(7 * row, 7 * row + 7)
+        )
+        answers = [answer for answer in marks.split() if len(answer) > 1]
+        examples += len(answers)
+        right += sum("x" not in answer for answer in answers)
+    found = bits_per_byte(model, [Batch(ids, targets, 14, "a")], exact=True)
+    assert (found.exact, found.examples) == (right, examples)
+
+
+def test_answers_are_counted_in_the_same_pass_and_only_when_asked() -> None:
+    model: Any = tiny()
+    passes: list[Any] = []
+    model.register_forward_hook(lambda *_: passes.append(None))
+    plain = bits_per_byte(model, batches())
+    counted = bits_per_byte(model, batches(), exact=True)
+    assert len(passes) == 2 * len(batches())
+    assert (plain.nats, plain.tokens, plain.bytes) == (counted.nats, counted.tokens, counted.bytes)
+    assert plain.examples == 0 and plain.accuracy is None
+    assert counted.examples == 6 and counted.accuracy == counted.exact / 6

@@ -41,7 +41,8 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 """Where it is in a checkout; an installed package has none."""
 PRESETS = {
     "quick": "does it run? A minute or a few; nothing is kept",
-    "full": "the figures, on a CPU; may take an hour",
+    "headline": "the figures, on a CPU; takes hours and goes on where it was stopped",
+    "full": "the figures, on a CPU; may take an hour, or a day where there is a headline preset",
     "gpu": "the figures, on a GPU",
 }
 
@@ -323,7 +324,7 @@ def _measured(found: Iterable[Benchmark]) -> str:
     rows, machines, on_gpu = [], set(), False
     for benchmark in found:
         on_gpu |= benchmark.result_file("gpu").exists()
-        result = benchmark.result("full")
+        result = benchmark.result("headline") or benchmark.result("full")
         headlines = benchmark.headlines(result) if result else {}
         if not result or not headlines:
             continue

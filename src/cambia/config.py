@@ -392,8 +392,10 @@ def _set(node: Any, parts: list[str], value: Any, name: str) -> None:
             node[key] = value
         else:
             if isinstance(node, dict) and not isinstance(node.get(key), dict | list):
-                # A member given by its name alone ("tokenizer: bytes") becomes a mapping to hold more.
-                node[key] = {"type": node[key]} if isinstance(node.get(key), str) else {}
+                # A member given by its name alone ("tokenizer: bytes") becomes a mapping to hold more, and
+                # what is not there a mapping, or with `.0` a list of one.
+                empty: Any = [{}] if parts[depth + 1] == "0" else {}
+                node[key] = {"type": node[key]} if isinstance(node.get(key), str) else empty
             node = node[key]
 
 

@@ -3,10 +3,20 @@
 ``R[i][j]`` is the bits per byte on task j after stage i, or its accuracy; row 0 is the untrained model.
 Forgetting stands beside what was learned, since a model that learns nothing forgets nothing.
 
+A stage trains one task as a rule, and then the definitions are those of the papers. It may train several at
+once (a, then b and c together) or one that was trained before (a, b, a, c), and the columns may hold tasks
+that no stage trained. Then a task's own value is the one after the last stage that trained it: by then it
+has seen all its text, as has the reference that it is held against; and what comes after that stage is
+other tasks' doing alone, so that final mean = mean own value - share of earlier tasks x backward transfer
+still holds. What a task lost between two visits and won back is in the incremental mean.
+
 Definitions: Lopez-Paz & Ranzato 2017 (arXiv:1706.08840; backward and forward transfer), Chaudhry et al.
-2018 (arXiv:1801.10112; forgetting, intransigence), Riemer et al. 2019 (arXiv:1810.11910; learning accuracy).
-Theirs are for accuracies; with losses the signs are turned so that positive transfer is good.
+2018 (arXiv:1801.10112; forgetting, intransigence), Riemer et al. 2019 (arXiv:1810.11910; learning accuracy),
+Rebuffi et al. 2017 (arXiv:1611.07725; incremental mean). Theirs are for accuracies and one task a stage;
+with losses the signs are turned so that positive transfer is good.
 """
+
+# S stages, J tasks: a matrix has S + 1 rows and J columns
 
 from __future__ import annotations
 
@@ -22,33 +32,46 @@ from cambia.records import GrowthEvent
 
 Unit = Literal["bits", "nats", "accuracy"]
 """Of a task matrix: bits or nats per byte, where lower is better, or accuracies, where higher is."""
+Route = Literal["own", "oracle"]
+"""Who says which task a text is of: the model itself, or somebody who knows."""
+Value = Literal["bits_per_byte", "accuracy"]
+"""A column of eval.csv that makes a task matrix."""
 
 
 @dataclass(frozen=True)
 class TransferMetrics:
-    """What a task matrix says, in its own unit. Positive transfer is good, positive forgetting is bad."""
+    """What a task matrix says, in its own unit. Positive transfer is good, positive forgetting is bad.
+
+    A task's own stage is the last one that trained it.
+    """
 
     tasks: tuple[str, ...]
+    """Those that some stage trained, in the order of the columns; "per task" below is in this order."""
+    earlier: tuple[str, ...]
+    """Those of them that the last stage did not train: what can have been forgotten at the end."""
     final_mean: float
     """Mean over tasks after the last stage (ACC; AL for losses)."""
     incremental_mean: float
-    """Mean over stages of the mean over the tasks so far (Rebuffi et al. 2017, arXiv:1611.07725)."""
+    """Mean over stages of the mean over the tasks trained so far; stages before the first such task are
+    left out."""
     learned: tuple[float, ...]
     """Per task: how far it came from the untrained model to the end of its own stage."""
     forgotten: tuple[float, ...]
-    """Per task: how far it is at the end behind its best after it was learned; 0 for the last task."""
+    """Per task: how far it is at the end behind its best since it was first trained; 0 for tasks of the last
+    stage."""
     forgetting: float
-    """Mean over all but the last task of how far it is at the end behind its best before the last stage;
-    negative where the last stage made the others better than they ever were."""
+    """Mean over earlier tasks of how far each is at the end behind its best since it was first trained and
+    before the last stage; negative where the last stage made them better than they ever were."""
     relative_forgetting: tuple[float, ...] | None
-    """Per task but the last: the same as a rise of its perplexity per byte, in percent, which compares
-    across domains; None for accuracies."""
+    """Per earlier task: the same as a rise of its perplexity per byte, in percent, which compares across
+    domains; None for accuracies."""
     backward_transfer: float
-    """Mean over all but the last task of what came after its own stage; negative where it was forgotten."""
+    """Mean over earlier tasks of what came after their own stages; negative where they were forgotten."""
     forward_transfer: float
-    """Mean over all but the first task of what earlier tasks did for it, against the untrained model."""
+    """Mean over all columns but those of the first stage of what was done for them, against the untrained
+    model, before they were first trained; by the end for those that never were."""
     learning_loss: float
-    """Mean of R[j][j], each task at the end of its own stage: plasticity (learning accuracy)."""
+    """Mean over tasks at the end of their own stages: plasticity (learning accuracy)."""
     intransigence: tuple[float, ...] | None
     """Per task: how far it is behind its reference at the end of its own stage; None without a reference."""
     forgotten_by_weights: tuple[float, ...] | None
@@ -56,6 +79,10 @@ class TransferMetrics:
     it. None without the oracle's matrix."""
     forgotten_by_routes: tuple[float, ...] | None
     """Per task: the rest of what was lost since its own stage, which is the router's."""
+    forgetting_by_weights: float | None
+    """Mean of `forgotten_by_weights` over earlier tasks."""
+    forgetting_by_routes: float | None
+    """Mean of `forgotten_by_routes` over earlier tasks; the two add up to -`backward_transfer`."""
     regret_to_oracle: float | None
     """How far the final mean is behind that of right routes."""
 
@@ -67,81 +94,221 @@ def transfer_metrics(
     unit: Unit = "bits",
     reference: Sequence[float] | None = None,
     oracle: Sequence[Sequence[float]] | None = None,
+    trained: Sequence[Sequence[int]] | None = None,
 ) -> TransferMetrics:
     """Metrics of a whole task matrix, anyone's.
 
     Args:
-        matrix: (S + 1) rows of J values: row 0 untrained, row i after stage i, which trained task i - 1.
-        tasks: J names, in the order of training.
+        matrix: (S + 1) rows of J values: row 0 untrained, row i after stage i.
+        tasks: J names.
         unit: of the values.
         reference: J values of models that had each task, or all of them, for themselves: specialists or the
             joint model.
         oracle: the matrix with the right route for every text, where something routes.
+        trained: for each of the S stages the columns of the tasks that it trained, none for one whose tasks
+            are no columns. None: stage i trained the i-th task, and S = J.
 
     Raises:
-        ValueError: a matrix or the reference is not whole.
+        ValueError: a matrix or the reference is not whole, or no stage trained any of the tasks.
     """
-    count = len(tasks)
-    sign = -1 if unit == "accuracy" else 1  # of a loss
-    loss = [[sign * value for value in row] for row in _whole(matrix, tasks)]
-    right = None if oracle is None else [[sign * value for value in row] for row in _whole(oracle, tasks)]
-    if reference is not None and len(reference) != count:
+    courses = _courses(matrix, tasks, trained, unit)
+    right = None if oracle is None else _courses(oracle, tasks, trained, unit)
+    if reference is not None and len(reference) != len(tasks):
         raise ValueError(f"expected a reference for each of {list(tasks)}, got {len(reference)}")
-    own = [loss[j + 1][j] for j in range(count)]
-    end = loss[count]
-    since = [end[j] - own[j] for j in range(count)]
-    behind = [end[j] - min(loss[i][j] for i in range(j + 1, count)) for j in range(count - 1)]
-    by_weights = None if right is None else tuple(right[count][j] - right[j + 1][j] for j in range(count))
-    bits = math.log(2) if unit == "bits" else 1.0
+    known = [j for j, course in enumerate(courses) if course.visits]
+    earlier = [j for j in known if courses[j].is_earlier]
+    sign, bits = _sign(unit), math.log(2) if unit == "bits" else 1.0
+    final = _mean([courses[j].end for j in known])
+    by_weights = None if right is None else {j: right[j].since for j in known}
+    by_routes = None if by_weights is None else {j: courses[j].since - by_weights[j] for j in known}
     return TransferMetrics(
-        tasks=tuple(tasks),
-        final_mean=sign * _mean(end),
-        incremental_mean=sign * _mean([_mean(loss[i][:i]) for i in range(1, count + 1)]),
-        learned=tuple(loss[0][j] - own[j] for j in range(count)),
-        forgotten=tuple(max(0.0, lost) for lost in (*behind, 0.0)),
-        forgetting=_mean(behind),
+        tasks=tuple(tasks[j] for j in known),
+        earlier=tuple(tasks[j] for j in earlier),
+        final_mean=sign * final,
+        incremental_mean=sign * _mean(_so_far(courses)),
+        learned=tuple(courses[j].losses[0] - courses[j].own for j in known),
+        forgotten=tuple(max(0.0, courses[j].behind) if j in earlier else 0.0 for j in known),
+        forgetting=_mean([courses[j].behind for j in earlier]),
         relative_forgetting=(
-            None if unit == "accuracy" else tuple(100 * math.expm1(bits * lost) for lost in behind)
+            None if unit == "accuracy" else tuple(100 * math.expm1(bits * courses[j].behind) for j in earlier)
         ),
-        backward_transfer=_mean([-lost for lost in since[:-1]]),
-        forward_transfer=_mean([loss[0][j] - loss[j][j] for j in range(1, count)]),
-        learning_loss=sign * _mean(own),
+        backward_transfer=_mean([-courses[j].since for j in earlier]),
+        forward_transfer=_mean([course.brought for course in courses if course.before > 0]),
+        learning_loss=sign * _mean([courses[j].own for j in known]),
         intransigence=(
-            None if reference is None else tuple(own[j] - sign * reference[j] for j in range(count))
+            None if reference is None else tuple(courses[j].own - sign * reference[j] for j in known)
         ),
-        forgotten_by_weights=by_weights,
-        forgotten_by_routes=(
-            None if by_weights is None else tuple(since[j] - by_weights[j] for j in range(count))
-        ),
-        regret_to_oracle=None if right is None else _mean(end) - _mean(right[count]),
+        forgotten_by_weights=None if by_weights is None else tuple(by_weights.values()),
+        forgotten_by_routes=None if by_routes is None else tuple(by_routes.values()),
+        forgetting_by_weights=None if by_weights is None else _mean([by_weights[j] for j in earlier]),
+        forgetting_by_routes=None if by_routes is None else _mean([by_routes[j] for j in earlier]),
+        regret_to_oracle=None if right is None else final - _mean([right[j].end for j in known]),
     )
 
 
-def _whole(matrix: Sequence[Sequence[float]], tasks: Sequence[str]) -> Sequence[Sequence[float]]:
+@dataclass(frozen=True)
+class _Course:
+    """One task's column, as losses."""
+
+    losses: tuple[float, ...]
+    """(S + 1,)"""
+    visits: tuple[int, ...]
+    """The stages, from 1 to S, that trained it."""
+
+    @property
+    def own(self) -> float:
+        return self.losses[self.visits[-1]]
+
+    @property
+    def end(self) -> float:
+        return self.losses[-1]
+
+    @property
+    def since(self) -> float:
+        """How much was lost after its own stage."""
+        return self.end - self.own
+
+    @property
+    def is_earlier(self) -> bool:
+        return bool(self.visits) and self.visits[-1] < len(self.losses) - 1
+
+    @property
+    def behind(self) -> float:
+        """How far the end is behind the best since it was first trained and before the last stage."""
+        return self.end - min(self.losses[self.visits[0] : -1])
+
+    @property
+    def before(self) -> int:
+        """The row just before it was first trained; the last one where it never was."""
+        return self.visits[0] - 1 if self.visits else len(self.losses) - 1
+
+    @property
+    def brought(self) -> float:
+        """What was done for it by then."""
+        return self.losses[0] - self.losses[self.before]
+
+
+def _courses(
+    matrix: Sequence[Sequence[float]],
+    tasks: Sequence[str],
+    trained: Sequence[Sequence[int]] | None,
+    unit: Unit,
+) -> list[_Course]:
+    """The matrix column by column, if it is whole."""
     count = len(tasks)
-    if not count or len(matrix) != count + 1 or any(len(row) != count for row in matrix):
-        raise ValueError(f"expected {count + 1} rows of {count} values for tasks {list(tasks)}")
-    return matrix
+    stages = [(j,) for j in range(count)] if trained is None else trained
+    if not count or len(matrix) != len(stages) + 1 or any(len(row) != count for row in matrix):
+        raise ValueError(f"expected {len(stages) + 1} rows of {count} values for tasks {list(tasks)}")
+    places = {j for stage in stages for j in stage}
+    if not places or not places <= set(range(count)):
+        raise ValueError(f"expected stages that trained some of tasks 0 to {count - 1}, got {list(stages)}")
+    return [
+        _Course(
+            tuple(_sign(unit) * row[j] for row in matrix),
+            tuple(i for i, stage in enumerate(stages, 1) if j in stage),
+        )
+        for j in range(count)
+    ]
+
+
+def _so_far(courses: Sequence[_Course]) -> list[float]:
+    """The mean over the tasks trained so far, stage by stage."""
+    found = []
+    for i in range(1, len(courses[0].losses)):
+        known = [course.losses[i] for course in courses if course.visits and course.visits[0] <= i]
+        found += [_mean(known)] if known else []
+    return found
+
+
+def _sign(unit: Unit) -> int:
+    """What turns a value into a loss."""
+    return -1 if unit == "accuracy" else 1
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
+# ---- a run's --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TaskMatrix:
+    """What a run measured, stage by stage; the arguments of `transfer_metrics`."""
+
+    rows: tuple[tuple[float, ...], ...]
+    """(S + 1) rows of J values; none before the first stage was scored."""
+    tasks: tuple[str, ...]
+    """J names."""
+    trained: tuple[tuple[int, ...], ...]
+    """For each stage the columns of the tasks that it trained."""
+    route: Route
+    """Whose routes the values are measured with."""
+
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """Tasks that no stage trained so far."""
+        known = {j for stage in self.trained for j in stage}
+        return tuple(task for j, task in enumerate(self.tasks) if j not in known)
+
+
 def task_matrix(
-    rows: Sequence[Mapping[str, Any]], *, split: str = "test"
-) -> tuple[list[list[float]], list[str]]:
-    """The matrix in a run's eval.csv: stages so far by tasks, and the tasks' names.
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    split: str = "test",
+    route: Route | None = None,
+    value: Value = "bits_per_byte",
+) -> TaskMatrix:
+    """The matrix in a run's eval.csv, as far as it goes; a stage that was scored in part is left out.
 
     Args:
         rows: of eval.csv, as `RunReader.rows` gives them.
         split: "valid" or "test".
+        route: None: the model's own where there is any, else the oracle's, since a method that has to be
+            told the task has no other.
+        value: the column to read. Tasks without it are left out.
     """
-    chosen = [row for row in rows if row["split"] == split and row["route"] == "own"]
-    tasks = list(dict.fromkeys(str(row["task_eval"]) for row in chosen))
-    stages = sorted({int(row["stage"]) for row in chosen})
-    found = {(int(row["stage"]), str(row["task_eval"])): float(row["bits_per_byte"]) for row in chosen}
-    return [[found[stage, task] for task in tasks] for stage in stages], tasks
+    chosen = [row for row in rows if row["split"] == split and row.get(value) is not None]
+    if route is None:
+        route = "oracle" if chosen and all(row["route"] == "oracle" for row in chosen) else "own"
+    chosen = [row for row in chosen if row["route"] == route]
+    tasks = tuple(dict.fromkeys(str(row["task_eval"]) for row in chosen))
+    found = {(int(row["stage"]), str(row["task_eval"])): float(row[value]) for row in chosen}
+    said = {int(row["stage"]): str(row["task_trained"]) for row in chosen}
+    stages = [stage for stage in sorted(said) if all((stage, task) in found for task in tasks)]
+    return TaskMatrix(
+        rows=tuple(tuple(found[stage, task] for task in tasks) for stage in stages),
+        tasks=tasks,
+        trained=tuple(_trained(said[stage], tasks) for stage in stages[1:]),
+        route=route,
+    )
+
+
+def _trained(said: str, tasks: Sequence[str]) -> tuple[int, ...]:
+    """The columns that a stage trained: a task's name, or several joined by "+"."""
+    names = {said} if said in tasks else set(said.split("+"))
+    return tuple(j for j, task in enumerate(tasks) if task in names)
+
+
+def run_metrics(
+    rows: Sequence[Mapping[str, Any]], *, split: str = "test", value: Value = "bits_per_byte"
+) -> TransferMetrics | None:
+    """Metrics of what a run's eval.csv holds so far, None before a task was trained and scored.
+
+    Where both the model's own routes and the right ones were scored, they tell what the routes cost.
+    """
+    matrix = task_matrix(rows, split=split, value=value)
+    if not any(matrix.trained):
+        return None
+    oracle = task_matrix(rows, split=split, route="oracle", value=value)
+    both = (matrix.route, oracle.tasks, oracle.trained) == ("own", matrix.tasks, matrix.trained)
+    return transfer_metrics(
+        matrix.rows,
+        matrix.tasks,
+        unit="accuracy" if value == "accuracy" else "bits",
+        oracle=oracle.rows if both else None,
+        trained=matrix.trained,
+    )
 
 
 @dataclass(frozen=True)

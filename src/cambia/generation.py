@@ -125,3 +125,30 @@ def _before_end(tokens: list[int], ends: list[int]) -> list[int]:
     """What stands before the first end token; padding comes behind it."""
     stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[:stop]
+
+
+@torch.no_grad()
+def written_rows(
+    model: PreTrainedModel, rows: int, length: int, *, first: int, generator: torch.Generator
+) -> Tensor:
+    """Rows of text that the model itself writes, (rows, length): each token drawn at the model's own odds.
+
+    A row begins with the token `first` and goes on past the end of a text, as training rows do.
+
+    Args:
+        generator: of the draws, on the CPU.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        token = torch.full((rows, 1), first, device=model.device)
+        written, past = [token], None
+        while len(written) < length:
+            outputs = model(input_ids=token, past_key_values=past, use_cache=True)
+            past = outputs.past_key_values
+            odds = outputs.logits[:, -1].float().softmax(-1).cpu()  # (rows, V)
+            token = torch.multinomial(odds, 1, generator=generator).to(model.device)
+            written.append(token)
+        return torch.cat(written, 1)
+    finally:
+        model.train(was_training)

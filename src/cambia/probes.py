@@ -1,7 +1,9 @@
 """Probes measure a model without training it.
 
 >>> bits_per_byte(model, evaluation_batches(corpus.splits["valid"], batch_size=16, sequence_length=256))
-Likelihood(nats=81234.1, tokens=33010, bytes=32768)
+Likelihood(nats=81234.1, tokens=33010, bytes=32768, exact=0, examples=0)
+>>> bits_per_byte(model, question_batches, exact=True).accuracy
+0.713
 >>> slice_losses(model, batches, [TokenSlice(name="digits", tokens=[*range(48, 58)])])
 {'slice_loss/digits': 2.31, 'rest_loss/digits': 1.62}
 """
@@ -12,7 +14,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -35,6 +38,10 @@ class Likelihood:
     """Predicted tokens."""
     bytes: int
     """Bytes of UTF-8 text that these tokens stand for; 0 where nobody counted them."""
+    exact: int = 0
+    """Answers of which every token was the model's first choice."""
+    examples: int = 0
+    """Answers; 0 where nobody counted them."""
 
     @property
     def nats_per_token(self) -> float:
@@ -49,38 +56,81 @@ class Likelihood:
         """Comparable between tokenizers, since text has as many bytes whatever it is cut into."""
         return self.nats_per_byte / math.log(2)
 
+    @property
+    def accuracy(self) -> float | None:
+        """The share of answers that are exactly right; None where nobody counted them."""
+        return self.exact / self.examples if self.examples else None
 
-def bits_per_byte(model: PreTrainedModel, batches: Iterable[Batch]) -> Likelihood:
+
+def bits_per_byte(model: PreTrainedModel, batches: Iterable[Batch], *, exact: bool = False) -> Likelihood:
     """Score text, each token once, in evaluation mode and without touching the model's state.
 
     Args:
         model: any causal language model.
         batches: for example from `cambia.data.batches.evaluation_batches`.
+        exact: also count the answers that are exactly right, in the same pass. This is for text of which
+            only answers are trained on, in rows of whole documents: an answer is a stretch of targets among
+            others that are left out, the token that ends it included. A target by itself is no answer: it is
+            what ends a chat whose last turn has ended already. That each token is the model's first choice
+            after the true ones before it is the same as that the model writes the answer when it decodes
+            greedily, since both read the same until one goes wrong.
     """
-    nats, tokens, num_bytes = 0.0, 0, 0
-    for batch, losses in token_losses(model, batches):
-        nats += losses.sum().item()
-        tokens += int((batch.targets != IGNORED).sum())
-        num_bytes += batch.num_bytes
-    return Likelihood(nats, tokens, num_bytes)
+    nats, tokens, num_bytes, right, examples = 0.0, 0, 0, 0, 0
+    with _evaluating(model):
+        for batch in batches:
+            logits = _logits(model, batch)
+            nats += _losses(logits, batch).sum().item()
+            tokens += int((batch.targets != IGNORED).sum())
+            num_bytes += batch.num_bytes
+            if exact:
+                some = _answers(logits, batch)
+                right, examples = right + some[0], examples + some[1]
+    return Likelihood(nats, tokens, num_bytes, right, examples)
 
 
 def token_losses(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
     """Each batch with the loss of each of its targets: (B, T), nats, 0 where a target is left out."""
+    with _evaluating(model):
+        for batch in batches:
+            yield batch, _losses(_logits(model, batch), batch)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Generator[None]:
+    """Evaluation mode, and afterwards the mode of before."""
     was_training = model.training
     model.eval()
     try:
-        for batch in batches:
-            with torch.no_grad():
-                logits = model(input_ids=batch.input_ids.to(model.device), use_cache=False).logits
-                targets = batch.targets.to(logits.device)
-                # (B, T, V) -> (B T, V); in float32 at least, since bfloat16 sums lose the digits that count.
-                flat = logits.flatten(0, 1)
-                flat = flat if flat.dtype == torch.float64 else flat.float()
-                losses = nn.functional.cross_entropy(flat, targets.flatten(), reduction="none")
-            yield batch, losses.view(targets.shape)
+        yield
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """(B, T, V), in float32 at least, since bfloat16 sums lose the digits that count."""
+    logits = model(input_ids=batch.input_ids.to(model.device), use_cache=False).logits
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _losses(logits: Tensor, batch: Batch) -> Tensor:
+    """Of each target, (B, T), nats."""
+    targets = batch.targets.to(logits.device)
+    flat = logits.flatten(0, 1)  # (B, T, V) -> (B T, V)
+    return nn.functional.cross_entropy(flat, targets.flatten(), reduction="none").view(targets.shape)
+
+
+def _answers(logits: Tensor, batch: Batch) -> tuple[int, int]:
+    """Answers that are exactly right, and all of them."""
+    targets = batch.targets.to(logits.device)
+    counted = targets != IGNORED  # (B, T)
+    left = nn.functional.pad(counted, (1, 0))[:, :-1]
+    right = nn.functional.pad(counted, (0, 1))[:, 1:]
+    begins = counted & ~left & right
+    number = begins.flatten().cumsum(0)  # (B T,): of the answer that a target belongs to
+    wrong = (counted & (left | right) & (logits.argmax(-1) != targets)).flatten()
+    answers = int(begins.sum())
+    return answers - len(number[wrong].unique()), answers
 
 
 # ---- slices: a part of the data against the rest --------------------------------------------------

@@ -7,6 +7,7 @@ Training writes a run through `RunWriter`; report, compare, sweep and everything
       config.yaml config.json    the complete configuration; config.yaml runs again
       metrics.csv                a row per logged step        } equal, byte for byte, for equal runs,
       eval.csv growth.jsonl      task matrix; growth events   } interrupted or not
+      promises.jsonl probes/     what a method promised not to change, task by task; for `verify`
       timing.csv                 clocks, throughput, memory: what may differ between equal runs
       summary.json report.html   at the end
       latest/ best/ ckpt_step{n}/ ckpt_task{k}/    checkpoints
@@ -35,9 +36,10 @@ from cambia.errors import ConfigError, RunError
 
 CONFIG_YAML, CONFIG_JSON = "config.yaml", "config.json"
 METRICS, TIMING, EVAL, GROWTH = "metrics.csv", "timing.csv", "eval.csv", "growth.jsonl"
+PROMISES, PROBES = "promises.jsonl", "probes"
 SUMMARY, REPORT = "summary.json", "report.html"
 LATEST, BEST = "latest", "best"
-LOGS = (METRICS, EVAL, GROWTH, TIMING)
+LOGS = (METRICS, EVAL, GROWTH, PROMISES, TIMING)
 _LOCK = ".lock"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -200,6 +202,10 @@ class RunWriter:
     def checkpoint(self, name: str) -> Path:
         return self.folder / name
 
+    def probe(self, stage: int) -> Path:
+        """Where the probes of a stage are kept."""
+        return self.folder / PROBES / f"stage{stage}.safetensors"
+
     def keep_only(self, count: int) -> None:
         """Delete the oldest ``ckpt_step*`` beyond the newest `count`."""
         found = sorted(self.folder.glob("ckpt_step*"), key=lambda path: int(path.name[len("ckpt_step") :]))
@@ -239,7 +245,19 @@ class RunReader:
         return [{key: _parse(cell) for key, cell in row.items()} for row in table]
 
     def growth(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in _complete_lines(self.folder / GROWTH).splitlines()]
+        return self._lines(GROWTH)
+
+    def promises(self) -> list[dict[str, Any]]:
+        """A line for each stage that ended: which tensors were promised, with their hashes."""
+        return self._lines(PROMISES)
+
+    def probes(self) -> list[Path]:
+        """The files of probes, one for each stage that ended, in order."""
+        found = (self.folder / PROBES).glob("stage*.safetensors")
+        return sorted(found, key=lambda path: int(path.stem.removeprefix("stage")))
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in _complete_lines(self.folder / name).splitlines()]
 
     def checkpoints(self) -> list[Path]:
         """Checkpoint folders: latest first, then best, tasks and steps."""

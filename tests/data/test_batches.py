@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -97,6 +98,15 @@ def test_epochs_differ_in_order_and_offset_and_seeds_too():
     assert [int(next(other).input_ids[0, 0]) for _ in range(size)] != orders[0]
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_unshuffled_windows_come_in_the_order_of_the_text(masked):
+    file = masked_file([(3, 5)] * 20) if masked else numbered(400)
+    batches = TrainBatches(file, batch_size=1, sequence_length=20, seed=0, shuffle=False)
+    for _ in range(2):
+        starts = [int(next(batches).input_ids[0, 0]) for _ in range(batches.windows_per_epoch)]
+        assert starts == sorted(starts) and len(set(starts)) == len(starts) > 5
+
+
 @pytest.mark.parametrize("stop", [0, 1, 3, 7, 20])
 def test_resuming_is_invisible_even_across_epochs(stop):
     def fresh():
@@ -189,3 +199,65 @@ def test_training_rows_under_a_mask_are_those_of_evaluation(documents, length):
     again = TrainBatches(file, batch_size=1, sequence_length=length, seed=3)
     again.load_state_dict(batches.state_dict())
     assert torch.equal(next(again).input_ids, next(batches).input_ids)
+
+
+# ---- views ---------------------------------------------------------------------------------------
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 60)), min_size=1, max_size=30),
+    count=st.integers(1, 8),
+    masked=st.booleans(),
+)
+def test_chunks_share_out_whole_documents(sizes, count, masked):
+    file = masked_file(sizes) if masked else TokenFile(*_fields(masked_file(sizes)))
+    if len(sizes) < count:
+        with pytest.raises(DataError, match=f"cannot be shared out among {count}"):
+            file.chunk(0, count)
+        return
+    chunks = [file.chunk(number, count) for number in range(count)]
+    assert sum(chunk.num_documents for chunk in chunks) == file.num_documents
+    assert sum(chunk.num_bytes for chunk in chunks) == file.num_bytes
+    # Tokens are their own positions: chunks meet at the end-of-text token that both of them stand beside.
+    assert chunks[0].tokens[0] == 0 and chunks[-1].tokens[-1] == file.num_tokens - 1
+    for here, after in itertools.pairwise(chunks):
+        assert here.tokens[-1] == after.tokens[0]
+    begins = [int(chunk.tokens[start]) for chunk in chunks for start in chunk.starts]
+    assert begins == file.starts.tolist()
+    longest = max(tail for _, tail in sizes)
+    for chunk in chunks:
+        assert chunk.num_documents and np.shares_memory(chunk.tokens, file.tokens)
+        assert chunk.starts[0] == 1
+        if count < len(sizes) / 4:
+            assert abs(chunk.num_bytes - file.num_bytes / count) <= 4 * longest
+    ends = np.arange(1, file.num_tokens + 1)
+    counted = [chunk.bytes_before(np.array([chunk.num_tokens]))[0] for chunk in chunks]
+    assert sum(counted) == file.bytes_before(ends[-1:])[0]
+
+
+def _fields(file):
+    return file.tokens, file.starts, file.document_bytes
+
+
+def test_chunks_are_about_equal():
+    file = masked_file([(0, 10)] * 1000)
+    assert [file.chunk(number, 7).num_documents for number in range(7)] == [143, 143, 143, 143, 143, 143, 142]
+
+
+@given(documents=documents, batch_size=st.integers(1, 3), length=st.integers(2, 30), seed=st.integers(0, 9))
+def test_a_permutation_changes_the_ids_alone(documents, batch_size, length, seed):
+    file = masked_file(documents)
+    permutation = np.append(0, 1 + np.random.default_rng(seed).permutation(file.num_tokens - 1))
+    permuted = dataclasses.replace(file, permutation=permutation)
+    assert permuted.eos_id == file.eos_id and permuted.num_bytes == file.num_bytes
+    for view, other in ((file, permuted), (file.head(20), permuted.head(20))):
+        pairs = [
+            evaluation_batches(each, batch_size=batch_size, sequence_length=length) for each in (view, other)
+        ]
+        for plain, moved in zip(*pairs, strict=True):
+            counted = plain.targets != -100
+            assert torch.equal(moved.targets != -100, counted)
+            assert (moved.targets[counted].numpy() == permutation[plain.targets[counted].numpy()]).all()
+            assert (moved.input_ids.numpy() == permutation[plain.input_ids.numpy()]).all()
+            assert moved.num_bytes == plain.num_bytes
+            assert moved.input_ids.dtype == torch.int64

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from cambia.data import LanguageFilter, LengthFilter, LicenseFilter, RegexFilter
+from cambia.data import FieldFilter, LanguageFilter, LengthFilter, LicenseFilter, RegexFilter
 from cambia.data.filters import SCRIPTS
 from cambia.errors import ConfigError, DataError
 
@@ -55,6 +55,23 @@ def test_license():
     assert not mine.keep("", {"license": []})
     with pytest.raises(DataError, match="fields are code, size"):
         mine.keep("", {"code": "x", "size": 1})
+
+
+def test_field():
+    sums = FieldFilter("skill", "sums")
+    assert [sums.keep("", {"skill": skill}) for skill in ("sums", "Sums", "", None)] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert FieldFilter("level", "3").keep("", {"level": 3})
+    with pytest.raises(DataError, match=r"the field filter found no field 'skill'.*fields are code"):
+        sums.keep("", {"code": "x"})
+    with pytest.raises(DataError, match="plain text has no fields"):
+        sums.keep("", {})
+    with pytest.raises(ConfigError, match="needs `field`"):
+        FieldFilter(value="sums")
 
 
 def test_regex():

@@ -6,6 +6,7 @@ import pytest
 
 from cambia.data import GeneratedSource
 from cambia.data.generated import TASKS
+from cambia.errors import ConfigError
 
 OPENING = {")": "(", "]": "[", "}": "{"}
 
@@ -64,3 +65,27 @@ def test_one_seed_gives_one_text():
 
 def test_the_text_of_a_seed_never_changes():
     assert lines(GeneratedSource("reverse"))[:2] == ["reverse: pqcsd > dscqp", "reverse: dlj > jld"]
+    assert lines(GeneratedSource("counting"))[:2] == ["9 17 25 33 41 49 57 65", "9 17 25 33 41 49 57 65"]
+
+
+@pytest.mark.parametrize("step", [1, 3, -1])
+def test_counting_by_a_fixed_step(step):
+    source = GeneratedSource("counting", step=step, size_bytes=20_000)
+    found = lines(source)
+    assert all(right("counting", line) for line in found)
+    steps = {int(b) - int(a) for a, b in (line.split()[:2] for line in found)}
+    assert steps == {step}
+    assert len(set(found)) > 400, "there is enough to learn from"
+    assert found == lines(GeneratedSource("counting", step=step, size_bytes=20_000))
+    assert found != lines(GeneratedSource("counting", step=step, seed=1, size_bytes=20_000))
+    sides: dict[str, set[str]] = {}
+    for document in source.documents():
+        for line in document.text.splitlines():
+            sides.setdefault(line, set()).add(document.key)
+    assert all(len(keys) == 1 for keys in sides.values())
+
+
+@pytest.mark.parametrize(("task", "step"), [("copy", 1), ("counting", 0)])
+def test_steps_that_make_no_sense_are_refused(task, step):
+    with pytest.raises(ConfigError, match="only counting takes a step, and not 0"):
+        GeneratedSource(task, step=step)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -7,6 +9,7 @@ import pytest
 
 from cambia.config import Member, build, dump
 from cambia.data import SOURCES, FilesSource, GeneratedSource, LengthFilter, MixtureSource, Source
+from cambia.data.plain_text import VERSION
 from cambia.data.sources import Document, Splits, without_surrogates
 from cambia.errors import ConfigError, DataError
 
@@ -69,6 +72,41 @@ def test_halves_of_surrogate_pairs_are_replaced_and_pairs_joined():
     assert without_surrogates("plain é") == "plain é"
 
 
+def test_filters_and_the_limit_see_the_plain_text():
+    texts = ["“Oh…”", "“It is — well — long enough.”", "“More of it.”"]
+    source = ListSource(texts=texts, filters=[LengthFilter(min_chars=12)], limit_bytes=35, plain=True)
+    assert [document.text for document in source.documents()] == ['"It is - well - long enough."', '"More ']
+    assert [document.key for document in source.documents()] == texts[1:]  # the splits stay what they were
+
+
+def test_a_text_of_which_nothing_is_left_is_no_document():
+    assert [*ListSource(texts=[" The <unk> , it is . \n"], plain=True).documents()] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"instruction_field": "ask", "output_field": "say"}, "instructions with answers"),
+        ({"messages_field": "chat"}, "chats"),
+    ],
+)
+def test_only_running_text_is_made_plain(tmp_path, fields, what):
+    chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"ask": "Why?", "say": "So.", "chat": chat}))
+    source = FilesSource(str(tmp_path / "rows.jsonl"), plain=True, **fields)
+    with pytest.raises(DataError, match=f"this source gives {what}: leave it out"):
+        next(source.documents())
+
+
+def test_own_splits_are_made_plain_as_well(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text("“Said”\n")
+    source = FilesSource(str(tmp_path / "a"), valid_path=str(tmp_path / "b"), plain=True)
+    assert next(source.own_splits()["valid"].documents()).text == '"Said"'
+    mixed = MixtureSource([source]).own_splits()["valid"]
+    assert next(mixed.documents()).text == '"Said"'
+
+
 def test_a_mixture_keeps_its_proportions_to_the_end():
     mixture = MixtureSource(
         [GeneratedSource("copy", size_bytes=40_000), GeneratedSource("brackets", size_bytes=40_000)],
@@ -104,6 +142,15 @@ def test_the_description_tells_texts_apart_and_not_names():
     assert MixtureSource([one]).describe()["sources"] == [one.describe()]
 
 
+def test_a_description_without_plain_text_is_as_it_always_was():
+    source = GeneratedSource("copy", size_bytes=9)
+    described = source.describe()
+    assert not {"plain", "plain_text"} & described.keys()
+    plain = dataclasses.replace(source, plain=True)
+    assert plain.describe() == {**described, "plain_text": VERSION}
+    assert MixtureSource([plain]).describe() != MixtureSource([source]).describe()
+
+
 def test_sources_come_from_plain_settings_and_go_back_to_them():
     tree = {
         "source": {
@@ -129,6 +176,7 @@ def test_sources_come_from_plain_settings_and_go_back_to_them():
         ({"type": "embedded", "domain": "klingon"}, "source.domain"),
         ({"type": "generated", "difficulty": 9}, "difficulty is 9"),
         ({"type": "embedded", "limit_bytes": 0}, "limit_bytes is 0"),
+        ({"type": "embedded", "plian": True}, "did you mean 'plain'"),
         ({"type": "files"}, "needs `path`"),
         ({"type": "embedded", "filters": [{"type": "language", "script": "latn"}]}, "did you mean 'latin'"),
     ],

@@ -30,7 +30,11 @@ TREE: dict[str, Any] = {
     },
     "model": {"hidden_size": 12, "intermediate_size": 18, "num_hidden_layers": 3, "num_attention_heads": 2},
     "training": {"steps": 9, "batch_size": 6, "sequence_length": 32, "accumulation": 2, "average_decay": 0.7},
-    "replay": {"fraction": 0.3, "capacity": 20},
+    # What grows along: a buffer with logits, and a teacher of the shape of before.
+    "methods": [
+        {"type": "derpp", "fraction": 0.3, "capacity": 20, "logits": 8, "beta": 0.5},
+        {"type": "lwf", "strength": 0.1},
+    ],
     "growth": {
         "rewarm_steps": 4,
         "rules": [
@@ -103,6 +107,7 @@ def live(name: str, root: str, start: str, optimizer: str, death: tuple[str, int
     from cambia.experiment.tree import experiment_from
     from cambia.rundir import RunWriter
     from cambia.training.journal import Journal
+    from cambia.training.scoring import Scorer
     from cambia.training.trainer import Trainer
 
     places = {
@@ -111,7 +116,7 @@ def live(name: str, root: str, start: str, optimizer: str, death: tuple[str, int
         "after growth": (RunWriter, "append_json"),
         "writing a checkpoint": (files, "_seal"),
         "after a checkpoint": (Trainer, "save"),
-        "after a score": (Trainer, "score"),
+        "after a score": (Scorer, "task"),
     }
     if death and death[0] in places:
         die_after(*places[death[0]], death[1])
@@ -157,12 +162,14 @@ def same_tensors(one: Path, other: Path) -> bool:
 
 
 def check_equal(reference: Path, killed: Path) -> None:
-    for log in ("metrics.csv", "eval.csv", "growth.jsonl"):
+    for log in ("metrics.csv", "eval.csv", "growth.jsonl", "promises.jsonl"):
         assert (killed / log).read_bytes() == (reference / log).read_bytes(), log
     folders = sorted(p.name for p in reference.iterdir() if p.is_dir())
     assert sorted(p.name for p in killed.iterdir() if p.is_dir()) == folders
     assert {"latest", "best", "ckpt_task0", "ckpt_task1", "ckpt_step10", "ckpt_step15"} <= set(folders)
-    for folder in folders:
+    for stage in ("probes/stage0.safetensors", "probes/stage1.safetensors"):
+        assert same_tensors(reference / stage, killed / stage)
+    for folder in set(folders) - {"probes"}:
         assert same_tensors(reference / folder / "model.safetensors", killed / folder / "model.safetensors")
         assert same_tensors(reference / folder / "state.safetensors", killed / folder / "state.safetensors")
         one, other = (json.loads((run / folder / "state.json").read_text()) for run in (reference, killed))

@@ -73,7 +73,7 @@ def test_forgetting_is_told_with_what_was_learned(make_run: Make, loss: float, l
     assert check.level == level
     if level != "green":
         assert f"learned on 'english', {2 * loss:.2f} are lost again" in check.sentence
-        assert "--replay.fraction" in check.sentence
+        assert "--methods '[{type: replay, fraction: 0.25}]'" in check.sentence
 
 
 def test_forgetting_is_not_judged_too_early(make_run: Make) -> None:

@@ -36,7 +36,7 @@ def written(folder: Path) -> tuple[str, Checked]:
 def test_all_parts_are_there(make_run: Make) -> None:
     text, parsed = written(make_run(steps=50, growth_steps=(30, 80)))
     assert re.findall(r"<h2>(.*?)</h2>", text) == SECTIONS
-    assert parsed.tags.count("figure") == 4
+    assert parsed.tags.count("figure") == 5
     words = " ".join(parsed.words)
     for expected in (
         "1,049,216 → 1,521,363",
@@ -61,7 +61,7 @@ def test_the_matrix_shows_the_runs_numbers_and_marks_the_diagonal(make_run: Make
     text, _ = written(folder)
     table = text.split('<table class="matrix">')[1].split("</table>")[0]
     shown = re.findall(r'class="(cell own|cell)" style="--share:([\d.]+)">([\d.]+)<', table)
-    matrix = load_run(folder).task_matrix()
+    matrix = load_run(folder).task_matrix().rows
     assert [float(value) for _, _, value in shown] == [round(bits, 3) for row in matrix for bits in row]
     assert [kind == "cell own" for kind, _, _ in shown] == [i == j + 1 for i in range(4) for j in range(3)]
     assert all(share == "1.000" for kind, share, _ in shown if kind == "cell own")

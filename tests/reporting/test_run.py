@@ -43,13 +43,14 @@ def test_what_was_not_measured_is_nan_and_numbers_keep_their_kind(make_run: Make
 def test_the_matrix_and_its_metrics(make_run: Make) -> None:
     run = load_run(make_run(steps=10))
     matrix = run.task_matrix()
-    assert matrix[0] == [8.02, 8.01, 8.0]
-    assert [matrix[j + 1][j] for j in range(3)] == [2.21, 1.52, 1.87]
+    assert matrix.tasks == ("english", "python", "legal") and matrix.trained == ((0,), (1,), (2,))
+    assert matrix.rows[0] == (8.02, 8.01, 8.0)
+    assert [matrix.rows[j + 1][j] for j in range(3)] == [2.21, 1.52, 1.87]
     metrics = run.transfer_metrics()
     assert metrics is not None
     assert metrics.learned == pytest.approx((5.81, 6.49, 6.13))
     assert metrics.forgotten == pytest.approx((0.2, 0.1, 0.0))
-    assert run.task_matrix("valid")[0][0] == pytest.approx(8.03)
+    assert run.task_matrix("valid").rows[0][0] == pytest.approx(8.03)
 
 
 def test_a_going_run_is_read_as_far_as_it_is(make_run: Make) -> None:
@@ -57,7 +58,7 @@ def test_a_going_run_is_read_as_far_as_it_is(make_run: Make) -> None:
     assert run.status == "going"
     assert run.summary == {}
     assert (run.steps, run.tokens) == (70, 70 * 4096)
-    assert len(run.task_matrix()) == 2
+    assert len(run.task_matrix().rows) == 2
     assert run.transfer_metrics() is None
     assert run.parameters_end == run.growth[0].parameters_after
     assert run.wall_seconds == pytest.approx(run.timing["seconds"].sum())
@@ -76,7 +77,7 @@ def test_a_killed_run_loses_only_what_was_cut_short(make_run: Make) -> None:
     assert run.status == "interrupted"
     assert run.steps == 45
     assert len(run.metrics["loss"]) == 45
-    assert len(run.task_matrix()) == 3
+    assert len(run.task_matrix().rows) == 3
     assert run.growth == ()
 
 
@@ -87,8 +88,8 @@ def test_a_stage_that_was_scored_in_part_is_left_out(make_run: Make) -> None:
         "\n".join(lines[:-2]) + "\n"
     )  # of the last stage, one test score is left
     run = load_run(folder)
-    assert len(run.task_matrix("test")) == 2
-    assert len(run.task_matrix("valid")) == 3
+    assert len(run.task_matrix("test").rows) == 2
+    assert len(run.task_matrix("valid").rows) == 3
 
 
 def test_a_summary_older_than_the_logs_does_not_hide_them(make_run: Make) -> None:
@@ -116,7 +117,8 @@ def test_a_run_that_logged_nothing_yet(runs: Path) -> None:
     assert (run.steps, run.tokens, run.flops, run.skipped_steps) == (0, 0, 0.0, 0)
     assert run.parameters_start is None
     assert run.wall_seconds is None
-    assert run.tasks == run.task_matrix() == run.stretches() == []
+    assert run.tasks == run.stretches() == []
+    assert run.task_matrix().rows == run.task_matrix().tasks == ()
     assert run.transfer_metrics() is None
 
 
@@ -124,7 +126,7 @@ def test_a_task_called_like_a_number_stays_text(make_run: Make) -> None:
     run = load_run(make_run(tasks=["2024", "2025"], steps=5))
     assert run.tasks == ["2024", "2025"]
     assert run.stretches()[0].task == "2024"
-    assert len(run.task_matrix()) == 3
+    assert len(run.task_matrix().rows) == 3
 
 
 def test_the_handle_is_the_name_only_where_it_is_enough(make_run: Make, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_the_numbers_are_the_runs(make_run: Make) -> None:
     run = load_run(folder)
     write_report(run)
     text = printed(folder)
-    for row in run.task_matrix():
+    for row in run.task_matrix().rows:
         for bits in row:
             assert f"{bits:.3f}" in text
     lines = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
@@ -57,7 +57,7 @@ def test_it_fits_80_columns(make_run: Make, count: int, name: str) -> None:
     tasks = [name.format(i) for i in range(count)]
     text = printed(make_run(tasks=tasks, steps=3, growth_steps=(2,)))
     assert max(map(len, text.splitlines())) <= 80
-    for bits in load_run("rings").task_matrix()[-1]:
+    for bits in load_run("rings").task_matrix().rows[-1]:
         assert f"{bits:.3f}" in text
 
 

@@ -32,7 +32,7 @@ TREE = {
     "growth": {
         "rules": [{"when": {"type": "schedule", "at_steps": [2]}, "then": {"type": "widen_ffn", "add": 8}}]
     },
-    "replay": {"fraction": 0.0},
+    "methods": [],
     "threads": 1,
 }
 HEARD: list[tuple[Any, ...]] = []

@@ -29,7 +29,7 @@ TREE = {
     "growth": {
         "rules": [{"when": {"type": "schedule", "at_steps": [3]}, "then": {"type": "add_layers", "add": 1}}]
     },
-    "replay": {"fraction": 0.0},
+    "methods": [],
 }
 
 
@@ -205,3 +205,15 @@ def test_a_growing_run_with_an_average_scores_and_saves_the_averaged_model(train
     (latest / "averaged/model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"averaged/model.safetensors is not what was written"):
         load_model(latest / "averaged")
+
+
+def test_the_rate_does_not_show_hidden_boundaries(trained):
+    """It re-warms in each task where the learner may see them, and runs once over all of them where not."""
+    rates = {}
+    for boundaries in (True, False):
+        stream = {"type": "sequence", "rounds": 2, "boundaries": boundaries}
+        reader, _ = trained(name=f"{boundaries}", data__stream=stream)
+        rates[boundaries] = column(reader, "learning_rate")
+    assert rates[True][:6] == rates[True][6:]
+    peak = rates[False].index(max(rates[False]))
+    assert rates[False][peak:] == sorted(rates[False][peak:], reverse=True)

@@ -1,8 +1,8 @@
 """Text: where it comes from, how it is cut, tokenized, split, batched and streamed.
 
 A `Source` gives documents; `prepare` splits them by key, drops near-duplicate lines across the splits
-and writes memory-mapped token files; `TrainBatches` and `evaluation_batches` read those; a `Stream`
-strings tasks together and replays earlier ones.
+and writes memory-mapped token files; `TrainBatches` and `evaluation_batches` read those; an `Order` lays
+tasks out in stages, and a `Stream` gives the batches of each.
 
     >>> from cambia.data import BytesTokenizer, EmbeddedSource, TrainBatches, build_tokenizer
     >>> from cambia.data.prepare import prepare
@@ -32,6 +32,7 @@ SOURCES = {
 """Where text comes from: `type:` of a source."""
 
 FILTERS = {
+    "field": "cambia.data.filters:FieldFilter",
     "language": "cambia.data.filters:LanguageFilter",
     "length": "cambia.data.filters:LengthFilter",
     "license": "cambia.data.filters:LicenseFilter",
@@ -47,10 +48,22 @@ TOKENIZERS = {
 }
 """How text becomes tokens: `type:` of a tokenizer."""
 
+STREAMS = {
+    "sequence": "cambia.data.orders:SequenceOrder",
+    "mixtures": "cambia.data.orders:MixturesOrder",
+    "gradual": "cambia.data.orders:GradualOrder",
+    "stationary": "cambia.data.orders:StationaryOrder",
+    "permuted_vocabulary": "cambia.data.orders:PermutedVocabularyOrder",
+    "skills": "cambia.data.orders:SkillsOrder",
+    "counting": "cambia.data.orders:CountingOrder",
+}
+"""How tasks follow each other: `type:` of a stream."""
+
 _HOME = {
     **{target.partition(":")[2]: target.partition(":")[0] for target in SOURCES.values()},
     **{target.partition(":")[2]: target.partition(":")[0] for target in FILTERS.values()},
     **{target.partition(":")[2]: target.partition(":")[0] for target in TOKENIZERS.values()},
+    **{target.partition(":")[2]: target.partition(":")[0] for target in STREAMS.values()},
     "Document": "cambia.data.sources",
     "Source": "cambia.data.sources",
     "Splits": "cambia.data.sources",
@@ -60,15 +73,19 @@ _HOME = {
     "build_tokenizer": "cambia.data.tokenizers",
     "PreparedCorpus": "cambia.data.corpus",
     "TokenFile": "cambia.data.corpus",
+    "special_ids": "cambia.data.corpus",
     "Batch": "cambia.data.batches",
     "TrainBatches": "cambia.data.batches",
     "evaluation_batches": "cambia.data.batches",
     "ReplayBuffer": "cambia.data.replay",
+    "Order": "cambia.data.orders",
+    "TaskText": "cambia.data.orders",
+    "Stage": "cambia.data.streams",
     "Stream": "cambia.data.streams",
     "Task": "cambia.data.streams",
 }
 
-__all__ = ["FILTERS", "SOURCES", "TOKENIZERS", *sorted(_HOME)]
+__all__ = ["FILTERS", "SOURCES", "STREAMS", "TOKENIZERS", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

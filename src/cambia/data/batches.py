@@ -1,4 +1,4 @@
-"""Batches of token windows: shuffled and endless for training, in order and exact for evaluation.
+"""Batches of token windows: endless for training, shuffled or not; in order and exact for evaluation.
 
 How text is cut into rows, and what attends to what, is told in `cambia.data.packing`.
 
@@ -43,7 +43,7 @@ class Batch:
 
 
 class TrainBatches:
-    """An endless stream of shuffled windows.
+    """An endless stream of windows, shuffled unless they shall come in the order of the text.
 
     Each epoch cuts the tokens into windows of T + 1 at a random offset (neighbors share one token, the
     last partial window is dropped) and visits them in a random order, both drawn from (seed, epoch).
@@ -55,13 +55,21 @@ class TrainBatches:
         sequence_length: tokens of a row.
         seed: another seed gives another order.
         source: the name that batches carry.
+        shuffle: visit the windows in a random order; False: one after another, as the text has them.
 
     Raises:
         DataError: the text is too short for one window.
     """
 
     def __init__(
-        self, token_file: TokenFile, *, batch_size: int, sequence_length: int, seed: int, source: str = ""
+        self,
+        token_file: TokenFile,
+        *,
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        source: str = "",
+        shuffle: bool = True,
     ):
         _check_geometry(batch_size, sequence_length)
         self.packed = None if token_file.mask is None else whole_documents(token_file, sequence_length)
@@ -72,11 +80,11 @@ class TrainBatches:
                 f"short for a window of {sequence_length + 1}: give more text or a smaller "
                 "--training.sequence_length"
             )
-        self.token_file, self.source = token_file, source
+        self.token_file, self.source, self.shuffle = token_file, source, shuffle
         self.batch_size, self.sequence_length, self.seed = batch_size, sequence_length, seed
         self.epoch = 0
         self.index = 0
-        self._shuffle()
+        self._begin_epoch()
 
     @property
     def windows_per_epoch(self) -> int:
@@ -85,17 +93,18 @@ class TrainBatches:
             return len(self.packed.starts)
         return max(1, (self.token_file.num_tokens - self.sequence_length) // self.sequence_length)
 
-    def _shuffle(self) -> None:
+    def _begin_epoch(self) -> None:
+        """Cut the windows of an epoch, and lay down in which order they come."""
         rng = np.random.default_rng((self.seed, self.epoch))
         if self.packed is not None:
             self._windows = self.packed
-            self._order = rng.permutation(self.windows_per_epoch)
-            return
-        spare = self.token_file.num_tokens - 1 - self.windows_per_epoch * self.sequence_length
-        offset = int(rng.integers(min(spare, self.sequence_length - 1) + 1))
-        starts = offset + np.arange(self.windows_per_epoch, dtype=np.int64) * self.sequence_length
-        self._windows = Windows(starts, starts + self.sequence_length + 1)
-        self._order = rng.permutation(self.windows_per_epoch)
+        else:
+            spare = self.token_file.num_tokens - 1 - self.windows_per_epoch * self.sequence_length
+            offset = int(rng.integers(min(spare, self.sequence_length - 1) + 1))
+            starts = offset + np.arange(self.windows_per_epoch, dtype=np.int64) * self.sequence_length
+            self._windows = Windows(starts, starts + self.sequence_length + 1)
+        order = np.arange(self.windows_per_epoch)
+        self._order = rng.permutation(order) if self.shuffle else order
 
     def __iter__(self) -> TrainBatches:
         return self
@@ -111,7 +120,7 @@ class TrainBatches:
         while len(starts) < wanted:
             if self.index == self.windows_per_epoch:
                 self.epoch, self.index = self.epoch + 1, 0
-                self._shuffle()
+                self._begin_epoch()
             taken = self._order[self.index : self.index + wanted - len(starts)]
             starts += self._windows.starts[taken].tolist()
             stops += self._windows.stops[taken].tolist()
@@ -125,7 +134,7 @@ class TrainBatches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.index = state["epoch"], state["index"]
-        self._shuffle()
+        self._begin_epoch()
 
 
 def evaluation_batches(
@@ -168,7 +177,7 @@ def _read(token_file: TokenFile, windows: Windows, length: int, source: str) -> 
     last = token_file.num_tokens - 1
     place = starts[:, None] + np.arange(length + 1)  # (B, T + 1)
     beyond = place >= stops[:, None]
-    tokens = token_file.tokens[np.minimum(place, last)].astype(np.int64)
+    tokens = token_file.ids(np.minimum(place, last))
     tokens[beyond] = token_file.eos_id
     targets = tokens[:, 1:].copy()  # (B, T)
     targets[beyond[:, 1:]] = IGNORED

@@ -7,6 +7,9 @@ bits per byte exact for any tokenizer.
 
     >>> file = corpus.splits["valid"].head(100_000)      # whole documents, for a quick evaluation
     >>> file.num_documents, file.num_bytes
+    >>> second_of_ten = corpus.splits["train"].chunk(1, 10)
+
+These are views: whatever they leave out, no token is copied.
 """
 
 from __future__ import annotations
@@ -49,6 +52,8 @@ class TokenFile:
     """UTF-8 bytes of each document's text that is trained on, (documents,), int64."""
     mask: np.ndarray | None = None
     """1 where a token is trained on, (N,), uint8; None means everywhere."""
+    permutation: np.ndarray | None = None
+    """Which id is read in each id's place, (vocab_size,); None: the ids as they are stored."""
 
     @property
     def num_bytes(self) -> int:
@@ -66,17 +71,52 @@ class TokenFile:
 
     @property
     def eos_id(self) -> int:
-        return int(self.tokens[0])
+        return int(self.ids(np.zeros(1, dtype=np.int64))[0])
 
     def head(self, max_bytes: int) -> TokenFile:
         """The first whole documents that together have at most `max_bytes`, and at least one."""
         fitting = int(np.searchsorted(np.cumsum(self.document_bytes), max_bytes, side="right"))
         count = max(1, fitting)
-        if count >= self.num_documents:
-            return self
-        end = int(self.starts[count])  # just after the end-of-text token that closes the last one
-        mask = None if self.mask is None else self.mask[:end]
-        return TokenFile(self.tokens[:end], self.starts[:count], self.document_bytes[:count], mask)
+        return self if count >= self.num_documents else self._documents(0, count)
+
+    def chunk(self, number: int, count: int) -> TokenFile:
+        """One of `count` stretches that follow each other: whole documents, about as many bytes in each.
+
+        Args:
+            number: which, from 0.
+
+        Raises:
+            DataError: there are fewer documents than stretches.
+        """
+        if self.num_documents < count:
+            raise DataError(f"{self.num_documents} documents cannot be shared out among {count}")
+        shares = self.num_bytes * np.arange(1, count) / count
+        cuts = np.searchsorted(np.cumsum(self.document_bytes), shares, side="left") + 1
+        # At least one document in each: the cuts go up, and leave enough for those that come after.
+        places = np.arange(1, count)
+        cuts = np.maximum.accumulate(cuts - places) + places
+        cuts = np.minimum(cuts, self.num_documents - count + places)
+        edges = [0, *cuts.tolist(), self.num_documents]
+        return self._documents(edges[number], edges[number + 1])
+
+    def _documents(self, first: int, stop: int) -> TokenFile:
+        """The documents from `first` to just before `stop`, with the end-of-text tokens around them."""
+        begin = int(self.starts[first]) - 1
+        end = int(self.starts[stop]) if stop < self.num_documents else self.num_tokens
+        return TokenFile(
+            self.tokens[begin:end],
+            self.starts[first:stop] - begin,
+            self.document_bytes[first:stop],
+            None if self.mask is None else self.mask[begin:end],
+            self.permutation,
+        )
+
+    def ids(self, places: np.ndarray) -> np.ndarray:
+        """The token ids that are read at some places, int64, in the shape of `places`."""
+        found = self.tokens[places]
+        if self.permutation is not None:
+            found = self.permutation[found]
+        return found.astype(np.int64)
 
     @cached_property
     def _cumulative_bytes(self) -> np.ndarray:
@@ -138,6 +178,13 @@ class TokenFile:
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The narrowest of uint16 and uint32 that holds every id."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def special_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that mean no text: end of text, what opens a document, padding, and all that is marked so."""
+    marked = [number for number, token in tokenizer.hf.added_tokens_decoder.items() if token.special]
+    known = {tokenizer.eos_id, *tokenizer.opening.tolist(), *tokenizer.hf.all_special_ids, *marked}
+    return tuple(sorted(int(number) for number in known if number < tokenizer.vocab_size))
 
 
 @dataclass(frozen=True, eq=False)

@@ -244,7 +244,10 @@ class FetchSource(Source):
 
     def own_splits(self) -> dict[str, Source]:
         own = self._files().own_splits()
-        return {split: dataclasses.replace(source, filters=self.filters) for split, source in own.items()}
+        return {
+            split: dataclasses.replace(source, filters=self.filters, plain=self.plain)
+            for split, source in own.items()
+        }
 
     def contents(self) -> dict[str, Any]:
         return {"reads": self._files().describe()}

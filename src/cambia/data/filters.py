@@ -102,15 +102,27 @@ class LicenseFilter(Filter):
     """The licenses that are kept."""
 
     def keep(self, text: str, row: Mapping[str, Any]) -> bool:
-        if self.field not in row:
-            raise DataError(
-                f"the license filter found no field {self.field!r}; the row's fields are "
-                f"{', '.join(row) or 'none: plain text has no fields'}: set the filter's `field`"
-            )
-        found = row[self.field]
+        found = _value(row, self.field, "license")
         named = [str(name).lower() for name in (found if isinstance(found, list | tuple) else [found])]
         allowed = {name.lower() for name in self.allow}
         return bool(named) and all(name in allowed for name in named)
+
+
+@dataclass(frozen=True)
+class FieldFilter(Filter):
+    """Keeps rows whose field has a value: one skill, one language, one source of a mixed file."""
+
+    field: str = ""
+    """The field of the row."""
+    value: str = ""
+    """The value that is kept; a number or a truth value is compared as it is written (3, True)."""
+
+    def __post_init__(self) -> None:
+        if not self.field:
+            raise ConfigError("a field filter needs `field`, the name of a row's field, and `value`")
+
+    def keep(self, text: str, row: Mapping[str, Any]) -> bool:
+        return str(_value(row, self.field, "field")) == self.value
 
 
 @dataclass(frozen=True)
@@ -137,6 +149,15 @@ class RegexFilter(Filter):
         if self._wanted is not None and not self._wanted.search(text):
             return False
         return self._unwanted is None or not self._unwanted.search(text)
+
+
+def _value(row: Mapping[str, Any], field: str, kind: str) -> Any:
+    if field not in row:
+        raise DataError(
+            f"the {kind} filter found no field {field!r}; the row's fields are "
+            f"{', '.join(row) or 'none: plain text has no fields'}: set the filter's `field`"
+        )
+    return row[field]
 
 
 def _compile(name: str, pattern: str | None) -> re.Pattern[str] | None:

@@ -14,6 +14,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from cambia.data.sources import Document, Source
@@ -37,6 +38,8 @@ class GeneratedSource(Source):
     """1 (short), 2 or 3 (long)."""
     size_bytes: int = 500_000
     """How much text to write, in bytes."""
+    step: int | None = None
+    """Of counting: count on by this much, down where it is negative; left out, each line has its own step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,10 +47,15 @@ class GeneratedSource(Source):
             raise ConfigError(f"difficulty is {self.difficulty}; expected 1, 2 or 3")
         if self.size_bytes < 1:
             raise ConfigError(f"size_bytes is {self.size_bytes}; expected at least 1")
+        if self.step is not None and (self.task != "counting" or not self.step):
+            raise ConfigError(
+                f"step is {self.step} of the task {self.task!r}; only counting takes a step, and not 0"
+            )
 
     def rows(self) -> Iterator[tuple[Document, Mapping[str, Any]]]:
-        rng = random.Random(f"{self.task} {self.difficulty} {self.seed}")
-        write = TASKS[self.task]
+        stepping = "" if self.step is None else f" {self.step}"
+        rng = random.Random(f"{self.task} {self.difficulty} {self.seed}{stepping}")
+        write = TASKS[self.task] if self.step is None else partial(_counting_by, step=self.step)
         bins: dict[int, list[str]] = defaultdict(list)
         size = 0
         while size < self.size_bytes:
@@ -120,6 +128,15 @@ def _counting(rng: random.Random, difficulty: int) -> str:
     first, step = rng.randrange(10**difficulty), rng.randint(1, 9 * difficulty)
     if difficulty == 3 and rng.random() < 0.5:
         step = -step
+    return _counted(first, step)
+
+
+def _counting_by(rng: random.Random, difficulty: int, step: int) -> str:
+    # A fixed step leaves fewer different lines, so the first number is drawn from a hundred times as many.
+    return _counted(rng.randrange(10 ** (difficulty + 2)), step)
+
+
+def _counted(first: int, step: int) -> str:
     return " ".join(str(first + index * step) for index in range(8))
 
 

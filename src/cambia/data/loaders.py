@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cambia.data.batches import IGNORED, Batch
+from cambia.data.streams import Stage
 from cambia.errors import DataError
 
 
@@ -32,11 +33,13 @@ class LoaderStream:
         loader: gives batches each time that it is iterated over; a generator is used up after one pass.
         validation: batches for the validation loss.
         tokenizer: with it text is counted in bytes, so that bits per byte can be told.
-        name: of the task.
+        name: of the task, and of its only stage.
 
     Raises:
         DataError: there is no batch in it.
     """
+
+    boundaries = True
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class LoaderStream:
         name: str = "data",
     ):
         self.names = [name]
+        self.stages = [Stage.only(self.names, 0)]
         self.loader, self.validation, self.tokenizer = loader, validation, tokenizer
         self.epoch = 0
         self.index = 0  # batches taken in this epoch
@@ -70,8 +74,8 @@ class LoaderStream:
         """Training tokens of an epoch; None where the loader does not say how long it is."""
         return [len(self.loader) * self.tokens_per_batch if isinstance(self.loader, Sized) else None]
 
-    def next_batch(self, task_index: int) -> Batch:
-        """The next batch; at the end it begins again."""
+    def next_batch(self, stage: int, *, at: float = 0.0, rows: int | None = None) -> Batch:
+        """The next batch, whole whatever `rows` says; at the end the loader begins again."""
         batch = next(self._batches, None)
         if batch is None:
             self.epoch, self.index = self.epoch + 1, 0
@@ -85,7 +89,7 @@ class LoaderStream:
         self.index += 1
         return self._read(batch)
 
-    def evaluation(self, task_index: int, split: str, max_bytes: int, batch_size: int) -> Iterator[Batch]:
+    def evaluation(self, task: int, split: str, max_bytes: int, batch_size: int) -> Iterator[Batch]:
         """The validation batches; there are no others, and they are read whole."""
         if split == "valid":
             yield from map(self._read, self.validation or ())

@@ -22,6 +22,7 @@ from typing import Annotated, Any, ClassVar
 from cambia.config import Member, dump, type_name
 from cambia.data import FILTERS, SOURCES
 from cambia.data.filters import Filter
+from cambia.data.plain_text import VERSION, plain_text
 from cambia.errors import ConfigError, DataError
 
 TRAIN, VALID, TEST = "train", "valid", "test"
@@ -99,6 +100,10 @@ class Source(ABC):
     """Read at most this many bytes of text (UTF-8); none reads everything."""
     filters: list[Annotated[Filter, Member(FILTERS, "filter")]] = dataclasses.field(default_factory=list)
     """Only documents that all of these keep are given."""
+    plain: bool = False
+    """Undo the marks of how a corpus was made: typographic quotes and dashes, tokenization (WikiText), lines
+    broken to fit a page. For prose alone: code and verse need their lines. Filters and limit_bytes see the
+    text that is left. Of tokenized text, sentences with <unk> are left out."""
 
     PLACES: ClassVar[tuple[str, ...]] = ()
     """Fields that say where the text lies, not what it is; they stay out of `describe`."""
@@ -124,6 +129,9 @@ class Source(ABC):
         left = self.limit_bytes
         for document, row in self.rows():
             text = without_surrogates(document.text)
+            if self.plain:
+                _refuse_parts(document)
+                text = plain_text(text)
             if not text.strip() or not all(kept.keep(text, row) for kept in self.filters):
                 continue
             size = len(text.encode("utf-8"))
@@ -141,7 +149,16 @@ class Source(ABC):
     def describe(self) -> dict[str, Any]:
         """Plain values that decide the text: two sources with equal descriptions give equal documents."""
         fields = {key: value for key, value in dump(self).items() if key not in ("name", *self.PLACES)}
-        return {"type": type_name(type(self), SOURCES), **fields, **self.contents()}
+        # Without it, a description is what it was before there was a choice, and prepared corpora stay valid.
+        plain = {"plain_text": VERSION} if fields.pop("plain") else {}
+        return {"type": type_name(type(self), SOURCES), **fields, **plain, **self.contents()}
+
+
+def _refuse_parts(document: Document) -> None:
+    """Where a prompt ends and who says what would be lost with the marks."""
+    if document.loss_from or document.turns:
+        what = "chats" if document.turns else "instructions with answers"
+        raise DataError(f"plain: true is for running text, and this source gives {what}: leave it out there")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from cambia import __version__, files, rundir
 from cambia.config import resolve_function, to_yaml
+from cambia.data.corpus import special_ids
 from cambia.data.prepare import prepare, train_texts
 from cambia.data.sources import Splits
 from cambia.data.streams import Stream, Task
@@ -143,7 +144,7 @@ def _train(experiment: Experiment, run: RunWriter) -> None:
     run.write_config(tree, to_yaml(tree))
     before = RunReader(run.folder).summary() or {}
     base = {
-        **_provenance(experiment),
+        **provenance(experiment),
         "name": run.folder.name,
         "started": before.get("started", started),
         "parameters_start": before.get("parameters_start", count_parameters(parts.trainer.model)),
@@ -163,9 +164,21 @@ def _train(experiment: Experiment, run: RunWriter) -> None:
             "flops": progress.flops,
             "skipped_steps": progress.skipped,
             "optimizer_covers_all_parameters": _covers(parts.trainer),
-            "results": results_of(RunReader(run.folder)) if finished else {},
+            **_cost(parts.trainer),
+            "results": {**results_of(RunReader(run.folder)), **_kept(parts.trainer)} if finished else {},
         }
     )
+
+
+def _kept(trainer: Trainer) -> dict[str, float]:
+    """What the method needs to answer for every task, in parameters and in bytes of earlier text."""
+    counts = {f"{name}_parameters": float(n) for name, n in asdict(trainer.method.parameters()).items()}
+    return {**counts, "replay_bytes": float(trainer.method.replay_bytes)}
+
+
+def _cost(trainer: Trainer) -> dict[str, Any]:
+    """What an answer costs; a clock, so no result."""
+    return {"scoring_ms_per_token": trainer.scorer.ms_per_token}
 
 
 def assemble(experiment: Experiment, run: RunWriter) -> Assembly:
@@ -183,14 +196,11 @@ def assemble(experiment: Experiment, run: RunWriter) -> Assembly:
         model = experiment.model.build(tokenizer, sequence_length=experiment.training.sequence_length)
     model = model.to(device)
     model.train()
-    optimizer = experiment.optimizer.build(model)
     growth = None
     settings = experiment.growth
     if settings.enabled and settings.rules:
         growth = GrowthManager(
             settings.rules,
-            model=model,
-            optimizer=optimizer,
             check_batch=_check_batch(stream, experiment.training.sequence_length),
             rewarm_steps=settings.rewarm_steps,
             newborn_rate=settings.newborn_rate,
@@ -203,14 +213,17 @@ def assemble(experiment: Experiment, run: RunWriter) -> Assembly:
         )
     trainer = Trainer(
         model,
-        optimizer=optimizer,
+        optimizer=experiment.optimizer,
         config=experiment.training,
         evaluation=experiment.evaluation,
         checkpoint=experiment.checkpoint,
         growth=growth,
+        method=experiment.method,
         tokenizer=tokenizer.hf,
         tracking=experiment.tracking,
+        seed=experiment.seed,
     )
+    trainer.begin(stream)
     if resumed:
         state = load_state(latest)
         run.cut_logs(state["log_lengths"])
@@ -227,30 +240,31 @@ def open_stream(experiment: Experiment) -> tuple[Tokenizer, Stream]:
     """Tokenizer and prepared tasks; what is prepared already is only opened."""
     chosen = experiment.model.ready(experiment.tokenizer)
     data = experiment.data
-    sources = [task.source for task in data.tasks]
+    texts = data.texts()
     splits = Splits(valid_fraction=data.valid_fraction, test_fraction=data.test_fraction)
-    readers = [train_texts(source, splits) for source in sources]
+    readers = [train_texts(text.source, splits) for text in texts]
     tokenizer = build_tokenizer(chosen, texts=lambda: _in_turns([read() for read in readers]))
     experiment.model.fit(tokenizer)
     tasks = []
     console = Console(stderr=True)
-    for i, source in enumerate(sources):
-        with console.status(f"preparing text {i + 1} of {len(sources)}: {data.task_name(i)}"):
+    for i, text in enumerate(texts):
+        with console.status(f"preparing text {i + 1} of {len(texts)}: {text.name}"):
             corpus = prepare(
-                source,
+                text.source,
                 tokenizer,
                 cache_dir=data.cache,
                 splits=splits,
                 drop_duplicates=data.drop_duplicates,
             )
-        tasks.append(Task(data.task_name(i), corpus))
+        tasks.append(Task(text.name, corpus, special_ids=special_ids(tokenizer)))
+    tasks, stages = data.stream.lay_out(tasks, experiment.seed)
     stream = Stream(
         tasks,
+        stages,
         batch_size=experiment.training.batch_size,
         sequence_length=experiment.training.sequence_length,
         seed=experiment.seed,
-        replay_fraction=experiment.replay.fraction,
-        replay_capacity=experiment.replay.capacity,
+        boundaries=data.stream.boundaries,
     )
     return tokenizer, stream
 
@@ -262,10 +276,11 @@ def _in_turns(readers: Sequence[Iterator[str]]) -> Iterator[str]:
 
 
 def stage_steps(experiment: Experiment, stream: Stream) -> list[int]:
-    """Optimizer steps of each task, from whichever length was given."""
+    """Optimizer steps of each stage, from whichever length was given."""
+    lengths = [experiment.data.length_of(stage.name) for stage in stream.stages]
     return [
-        task.steps or experiment.training.steps_of(num_tokens, stream.tokens_per_batch, share=task.share)
-        for task, num_tokens in zip(experiment.data.tasks, stream.lengths, strict=True)
+        steps or experiment.training.steps_of(num_tokens, stream.tokens_per_batch, share=share)
+        for (steps, share), num_tokens in zip(lengths, stream.lengths, strict=True)
     ]
 
 
@@ -371,7 +386,8 @@ def _described(task: Task) -> str:
     return " ".join(str(source[key]) for key in known if isinstance(source.get(key), str))
 
 
-def _provenance(experiment: Experiment) -> dict[str, Any]:
+def provenance(experiment: Experiment) -> dict[str, Any]:
+    """With which software and on which machine a run is made."""
     return {
         "cambia_version": __version__,
         "format_version": files.FORMAT_VERSION,

@@ -3,37 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from cambia.continual.methods import Naive
 from cambia.data.batches import evaluation_batches
 from cambia.data.corpus import TokenFile
 from cambia.data.textfiles import FilesSource
 from cambia.data.tokenizers import Tokenizer
 from cambia.errors import ConfigError
 from cambia.experiment.build import open_stream
+from cambia.experiment.reopen import reopen
 from cambia.experiment.starts import model_folder
 from cambia.experiment.tree import experiment_from
 from cambia.probes import Likelihood, bits_per_byte
-from cambia.rundir import RunReader
+from cambia.rundir import LATEST, RunReader
 from cambia.training.checkpoint import load_model, load_tokenizer
+from cambia.training.scoring import Scorer
+from cambia.training.settings import EvaluationConfig
 
 _BATCH = 16
 
 
 def score_run(run: str, split: str, max_bytes: int) -> dict[str, Likelihood]:
-    """Likelihood of each task's text under a run's latest model."""
+    """Likelihood of each task's text under a run's latest model, as its method has it answer."""
     if split not in ("valid", "test"):
         raise ConfigError(f"--split {split!r}: expected valid or test")
     reader = RunReader(run)
     experiment = experiment_from(reader.config(), source=str(reader.folder), flags={})
-    model = load_model(model_folder(run))
     _, stream = open_stream(experiment)
-    length = experiment.training.sequence_length
-    return {
-        task.name: _score(model, task.corpus.splits[split].head(max_bytes), length) for task in stream.tasks
-    }
+    if experiment.method.contract.needs_identity:
+        opened = reopen(reader.folder / LATEST, reader.config())
+        model, method = opened.model, opened.method
+    else:
+        model, method = load_model(model_folder(run)), Naive()
+    config = EvaluationConfig(max_bytes=max_bytes, batch_size=_BATCH)
+    scorer = Scorer(model, config, autocast=nullcontext, average=None, method=method)
+    return scorer.row(stream, split)
 
 
 def score_files(model: str, files: Sequence[Path], max_bytes: int) -> dict[str, Likelihood]:

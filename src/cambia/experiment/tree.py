@@ -15,6 +15,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Lt
@@ -31,10 +32,13 @@ from cambia.config import (
     merged,
     recipes,
 )
-from cambia.data import SOURCES, TOKENIZERS
+from cambia.continual.methods import CONTINUAL_METHODS, Method, Methods, refuse
+from cambia.continual.methods.replay import Replay
+from cambia.data import SOURCES, STREAMS, TOKENIZERS
+from cambia.data.orders import Order, SequenceOrder, TaskText
 from cambia.data.sources import Source
 from cambia.data.tokenizers import TokenizerConfig
-from cambia.errors import ConfigError
+from cambia.errors import ConfigError, DataError
 from cambia.experiment.starts import MODELS, NativeModel, PretrainedModel
 from cambia.growth.carry import Moments
 from cambia.growth.rules import Budget, GrowthRule
@@ -61,8 +65,12 @@ class TaskConfig:
 class DataConfig:
     """The text of a run."""
 
-    tasks: list[TaskConfig]
-    """In the order of training."""
+    tasks: list[TaskConfig] = field(default_factory=list)
+    """The tasks, each with its text; left out where the stream makes its own."""
+    stream: Annotated[Order, Member(STREAMS, "stream", default="sequence")] = field(
+        default_factory=SequenceOrder
+    )
+    """How they follow each other, and whether the learner is told; docs/streams.md."""
     valid_fraction: Annotated[float, Gt(0), Lt(1)] = 0.05
     """Share of the documents for validation."""
     test_fraction: Annotated[float, Gt(0), Lt(1)] = 0.05
@@ -74,7 +82,7 @@ class DataConfig:
     """Where prepared token files are kept; by default ~/.cache/cambia (or $CAMBIA_CACHE)."""
 
     def __post_init__(self) -> None:
-        if not self.tasks:
+        if not self.tasks and not self.stream.MAKES_TASKS:
             raise ConfigError("tasks is empty; name at least one")
         names = [self.task_name(i) for i in range(len(self.tasks))]
         if len(set(names)) < len(names):
@@ -84,20 +92,38 @@ class DataConfig:
         task = self.tasks[index]
         return task.name or task.source.name or f"task{index}"
 
+    def texts(self) -> list[TaskText]:
+        """The tasks that the stream is made of, before their text is prepared.
+
+        Raises:
+            FieldError: the stream cannot be made of them.
+        """
+        given = [TaskText(self.task_name(i), task.source) for i, task in enumerate(self.tasks)]
+        try:
+            return self.stream.expand(given)
+        except (ConfigError, DataError) as error:
+            raise FieldError(["data", "stream"], str(error).removeprefix("data.stream: ")) from None
+
+    def length_of(self, stage: str) -> tuple[int | None, float]:
+        """Optimizer steps of a stage, where its tasks say them, and else its share of the length.
+
+        Of a mixture both are the mean of its tasks'; one task that a stream makes many of speaks for all.
+        """
+        names = stage.split("+")
+        mine = [task for i, task in enumerate(self.tasks) if self.task_name(i) in names]
+        mine = mine or (self.tasks if len(self.tasks) == 1 else [])
+        if not mine:
+            return None, 1.0
+        steps = [task.steps for task in mine if task.steps is not None]
+        return (
+            round(fmean(steps)) if len(steps) == len(mine) else None,
+            fmean(task.share for task in mine),
+        )
+
     @property
     def cache(self) -> Path:
         default = os.environ.get("CAMBIA_CACHE", "~/.cache/cambia")
         return Path(self.cache_dir or default).expanduser()
-
-
-@dataclass
-class ReplayConfig:
-    """Rows of earlier tasks mixed into every batch."""
-
-    fraction: Annotated[float, Ge(0), Lt(1)] = 0.1
-    """Share of each batch that is replayed from earlier tasks, once there are any; 0 switches it off."""
-    capacity: Annotated[int, Gt(0)] = 2000
-    """Sequences kept, a uniform sample of all that was seen (reservoir sampling)."""
 
 
 @dataclass
@@ -151,7 +177,10 @@ class Experiment:
     )
     """The optimizer."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    methods: list[Annotated[Method, Member(CONTINUAL_METHODS, "method", default="replay")]] = field(
+        default_factory=lambda: [Replay()]
+    )
+    """What is done against forgetting, several together where they go together; [] fine-tunes naively."""
     growth: GrowthConfig = field(default_factory=GrowthConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -166,8 +195,29 @@ class Experiment:
         given = [n for n in ("steps", "tokens", "epochs") if getattr(training, n) is not None]
         if len(given) > 1:
             raise FieldError(["training"], f"takes one length, got {' and '.join(given)}: leave one out")
-        if not given and not all(task.steps for task in self.data.tasks):
+        if not given and not (self.data.tasks and all(task.steps for task in self.data.tasks)):
             raise FieldError(["training"], "has no length: give --training.steps, .tokens or .epochs")
+        if training.schedule.over == "task" and not self.data.stream.boundaries:
+            raise FieldError(
+                ["training", "schedule", "over"],
+                "a rate that re-warms in each task shows the learner where tasks begin, which this stream "
+                "hides: leave it out, or set --data.stream.boundaries true",
+            )
+        try:
+            refuse(
+                self.method,
+                stages=None,
+                boundaries=self.data.stream.boundaries,
+                grows=self.growth.enabled and bool(self.growth.rules),
+                averages=training.average_decay is not None,
+            )
+        except ConfigError as error:
+            raise FieldError(["methods"], str(error)) from None
+
+    @property
+    def method(self) -> Method:
+        """All of `methods` as one."""
+        return self.methods[0] if len(self.methods) == 1 else Methods(self.methods)
 
 
 def read_tree(experiment: str | Path, *, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:

@@ -21,6 +21,8 @@ _HOME = {
     "load_run": "cambia.reporting.run",
     "Check": "cambia.reporting.health",
     "check_health": "cambia.reporting.health",
+    "Audit": "cambia.reporting.verify",
+    "verify_run": "cambia.reporting.verify",
     "print_summary": "cambia.reporting.terminal",
     "write_report": "cambia.reporting.page",
     "Comparison": "cambia.reporting.comparison",
@@ -38,11 +40,16 @@ _HOME = {
     "print_sweep_comparison": "cambia.reporting.sweeps.comparison",
     "write_sweep_comparison": "cambia.reporting.sweeps.comparison",
     "write_comparison": "cambia.reporting.side_by_side",
+    "MethodPoint": "cambia.reporting.task_figures",
+    "forgetting_drawing": "cambia.reporting.task_figures",
+    "stability_plasticity": "cambia.reporting.task_figures",
 }
 
 __all__ = [
+    "Audit",
     "Check",
     "Comparison",
+    "MethodPoint",
     "Run",
     "Sweep",
     "SweepComparison",
@@ -50,6 +57,7 @@ __all__ = [
     "check_health",
     "compare",
     "compare_sweeps",
+    "forgetting_drawing",
     "load",
     "load_for_comparison",
     "load_run",
@@ -58,6 +66,8 @@ __all__ = [
     "print_summary",
     "print_sweep",
     "print_sweep_comparison",
+    "stability_plasticity",
+    "verify_run",
     "write_comparison",
     "write_report",
     "write_sweep_comparison",
@@ -84,8 +94,13 @@ if TYPE_CHECKING:
     from cambia.reporting.sweeps.sweep import Sweep as Sweep
     from cambia.reporting.sweeps.sweep import load as load
     from cambia.reporting.sweeps.sweep import load_sweep as load_sweep
+    from cambia.reporting.task_figures import MethodPoint as MethodPoint
+    from cambia.reporting.task_figures import forgetting_drawing as forgetting_drawing
+    from cambia.reporting.task_figures import stability_plasticity as stability_plasticity
     from cambia.reporting.terminal import print_summary as print_summary
     from cambia.reporting.terminal import print_sweep as print_sweep
+    from cambia.reporting.verify import Audit as Audit
+    from cambia.reporting.verify import verify_run as verify_run
 
 
 def __getattr__(name: str) -> Any:

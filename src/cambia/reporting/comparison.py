@@ -115,6 +115,7 @@ def load_for_comparison(name: str | Path) -> Run:
         summary={},
         metrics={column: values[:rows] for column, values in run.metrics.items()},
         growth=tuple(event for event in run.growth if event.step <= step),
+        scores=tuple(row for row in run.scores if row["step"] <= step),
     )
 
 

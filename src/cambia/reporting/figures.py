@@ -1,48 +1,37 @@
-"""The pictures of a report, as SVG that stands inside the page and takes its colors from it.
+"""The pictures of a run's report, and the curves of runs side by side.
 
-Figures are made through matplotlib's object API and rendered with its SVG backend; nothing global is
-touched. Each color below is replaced by a CSS variable of the same name, so that one picture serves the
-light page and the dark one, and text stays text, in the page's own font.
-
-    svg = to_svg(loss_figure(run), "loss", "Training and validation loss over tokens")
+svg = to_svg(loss_figure(run), "loss", "Training and validation loss over tokens")
 """
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Callable, Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
-from numpy.typing import ArrayLike
 
 from cambia.records import GrowthEvent
-from cambia.reporting import svg, units
+from cambia.reporting import units
 from cambia.reporting.comparison import Comparison
 from cambia.reporting.curves import corners, smoothed, thinned
+from cambia.reporting.drawing import (
+    COLORS,
+    LETTER_SIZE,
+    LETTERS,
+    LINE_COLORS,
+    LINE_DASHES,
+    dots,
+    dress,
+    legend,
+    line,
+    new_figure,
+    one_axes,
+)
 from cambia.reporting.run import Run
 
-COLORS = {
-    "ink": "#22302a",
-    "muted": "#6a766f",
-    "rule": "#d9ddd4",
-    "band": "#eef1ea",
-    "leaf": "#2f7d5b",
-    "pale-leaf": "#a9cdbb",
-    "sky": "#2b62a8",
-    "bark": "#b0591b",
-}
-"""Colors by the name of the CSS variable that replaces them; the values are those of the light page."""
-
-LETTER_SIZE = 8.0  # of letters, in points
-_WIDTH = 7.2  # inches; an SVG point is 1/72 inch, and the page stretches the picture to its column
 _MOST_DOTS = 90
-LETTERS = 95  # that stand side by side over the whole width
 
 
 # ---- the pictures --------------------------------------------------------------------------------
@@ -53,7 +42,7 @@ def loss_figure(run: Run) -> Figure | None:
     tokens, loss = run.metrics["tokens"], run.metrics["loss"]
     if not np.isfinite(loss).any():
         return None
-    figure, axes = _figure(3.3)
+    figure, axes = one_axes(3.3)
     _marks(axes, run, labels=True)
     raw, smooth = [], []
     for stretch in run.stretches():
@@ -170,7 +159,7 @@ def jump_figure(run: Run) -> Figure | None:
             pairs.append((event.loss_before, event.loss_after))
     if not pairs:
         return None
-    figure, axes = _figure(0.85 + 0.42 * len(pairs))
+    figure, axes = one_axes(0.85 + 0.42 * len(pairs))
     for row, (before, after) in enumerate(pairs):
         axes.plot([before, after], [row, row], color=COLORS["bark"], linewidth=1.5, zorder=2)
         axes.annotate(
@@ -203,10 +192,6 @@ def jump_figure(run: Run) -> Figure | None:
 def _event_name(number: int, event: GrowthEvent) -> str:
     name = units.operators(event.operators)
     return f"{number}  {name if len(name) <= 30 else name[:29] + '…'}"
-
-
-LINE_COLORS = ("leaf", "sky", "bark", "muted")
-LINE_DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
 
 
 def curves_figure(comparison: Comparison) -> Figure:
@@ -255,32 +240,6 @@ def _measured(comparison: Comparison) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 # ---- their parts ---------------------------------------------------------------------------------
-
-
-def new_figure(height: float) -> Figure:
-    """A figure of the page's width, in inches high, without a background."""
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    figure.patch.set_visible(False)
-    return figure
-
-
-def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = new_figure(height)
-    axes = figure.subplots()
-    dress(axes)
-    return figure, axes
-
-
-def dress(axes: Axes) -> None:
-    """The look that all pictures share."""
-    axes.patch.set_visible(False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(COLORS["muted"])
-    axes.tick_params(colors=COLORS["muted"], labelcolor=COLORS["ink"], labelsize=LETTER_SIZE, length=3)
-    axes.grid(color=COLORS["rule"], linewidth=0.6)
-    axes.set_axisbelow(True)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set(color=COLORS["ink"], size=LETTER_SIZE)
 
 
 def task_labels(run: Run) -> list[str]:
@@ -349,41 +308,6 @@ def _number_growths(axes: Axes, events: Sequence[GrowthEvent], total: float) -> 
         )
 
 
-def line(
-    axes: Axes, x: np.ndarray, y: np.ndarray, *, color: str, width: float, label: str | None = None
-) -> Line2D:
-    """A line in one of `COLORS`, width in points."""
-    # A line through one point cannot be seen; a dot can.
-    marker = "o" if len(x) == 1 else None
-    (line,) = axes.plot(x, y, color=COLORS[color], linewidth=width, marker=marker, markersize=4, label=label)
-    return line
-
-
-def dots(
-    axes: Axes,
-    x: ArrayLike,
-    y: ArrayLike,
-    *,
-    color: str,
-    size: float,
-    hollow: bool = False,
-    label: str | None = None,
-) -> None:
-    """Dots in one of `COLORS`, size in points."""
-    axes.plot(
-        x,
-        y,
-        linestyle="none",
-        marker="o",
-        markersize=size,
-        markerfacecolor="none" if hollow else COLORS[color],
-        markeredgecolor=COLORS[color],
-        markeredgewidth=1.4 if hollow else 0,
-        label=label,
-        zorder=4,
-    )
-
-
 def _steps(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
     axes.plot(x, y, color=COLORS["leaf"], linewidth=1.7, drawstyle="steps-post")
 
@@ -396,41 +320,6 @@ def _limits(axes: Axes, low: float, high: float) -> None:
 def _tokens_axis(axes: Axes) -> None:
     axes.set_xlabel("training tokens")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: units.count(value)))
-
-
-def legend(figure: Figure, axes: Axes) -> None:
-    """What the lines are, below the picture."""
-    handles, labels = axes.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda i: labels[i] == "growth")  # lines of the curve first
-    figure.legend(
-        [handles[i] for i in order],
-        [labels[i] for i in order],
-        loc="outside lower center",
-        ncols=len(order),
-        frameon=False,
-        fontsize=LETTER_SIZE,
-        labelcolor=COLORS["ink"],
-    )
-
-
-# ---- rendering -----------------------------------------------------------------------------------
-
-
-def to_svg(figure: Figure, name: str, title: str) -> str:
-    """An <svg> element to put into a page.
-
-    Args:
-        name: prefix of its ids, unique within the page.
-        title: what a screen reader says.
-    """
-    buffer = io.StringIO()
-    # Text as text, in the page's font; ids that depend on the content alone.
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": name})
-        # matplotlib's own font only measures the text: the browser has the letters that it lacks.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return svg.embedded(buffer.getvalue(), name, title=title, variables=COLORS)
 
 
 FIGURES: dict[str, Callable[[Run], Figure | None]] = {

@@ -72,7 +72,8 @@ def _falling(run: Run) -> Check:
         )
     stretch, first, last, _ = judged[-1]
     every = "both" if len(judged) == 2 else f"all {len(judged)}"
-    where = f"in {every} tasks; in {stretch.task!r} it went" if len(judged) > 1 else "it went"
+    noun = "tasks" if len({s.task for s, *_ in judged}) == len(judged) else "stages"
+    where = f"in {every} {noun}; in {stretch.task!r} it went" if len(judged) > 1 else "it went"
     return Check(
         question, "green", f"Yes, {where} from {first:.3f} to {last:.3f} nats per token. Nothing to do."
     )
@@ -132,6 +133,8 @@ def _kept(run: Run) -> Check:
     if len(run.tasks) == 1:
         return Check(question, "green", "There is one task, so nothing can be forgotten.")
     metrics = run.transfer_metrics(run.split)
+    if metrics is not None and not metrics.earlier:
+        return Check(question, "green", "Every task was trained in the last stage: nothing came after.")
     if metrics is None:
         return Check(question, "amber", "Not known before every task was trained: nothing to do yet.")
     shares = [
@@ -149,7 +152,7 @@ def _kept(run: Run) -> Check:
         question,
         "amber" if shares[worst] <= _MUCH else "red",
         f"Yes: of the {learned:.2f} bits per byte learned on {metrics.tasks[worst]!r}, {lost:.2f} are lost "
-        "again. Show earlier tasks' text again with a higher --replay.fraction.",
+        "again. Show earlier tasks' text again, or more of it: --methods '[{type: replay, fraction: 0.25}]'.",
     )
 
 

@@ -15,8 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from cambia import files
+from cambia.evaluation import TaskMatrix
 from cambia.reporting import units
-from cambia.reporting.figures import FIGURES, task_labels, to_svg
+from cambia.reporting.continual import measures_table
+from cambia.reporting.drawing import picture, to_svg
+from cambia.reporting.figures import FIGURES, task_labels
 from cambia.reporting.health import check_health
 from cambia.reporting.markup import RINGS, Html, document, join, note, section, tag, tiles
 from cambia.reporting.run import Run
@@ -29,6 +32,7 @@ from cambia.reporting.tables import (
     pace_table,
     undone_table,
 )
+from cambia.reporting.task_figures import forgetting_drawing
 from cambia.rundir import CONFIG_YAML
 
 _NO_STEPS = "No step is logged yet, so there is nothing to draw."
@@ -66,8 +70,11 @@ def page(run: Run) -> str:
 
 def _header(run: Run) -> Html:
     steps = units.plural(run.steps, "step")
+    stages = len(run.task_matrix(run.split).trained)
+    tasks = units.plural(len(run.tasks), "task")
+    tasks += f" in {units.plural(stages, 'stage')}" if stages not in (0, len(run.tasks)) else ""
     color, words = {
-        "finished": ("green", f"{units.plural(len(run.tasks), 'task')}, {steps}"),
+        "finished": ("green", f"{tasks}, {steps}"),
         "going": ("sky", f"Still going; this is how it stood after {steps}"),
         "interrupted": ("amber", f"Stopped after {steps}"),
     }[run.status]
@@ -85,7 +92,9 @@ def _tiles(run: Run) -> Html:
     shown: list[tuple[str, str]] = []
     metrics = run.transfer_metrics(run.split)
     if metrics is not None:
-        before = np.mean(run.task_matrix(run.split)[0])
+        matrix = run.task_matrix(run.split)
+        untrained = dict(zip(matrix.tasks, matrix.rows[0], strict=True))
+        before = np.mean([untrained[task] for task in metrics.tasks])
         told = f"bits per byte at the end ({run.at_start} {before:.3f})"
         shown.append((f"{metrics.final_mean:.3f}", told))
         if len(metrics.tasks) > 1:
@@ -121,38 +130,69 @@ def _health(run: Run) -> Html:
 
 def _matrix(run: Run) -> Html:
     title, split = "What it learned and what it kept", run.split
-    if not run.task_matrix(split):
+    matrix = run.task_matrix(split)
+    if not matrix.rows:
         return section(title, note("No task is scored yet: the model is scored before the first step."))
     parts = [
         tag(
             "p",
-            f"Bits per byte on the {split} text of every task (columns), before training and after each task "
-            "(rows). Lower is better.",
+            f"Bits per byte on the {split} text of every task (columns), before training and after each of "
+            "its stages (rows). Lower is better.",
+            _KNOWN if matrix.route == "oracle" else "",
         ),
         matrix_table(run, split),
     ]
-    if len(run.task_matrix(split)) > 1:
+    if len(matrix.rows) > 1:
         parts.append(matrix_scale())
     if run.transfer_metrics(split) is None:
-        done = len(run.task_matrix(split)) - 1
-        parts.append(
-            note(f"{done} of {len(run.tasks)} tasks are done; learned and forgotten stand here when all are.")
-        )
+        done = f"{len(matrix.tasks) - len(matrix.untrained)} of {len(matrix.tasks)} tasks are done"
+        parts.append(note(f"{done}; learned and forgotten stand here when all are."))
     else:
         parts.append(
             note(
                 f"Learned: how far a task's loss fell from the {run.at_start} model to the end of its own "
-                "training. Forgotten: how far it stands at the end above its best since then. The two belong "
-                "together: a model that learns nothing forgets nothing."
+                f"{'last ' if _comes_again(matrix) else ''}training. Forgotten: how far it stands at the end "
+                f"above its best since {'it was first trained' if _comes_again(matrix) else 'then'}. The two "
+                "belong together: a model that learns nothing forgets nothing."
             )
         )
-    for other in run.splits:
-        if other != split and run.task_matrix(other):
-            words = {"valid": "validation"}.get(other, other)
-            parts.append(
-                tag("details", tag("summary", f"The same on the {words} text"), matrix_table(run, other))
-            )
-    return section(title, *parts, _bits_per_byte())
+    parts.append(_curves(run))
+    if measures := measures_table(run, split):
+        parts += [tag("h3", "In numbers"), measures]
+    return section(title, *parts, *_others(run), _bits_per_byte())
+
+
+_KNOWN = (
+    " The model was told which task each text is of (oracle): its method asks for that, so that whoever uses "
+    "it has to know."
+)
+
+
+def _comes_again(matrix: TaskMatrix) -> bool:
+    every = [j for stage in matrix.trained for j in stage]
+    return len(every) > len(set(every))
+
+
+def _curves(run: Run) -> Html:
+    """What became of each task after its training, as a picture; nothing where nothing came after."""
+    drawing = forgetting_drawing(run.task_matrix(run.split))
+    return Html("") if drawing is None else picture(drawing, "kept", "Each task after its training")
+
+
+def _others(run: Run) -> list[Html]:
+    """The matrix on the other split, with right routes, and of exact answers, folded away."""
+    found = []
+    for split in run.splits:
+        if split != run.split and run.task_matrix(split).rows:
+            words = {"valid": "validation"}.get(split, split)
+            found.append((f"The same on the {words} text", matrix_table(run, split)))
+    if run.task_matrix(run.split).route == "own" and run.task_matrix(run.split, route="oracle").rows:
+        title = "The same with the right route for every text (oracle)"
+        found.append((title, matrix_table(run, run.split, route="oracle")))
+    if run.task_matrix(run.split, value="accuracy").rows:
+        title = f"Exact answers: the share of the {run.split} answers that are right in every token"
+        found.append((title, matrix_table(run, run.split, value="accuracy")))
+    return [tag("details", tag("summary", title), table) for title, table in found]
 
 
 def _bits_per_byte() -> Html:

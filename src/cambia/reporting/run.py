@@ -20,9 +20,16 @@ from typing import Any, Literal
 import numpy as np
 
 from cambia import rundir
-from cambia.evaluation import GrowthMetrics, TransferMetrics, growth_metrics
+from cambia.evaluation import (
+    GrowthMetrics,
+    Route,
+    TaskMatrix,
+    TransferMetrics,
+    Value,
+    growth_metrics,
+    run_metrics,
+)
 from cambia.evaluation import task_matrix as matrix_of
-from cambia.evaluation import transfer_metrics as transfer_of
 from cambia.records import GrowthEvent
 from cambia.rundir import RunReader
 
@@ -101,20 +108,18 @@ class Run:
         from_scratch = not isinstance(model, Mapping) or model.get("type", "native") == "native"
         return "untrained" if from_scratch else "pretrained"
 
-    def task_matrix(self, split: str = "test") -> list[list[float]]:
-        """Bits per byte: a row per stage so far (row 0 before training), a column per task.
+    def task_matrix(
+        self, split: str = "test", *, route: Route | None = None, value: Value = "bits_per_byte"
+    ) -> TaskMatrix:
+        """What was scored so far, a row per stage, a column per task; see `cambia.evaluation.task_matrix`."""
+        return matrix_of(self.scores, split=split, route=route, value=value)
 
-        A stage whose scores were cut short is left out.
-        """
-        rows = [row for row in self.scores if row["split"] == split and row["route"] == "own"]
-        scored = {(int(row["stage"]), str(row["task_eval"])) for row in rows}
-        whole = {stage for stage, _ in scored if all((stage, task) in scored for task in self.tasks)}
-        return matrix_of([row for row in rows if int(row["stage"]) in whole], split=split)[0]
-
-    def transfer_metrics(self, split: str = "test") -> TransferMetrics | None:
-        """What was learned and forgotten; None until every task was trained and scored."""
-        matrix, tasks = self.task_matrix(split), self.tasks
-        return transfer_of(matrix, tasks) if tasks and len(matrix) == len(tasks) + 1 else None
+    def transfer_metrics(
+        self, split: str = "test", *, value: Value = "bits_per_byte"
+    ) -> TransferMetrics | None:
+        """What was learned and forgotten; None before every task was trained and scored, or all is over."""
+        is_whole = self.status == "finished" or not self.task_matrix(split, value=value).untrained
+        return run_metrics(self.scores, split=split, value=value) if is_whole else None
 
     def growth_metrics(self, *, window: int = 50) -> GrowthMetrics:
         """How often and how far the model grew, and how the training loss went on; see there."""
@@ -201,6 +206,18 @@ class Run:
             return int(self.summary[key])
         logged = self.metrics["parameters"]
         return int(logged[row]) if len(logged) and math.isfinite(logged[row]) else None
+
+
+def stage_names(matrix: TaskMatrix) -> list[str]:
+    """What the stages are called: "english", "english + legal", "4 tasks", "english again"."""
+    names, before = [], set()
+    for number, stage in enumerate(matrix.trained, 1):
+        name = " + ".join(matrix.tasks[j] for j in stage) or f"stage {number}"
+        if len(stage) > 2:
+            name = f"{'all ' if len(stage) == len(matrix.tasks) else ''}{len(stage)} tasks"
+        names.append(f"{name} again" if stage and stage in before else name)
+        before.add(stage)
+    return names
 
 
 def handle_of(name: str, folder: Path) -> str:

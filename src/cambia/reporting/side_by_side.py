@@ -15,7 +15,9 @@ from rich.console import Console
 from cambia import files
 from cambia.reporting import units
 from cambia.reporting.comparison import WINDOW, Comparison, Reading
-from cambia.reporting.figures import curves_figure, to_svg
+from cambia.reporting.continual import learned_and_kept
+from cambia.reporting.drawing import to_svg
+from cambia.reporting.figures import curves_figure
 from cambia.reporting.markup import Html, document, note, section, tag
 from cambia.reporting.markup import table as html_table
 from cambia.reporting.terminal import print_table
@@ -53,6 +55,7 @@ def tables(comparison: Comparison) -> Iterator[tuple[str, list[str], Rows]]:
                 for row in comparison.rows
             ],
         )
+    yield from learned_and_kept([row.run for row in comparison.rows])
     events = [(row.run.name, event) for row in comparison.rows for event in row.stability]
     if events:
         yield (

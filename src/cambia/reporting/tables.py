@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from cambia.evaluation import Route, TaskMatrix, Value
 from cambia.records import GrowthEvent
 from cambia.reporting import units
 from cambia.reporting.markup import Html, facts, join, note, table, tag
-from cambia.reporting.run import Run
+from cambia.reporting.run import Run, stage_names
 
 _DATA_NAMES = {
     "name": "task",
@@ -28,42 +29,52 @@ _MACHINE = ("cpu", "cores", "threads", "device", "platform")
 # ---- the task matrix -----------------------------------------------------------------------------
 
 
-def matrix_table(run: Run, split: str) -> Html:
+def matrix_table(run: Run, split: str, *, route: Route | None = None, value: Value = "bits_per_byte") -> Html:
     """The task matrix as a heat map that is a real table, with what was learned and forgotten beneath.
 
-    A cell is shaded by how far it is above the best of its column, half as dark for each half bit, so
-    that a small difference looks small. The column of a task that is still to come has no shade.
+    A cell is shaded by how far it is behind the best of its column, half as dark for each half bit or each
+    tenth of accuracy, so that a small difference looks small. The column of a task that was not trained so
+    far has no shade; the cells of what a stage trained have a frame.
     """
-    matrix, tasks = run.task_matrix(split), run.tasks
-    done = len(matrix) - 1
-    best = [min(row[j] for row in matrix) if j < done else -math.inf for j in range(len(tasks))]
+    matrix = run.task_matrix(split, route=route, value=value)
+    sign, half = (1, 0.5) if value == "bits_per_byte" else (-1, 0.1)
+    best = [min(sign * row[j] for row in matrix.rows) for j in range(len(matrix.tasks))]
+    shown = [j for j, task in enumerate(matrix.tasks) if task not in matrix.untrained]
     rows = []
-    for stage, row in enumerate(matrix):
-        label = f"after {tasks[stage - 1]}" if stage else run.at_start
-        cells = [_cell(bits, bits - best[j], own=stage == j + 1) for j, bits in enumerate(row)]
+    trained = [(), *matrix.trained]
+    for label, stage, row in zip(_row_names(run, matrix), trained, matrix.rows, strict=True):
+        cells = [
+            _cell(found, (sign * found - best[j]) / half if j in shown else math.inf, own=j in stage)
+            for j, found in enumerate(row)
+        ]
         rows.append(tag("tr", tag("th", label, scope="row"), *cells))
-    metrics = run.transfer_metrics(split)
-    if metrics is not None:
+    metrics = run.transfer_metrics(split, value=value)
+    if metrics is not None and route is None:
         for label, values in (("learned", metrics.learned), ("forgotten", metrics.forgotten)):
-            cells = [tag("td", f"{value:.3f}", class_="said") for value in values]
+            said = dict(zip(metrics.tasks, values, strict=True))
+            cells = [tag("td", _three(said.get(task)), class_="said") for task in matrix.tasks]
             rows.append(tag("tr", tag("th", label, scope="row"), *cells, class_=label))
-    kind = "matrix dense" if len(tasks) > 7 else "matrix"
-    head = tag("thead", tag("tr", tag("td"), *(tag("th", task, scope="col") for task in tasks)))
+    kind = "matrix dense" if len(matrix.tasks) > 7 else "matrix"
+    head = tag("thead", tag("tr", tag("td"), *(tag("th", task, scope="col") for task in matrix.tasks)))
     return tag("div", tag("table", head, tag("tbody", *rows), class_=kind), class_="wide")
 
 
-def _cell(bits: float, above_best: float, *, own: bool) -> Html:
+def _row_names(run: Run, matrix: TaskMatrix) -> list[str]:
+    return [run.at_start, *(f"after {name}" for name in stage_names(matrix))]
+
+
+def _three(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _cell(found: float, halvings: float, *, own: bool) -> Html:
     return tag(
-        "td", f"{bits:.3f}", class_="cell own" if own else "cell", style=f"--share:{_share(above_best):.3f}"
+        "td", f"{found:.3f}", class_="cell own" if own else "cell", style=f"--share:{2.0**-halvings:.3f}"
     )
 
 
-def _share(above_best: float) -> float:
-    return 2.0 ** (-above_best / 0.5)
-
-
 def matrix_scale() -> Html:
-    """What the shades mean."""
+    """What the shades of bits per byte mean."""
     steps = (
         (0.0, "best of its column"),
         (0.25, "0.25 above"),
@@ -71,8 +82,10 @@ def matrix_scale() -> Html:
         (1.0, "1 above"),
         (3.0, "3 or more"),
     )
-    marks = [tag("span", tag("i", style=f"--share:{_share(step):.3f}"), words) for step, words in steps]
-    own = tag("span", tag("i", class_="own"), "the task just trained")
+    marks = [
+        tag("span", tag("i", style=f"--share:{2.0 ** (-step / 0.5):.3f}"), words) for step, words in steps
+    ]
+    own = tag("span", tag("i", class_="own"), "just trained")
     return tag("p", *marks, own, class_="note scale")
 
 

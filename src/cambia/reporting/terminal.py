@@ -7,14 +7,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cambia.evaluation import TaskMatrix, TransferMetrics
 from cambia.reporting import units
-from cambia.reporting.run import Run
+from cambia.reporting.run import Run, stage_names
 from cambia.reporting.sweeps.sweep import Sweep
 from cambia.reporting.sweeps.tables import (
     Shown,
@@ -49,44 +51,67 @@ def print_summary(run: Run, console: Console) -> None:
 
 
 def _print_matrix(run: Run, console: Console) -> None:
-    matrix, tasks, metrics = run.task_matrix(run.split), run.tasks, run.transfer_metrics(run.split)
-    if not matrix:
+    matrix, metrics = run.task_matrix(run.split), run.transfer_metrics(run.split)
+    if not matrix.rows:
         console.print("No task is scored yet.")
         return
-    words = f"Bits per byte on {run.split} text, lower is better; [bold green]\\[ ][/] the task just trained"
+    told = ", the task known" if matrix.route == "oracle" else ""
+    words = f"Bits per byte on {run.split} text{told}, lower is better; [bold green]\\[ ][/] just trained"
     console.print(words, highlight=False)
-    labels, headings = _names(run.at_start, tasks)
+    labels, headings = _names(run.at_start, matrix)
     label_width, width = max(map(len, labels)), max(7, *map(len, headings))
     abreast = max(1, (_WIDTH - label_width) // (width + _GAP))
-    for first in range(0, len(tasks), abreast):
-        chosen = range(first, min(first + abreast, len(tasks)))
+    for first in range(0, len(headings), abreast):
+        columns = range(first, min(first + abreast, len(headings)))
         table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
         table.add_column("", no_wrap=True, width=label_width)
-        for j in chosen:
+        for j in columns:
             table.add_column(Text(headings[j]), justify="right", no_wrap=True, width=width)
-        for stage, (label, row) in enumerate(zip(labels, matrix, strict=False)):
-            last = stage == len(matrix) - 1 and metrics is not None
-            table.add_row(
-                Text(label), *(_score(row[j], own=stage == j + 1) for j in chosen), end_section=last
-            )
-        if metrics is not None:
-            table.add_row("learned", *(f"{metrics.learned[j]:.3f} " for j in chosen))
-            table.add_row("forgotten", *(f"{metrics.forgotten[j]:.3f} " for j in chosen))
+        _fill(table, labels, matrix, metrics, columns)
         console.print(table, width=min(_WIDTH, console.width))
         console.print()
+    in_rows = {stage[0] for stage in matrix.trained if len(stage) == 1}
+    unnamed = [name for j, name in enumerate(_numbered(matrix.tasks)) if j not in in_rows]
+    if headings != list(matrix.tasks) and unnamed:
+        console.print(Text(f"Other columns: {', '.join(unnamed)}\n"), width=min(_WIDTH, console.width))
     if metrics is None:
-        done = f"{len(matrix) - 1} of {len(tasks)} tasks are done"
+        done = f"{len(matrix.tasks) - len(matrix.untrained)} of {len(matrix.tasks)} tasks are done"
         console.print(f"{done}; learned and forgotten follow when all are.\n")
 
 
-def _names(start: str, tasks: list[str]) -> tuple[list[str], list[str]]:
+def _fill(
+    table: Table,
+    labels: Sequence[str],
+    matrix: TaskMatrix,
+    metrics: TransferMetrics | None,
+    columns: Iterable[int],
+) -> None:
+    """The rows of some columns, with what was learned and forgotten beneath."""
+    stages = [(), *matrix.trained]
+    for number, (label, row) in enumerate(zip(labels, matrix.rows, strict=True)):
+        scores = [_score(row[j], own=j in stages[number]) for j in columns]
+        last = number == len(matrix.rows) - 1 and metrics is not None
+        table.add_row(Text(label), *scores, end_section=last)
+    if metrics is None:
+        return
+    for label, values in (("learned", metrics.learned), ("forgotten", metrics.forgotten)):
+        said = {task: f"{value:.3f} " for task, value in zip(metrics.tasks, values, strict=True)}
+        table.add_row(label, *(said.get(matrix.tasks[j], "- ") for j in columns))
+
+
+def _names(start: str, matrix: TaskMatrix) -> tuple[list[str], list[str]]:
     """Labels of all rows and headings of the columns: names, or numbers where names do not fit abreast."""
-    label_width = max(len(f"after {task}") for task in tasks)
+    tasks, stages = list(matrix.tasks), stage_names(matrix)
+    label_width = max(len(f"after {name}") for name in (*tasks, *stages))
     if label_width + len(tasks) * (max(7, *map(len, tasks)) + _GAP) <= _WIDTH:
-        return [start, *(f"after {task}" for task in tasks)], tasks
-    numbered = [f"{number} {task}" for number, task in enumerate(tasks, 1)]
+        return [start, *(f"after {name}" for name in stages)], tasks
+    numbered = stage_names(replace(matrix, tasks=_numbered(tasks)))
     cut = [name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…" for name in numbered]
     return [start, *(f"after {name}" for name in cut)], [f"{j + 1}" for j in range(len(tasks))]
+
+
+def _numbered(tasks: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{number} {task}" for number, task in enumerate(tasks, 1))
 
 
 def _score(bits: float, *, own: bool) -> Text:

@@ -47,6 +47,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None = None,
     average: WeightAverage | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint atomically.
 
@@ -54,12 +55,13 @@ def save_checkpoint(
         folder: replaced if it is there.
         state: nested dictionaries and lists of tensors and plain values.
         average: of the model's weights; the averaged model is written into a folder of its own.
+        weights: what is written in place of the model's own weights.
     """
     tensors: dict[str, Tensor] = {}
     plain = _take_out_tensors(state, "", tensors)
     transformers_logging.disable_progress_bar()
     with files.atomic_folder(folder) as temporary:
-        _save_model(model, tokenizer, temporary)
+        _save_model(model, tokenizer, temporary, weights)
         if average is not None:
             with average.applied():
                 _save_model(model, tokenizer, temporary / AVERAGED)
@@ -67,8 +69,13 @@ def save_checkpoint(
         files.write_json(temporary / STATE_JSON, plain)
 
 
-def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    model.save_pretrained(folder)
+def _save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

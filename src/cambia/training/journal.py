@@ -35,7 +35,9 @@ class Journal:
         for tracker in self.trackers:
             tracker.grew(event)
 
-    def stepped(self, signals: Signals, *, task: str, parameters: int, skipped: int) -> None:
+    def stepped(
+        self, signals: Signals, *, task: str, penalty: float | None, parameters: int, skipped: int
+    ) -> None:
         """A row of metrics.csv."""
         row = {
             "step": signals.step,
@@ -43,6 +45,7 @@ class Journal:
             "tokens": signals.tokens,
             "flops": signals.flops,
             "loss": signals.loss,
+            "penalty": penalty,
             "learning_rate": signals.learning_rate,
             "grad_norm": signals.grad_norm,
             **{name: signals.fresh(name) for name in self.measured},
@@ -69,7 +72,13 @@ class Journal:
         )
 
     def scored(
-        self, scores: Mapping[str, Likelihood], *, split: str, task_trained: str, progress: Progress
+        self,
+        scores: Mapping[str, Likelihood],
+        *,
+        split: str,
+        task_trained: str,
+        route: str,
+        progress: Progress,
     ) -> None:
         """Rows of eval.csv: every task's score on one split at one stage."""
         for task, score in scores.items():
@@ -79,9 +88,10 @@ class Journal:
                     "task_trained": task_trained,
                     "task_eval": task,
                     "split": split,
-                    "route": "own",
+                    "route": route,
                     "nll_per_byte": score.nats_per_byte,
                     "bits_per_byte": score.bits_per_byte,
+                    "accuracy": score.accuracy,
                     "tokens": score.tokens,
                     "bytes": score.bytes,
                     "stage": progress.stage,

@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import nn
 from transformers import PreTrainedModel
 
-from cambia.errors import CheckpointError
+from cambia.errors import CheckpointError, ConfigError
 from cambia.training import muon
 
 
@@ -111,6 +111,8 @@ class SGD:
         )
 
 
+Optimizer = AdamW | Muon | SGD
+"""The settings of an optimizer."""
 OPTIMIZERS: dict[str, str] = {
     "adamw": "cambia.training.optim:AdamW",
     "muon": "cambia.training.optim:Muon",
@@ -125,6 +127,22 @@ def _decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
+
+
+def check_covered(optimizer: torch.optim.Optimizer, trained: nn.Module, model: nn.Module) -> None:
+    """Refuse an optimizer that knows nothing of what a method trains beside the model.
+
+    Raises:
+        ConfigError: it was made before the method had its say.
+    """
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own = {id(p) for p in model.parameters()}
+    lacking = [p for p in trained.parameters() if p.requires_grad and id(p) not in known | own]
+    if lacking:
+        raise ConfigError(
+            f"the method trains {len(lacking)} tensors beside the model, which the optimizer does not know: "
+            "give the optimizer's settings, optimizer=AdamW(learning_rate=...), and it is made to fit"
+        )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

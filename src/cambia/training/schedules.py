@@ -27,9 +27,10 @@ class Schedule(ABC):
 
     warmup_fraction: Share = 0.05
     """Share of the stretch in which the rate rises from zero."""
-    over: Literal["task", "run"] = "task"
+    over: Literal["task", "run"] | None = None
     """What the stretch is: every task for itself (the rate re-warms and decays in each, so that the rows
-    of the task matrix compare), or the whole run."""
+    of the task matrix compare), or the whole run. Left out: every task, or the run where the learner may not
+    see where tasks end."""
 
     def factor(self, step: int, length: int) -> float:
         """The factor at the 0-based `step` of a stretch of `length` steps."""

@@ -11,10 +11,8 @@ Everything that a resumed run needs to go on bit by bit is in `state_dict`.
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -24,38 +22,37 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cambia import rundir
-from cambia.config import dump, resolve_function
+from cambia.config import dump
+from cambia.continual.methods import Method, Naive, Situation, refuse
+from cambia.continual.methods.method import AnyStream
 from cambia.data.batches import Batch
 from cambia.data.loaders import LoaderStream
 from cambia.data.streams import Stream
 from cambia.errors import NonFiniteLossError
 from cambia.growth import GrowthEvent, GrowthManager
 from cambia.models.bodies import count_parameters, flops_per_token
-from cambia.probes import Likelihood, bits_per_byte, slice_losses
-from cambia.records import Allocation, Allocator, Knobs, Measured, Signals
+from cambia.probes import Likelihood
+from cambia.records import Allocator, Knobs, Measured, Signals
 from cambia.rundir import RunWriter
+from cambia.training.allocation import PlainAllocator
+from cambia.training.audit import record_stage
 from cambia.training.averaging import WeightAverage
 from cambia.training.checkpoint import random_state, save_checkpoint, set_random_state
 from cambia.training.display import Display
 from cambia.training.interrupts import Interrupts
 from cambia.training.journal import Journal
-from cambia.training.optim import AdamW, load_optimizer_state, optimizer_state, set_learning_rate
+from cambia.training.optim import (
+    AdamW,
+    Optimizer,
+    check_covered,
+    load_optimizer_state,
+    optimizer_state,
+    set_learning_rate,
+)
+from cambia.training.scoring import Scorer
 from cambia.training.settings import CheckpointConfig, EvaluationConfig, Progress, TrainingConfig
-from cambia.training.step import Stepper
+from cambia.training.step import Stepped, Stepper
 from cambia.training.tracking import Tracker, tracked
-
-
-class PlainAllocator:
-    """Every batch trains everything: pretraining."""
-
-    def allocate(self, batch: Batch, signals: Signals) -> Allocation:
-        return Allocation()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
 
 
 class Trainer:
@@ -63,29 +60,37 @@ class Trainer:
 
     Args:
         model: trained in place.
-        optimizer: of the model's parameters; AdamW by default.
+        optimizer: the settings of one, AdamW's by default, or one of the model's parameters.
         config, evaluation, checkpoint: see there. Without a length in `config` it is one pass over the data.
         growth: asked after every step; None never grows. One without a model takes this one.
         allocator: decides what a batch trains.
+        method: what is done against forgetting; nothing by default.
         tokenizer: saved beside the model, and with it a loader's text is counted in bytes.
         tracking: who is told what the run directory is told.
+        seed: of what the method draws.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         *,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | Optimizer | None = None,
         config: TrainingConfig | None = None,
         evaluation: EvaluationConfig | None = None,
         checkpoint: CheckpointConfig | None = None,
         growth: GrowthManager | None = None,
         allocator: Allocator | None = None,
+        method: Method | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         tracking: Sequence[Tracker] = (),
+        seed: int = 0,
     ):
         self.model = model
-        self.optimizer = AdamW().build(model) if optimizer is None else optimizer
+        self.method = method or Naive()
+        self.trained = self.method.prepare(model)
+        ready = isinstance(optimizer, torch.optim.Optimizer)
+        self.optimizer = optimizer if ready else (optimizer or AdamW()).build(self.trained)
+        check_covered(self.optimizer, self.trained, self.model)
         self.config = config or TrainingConfig()
         self.evaluation = evaluation or EvaluationConfig()
         self.checkpoint = checkpoint or CheckpointConfig()
@@ -103,8 +108,17 @@ class Trainer:
         self.progress = Progress()
         self.base_rate = float(self.optimizer.param_groups[0]["lr"])
         self.context = self.config.sequence_length
+        self.seed = seed
+        self._stream: AnyStream | None = None
         self.values: dict[str, Measured] = {}
-        self.step = Stepper(self.model, self.optimizer, self.config)
+        self.step = Stepper(self.model, self.optimizer, self.config, self.method, self.trained)
+        self.scorer = Scorer(
+            model,
+            self.evaluation,
+            autocast=self.step.autocast,
+            average=self.average,
+            method=self.method,
+        )
         self._shape_changed()
 
     # ---- the loop --------------------------------------------------------------------------------
@@ -134,8 +148,7 @@ class Trainer:
         """
         if not isinstance(data, Stream | LoaderStream):
             data = LoaderStream(data, validation=validation, tokenizer=self.tokenizer)
-        self.context = data.sequence_length
-        self._shape_changed()
+        self.begin(data)
         if self.growth is not None and not self.progress.step:
             measured = self.evaluation.measured if data.has_validation else []
             self.growth.check({"loss", "grad_norm", "learning_rate", *measured})
@@ -151,8 +164,31 @@ class Trainer:
         finally:
             run.close()
 
-    def _train(self, stream: Stream | LoaderStream, run: RunWriter, stage_steps: list[int]) -> bool:
-        p, config, names = self.progress, self.config, stream.names
+    def begin(self, stream: AnyStream) -> None:
+        """Take up a stream; `train` does it, unless a state was loaded before.
+
+        Raises:
+            ConfigError: the method cannot work on it, or with what else was asked for.
+        """
+        if self._stream is stream:
+            return
+        self._stream = stream
+        self.context = stream.sequence_length
+        self._shape_changed()
+        refuse(
+            self.method,
+            stages=len(stream.stages),
+            boundaries=stream.boundaries,
+            grows=self.growth is not None,
+            averages=self.average is not None,
+        )
+        self.method.check(sequence_length=stream.sequence_length, vocab_size=self.model.config.vocab_size)
+        self.method.attach(
+            Situation(self.model, self.optimizer, stream, self.seed, autocast=self.step.autocast)
+        )
+
+    def _train(self, stream: AnyStream, run: RunWriter, stage_steps: list[int]) -> bool:
+        p, config, names = self.progress, self.config, [stage.name for stage in stream.stages]
         with (
             tracked(self.tracking, run.folder) as trackers,
             Interrupts() as interrupts,
@@ -163,20 +199,22 @@ class Trainer:
                 self._score(stream, journal, task_trained="none")
                 self._save(stream, journal, rundir.LATEST)
             while p.stage < len(names):
+                if p.stage_step == 0 and stream.boundaries:
+                    self.method.begin_stage(p.stage)
                 while p.stage_step < stage_steps[p.stage]:
                     began = time.perf_counter()
 
                     # One step: which batch, what of it trains, at which rate.
-                    batch = stream.next_batch(p.stage)
-                    signals = self._signals(None, None, stage_steps)
+                    batch = self.method.batch(stream, p.stage, at=p.stage_step / stage_steps[p.stage])
+                    signals = self._signals(None, stage_steps)
                     allocation = self.allocator.allocate(batch, signals)
-                    rate = self._learning_rate(stage_steps)
+                    rate = self._learning_rate(stage_steps, hidden=not stream.boundaries)
                     set_learning_rate(self.optimizer, rate * self.knobs.learning_rate_factor)
-                    loss, grad_norm = self._step(batch, run.folder) if allocation.train else (None, None)
+                    stepped = self._step(batch, run.folder) if allocation.train else None
                     p.step += 1
                     p.stage_step += 1
                     p.tokens += batch.input_ids.numel()
-                    p.flops += batch.input_ids.numel() * self.flops_per_token
+                    self._count_flops(batch.input_ids.numel())
 
                     # Once in a while: the validation loss, and what else is asked for.
                     if self._due(self.evaluation.every_steps):
@@ -184,7 +222,7 @@ class Trainer:
 
                     # Signals up; the rules may answer with growth.
                     self._measured(allocation.measured)
-                    signals = self._signals(loss, grad_norm, stage_steps)
+                    signals = self._signals(stepped, stage_steps)
                     events = self.growth.step(signals) if self.growth is not None else []
                     for event in events:
                         journal.grew(event)
@@ -195,7 +233,11 @@ class Trainer:
                     # Records, and once in a while a checkpoint.
                     if self._due(config.log_every_steps) or events:
                         journal.stepped(
-                            signals, task=names[p.stage], parameters=self.parameters, skipped=p.skipped
+                            signals,
+                            task=names[p.stage],
+                            penalty=stepped.penalty if stepped else None,
+                            parameters=self.parameters,
+                            skipped=p.skipped,
                         )
                         journal.clocked(
                             p.step,
@@ -214,9 +256,13 @@ class Trainer:
                         return False
 
                 # The end of a task: score every task, so that the matrix has a whole row.
+                if stream.boundaries:
+                    self.method.end_stage(stream, p.stage)
+                    self._count_flops(0)
                 p.stage += 1
                 p.stage_step = 0
                 self._score(stream, journal, task_trained=names[p.stage - 1])
+                record_stage(run, p.stage - 1, stream, self.method, self.model)
                 if self.checkpoint.keep_tasks:
                     self._save(stream, journal, rundir.checkpoint_task_name(p.stage - 1))
                 self._save(stream, journal, rundir.LATEST)
@@ -224,13 +270,13 @@ class Trainer:
 
     # ---- its parts -------------------------------------------------------------------------------
 
-    def _step(self, batch: Batch, folder: Path) -> tuple[float | None, float | None]:
+    def _step(self, batch: Batch, folder: Path) -> Stepped | None:
         try:
-            loss, grad_norm = self.step(batch)
+            stepped = self.step(batch)
         except NonFiniteLossError as error:
             if self.config.on_nonfinite == "skip":
                 self.progress.skipped += 1
-                return None, None
+                return None
             raise NonFiniteLossError(
                 f"{error}, at step {self.progress.step + 1}; the last good checkpoint is "
                 f"{folder / rundir.LATEST}: lower --optimizer.learning_rate, or leave such steps out "
@@ -238,27 +284,32 @@ class Trainer:
             ) from None
         if self.average is not None:
             self.average.update()
-        return loss, grad_norm
+        return stepped
 
-    def _learning_rate(self, stage_steps: list[int]) -> float:
+    def _count_flops(self, tokens: int) -> None:
+        """Count a batch, and what the method has computed beside it."""
+        cost = tokens * self.method.cost + self.method.spent()
+        self.progress.flops += cost * self.flops_per_token
+
+    def _learning_rate(self, stage_steps: list[int], *, hidden: bool) -> float:
         p, schedule = self.progress, self.config.schedule
-        if schedule.over == "run":
+        if schedule.over == "run" or hidden:
             return self.base_rate * schedule.factor(p.step, sum(stage_steps))
         return self.base_rate * schedule.factor(p.stage_step, stage_steps[p.stage])
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.progress.step % every == 0
 
-    def _signals(self, loss: float | None, grad_norm: float | None, stage_steps: list[int]) -> Signals:
+    def _signals(self, stepped: Stepped | None, stage_steps: list[int]) -> Signals:
         p = self.progress
         return Signals(
             step=p.step,
             tokens=p.tokens,
             flops=p.flops,
             progress=p.step / max(1, sum(stage_steps)),
-            loss=loss,
+            loss=stepped.loss if stepped else None,
             learning_rate=float(self.optimizer.param_groups[0]["lr"]),
-            grad_norm=grad_norm,
+            grad_norm=stepped.grad_norm if stepped else None,
             values=self.values,
         )
 
@@ -275,59 +326,30 @@ class Trainer:
 
     # ---- scores ----------------------------------------------------------------------------------
 
-    @contextmanager
-    def _as_scored(self) -> Generator[None]:
-        """The model as it is scored: in the precision of training, with averaged weights where there are."""
-        with self.step.autocast(), self.average.applied() if self.average is not None else nullcontext():
-            yield
-
-    def _texts(self, stream: Stream | LoaderStream, stage: int, split: str) -> Iterable[Batch]:
-        """What a task is scored on."""
-        return stream.evaluation(stage, split, self.evaluation.max_bytes, self.evaluation.batch_size)
-
-    def score(self, stream: Stream | LoaderStream, stage: int, split: str) -> Likelihood | None:
-        """Likelihood of one task's text; None where it has no such split."""
-        with self._as_scored():
-            found = bits_per_byte(self.model, self._texts(stream, stage, split))
-        return found if found.tokens else None
-
-    def _validate(self, stream: Stream | LoaderStream, journal: Journal) -> None:
-        stage = self.progress.stage
-        likelihood = self.score(stream, stage, "valid")
-        if likelihood is None:
-            return
-        values = {
-            "validation_loss": likelihood.nats_per_token,
-            "validation_bits_per_byte": likelihood.bits_per_byte,
-        }
-        with self._as_scored():
-            if self.evaluation.slices:
-                # Of all tasks so far, so that one of them can be a slice.
-                seen = (self._texts(stream, i, "valid") for i in range(stage + 1))
-                texts = itertools.chain.from_iterable(seen)
-                values |= slice_losses(self.model, texts, self.evaluation.slices)
-            for name, function in self.evaluation.probes.items():
-                probe = resolve_function(function, (), "function")
-                values[name] = float(probe(self.model, self._texts(stream, stage, "valid")))
+    def _validate(self, stream: AnyStream, journal: Journal) -> None:
+        likelihood, values = self.scorer.validation(stream, self.progress.stage)
         self._measured(values)
-        if len(stream.names) == 1:
+        if likelihood is not None and len(stream.names) == 1:
             self._keep_best([likelihood], stream, journal)
 
-    def _score(self, stream: Stream | LoaderStream, journal: Journal, *, task_trained: str) -> None:
+    def _score(self, stream: AnyStream, journal: Journal, *, task_trained: str) -> None:
         """Score every task and write a whole row of the task matrix, split by split."""
         valid: list[Likelihood] = []
         for split in ("valid", "test"):
-            found = {name: self.score(stream, i, split) for i, name in enumerate(stream.names)}
-            scores = {name: score for name, score in found.items() if score is not None}
-            journal.scored(scores, split=split, task_trained=task_trained, progress=self.progress)
+            scores = self.scorer.row(stream, split)
+            journal.scored(
+                scores,
+                split=split,
+                task_trained=task_trained,
+                route=self.scorer.route,
+                progress=self.progress,
+            )
             valid = valid or list(scores.values())
         self.progress.matrix_rows += 1
         if self.progress.step:
             self._keep_best(valid, stream, journal)
 
-    def _keep_best(
-        self, valid: Sequence[Likelihood], stream: Stream | LoaderStream, journal: Journal
-    ) -> None:
+    def _keep_best(self, valid: Sequence[Likelihood], stream: AnyStream, journal: Journal) -> None:
         if not valid:
             return
         # Without bytes there is one task with one tokenizer, and tokens compare.
@@ -339,11 +361,11 @@ class Trainer:
 
     # ---- saving and resuming ---------------------------------------------------------------------
 
-    def _save(self, stream: Stream | LoaderStream, journal: Journal, name: str) -> None:
+    def _save(self, stream: AnyStream, journal: Journal, name: str) -> None:
         self.save(stream, journal.run, name)
         journal.saved(name)
 
-    def save(self, stream: Stream | LoaderStream, run: RunWriter, name: str) -> None:
+    def save(self, stream: AnyStream, run: RunWriter, name: str) -> None:
         """Write a checkpoint from which `load_state_dict` goes on bit by bit."""
         state = {
             **self.state_dict(),
@@ -356,29 +378,32 @@ class Trainer:
             state=state,
             tokenizer=self.tokenizer,
             average=self.average,
+            weights=self.method.saved_weights(),
         )
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "progress": asdict(self.progress),
             "values": {name: asdict(measured) for name, measured in self.values.items()},
-            "optimizer": optimizer_state(self.optimizer, self.model),
+            "optimizer": optimizer_state(self.optimizer, self.trained),
             "scaler": self.step.scaler.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
             "growth": self.growth.state_dict() if self.growth is not None else None,
             "allocator": self.allocator.state_dict(),
+            "method": self.method.state_dict(),
             "random": random_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], events: list[GrowthEvent]) -> None:
-        """Take up a saved state; the model already has the checkpoint's shape and weights.
+        """Take up a saved state; the model already has the checkpoint's shape and weights, and the trainer
+        its stream (`begin`).
 
         Args:
             events: growth so far, from growth.jsonl.
         """
         self.progress = replace(self.progress, **state["progress"])
         self.values = {name: Measured(**value) for name, value in state["values"].items()}
-        load_optimizer_state(self.optimizer, self.model, state["optimizer"])
+        load_optimizer_state(self.optimizer, self.trained, state["optimizer"])
         if self.step.scaler.is_enabled():
             self.step.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
@@ -386,6 +411,7 @@ class Trainer:
         if self.growth is not None:
             self.growth.load_state_dict(state["growth"], events)
         self.allocator.load_state_dict(state["allocator"])
+        self.method.load_state_dict(state["method"])
         set_random_state(state["random"])
         self._shape_changed()
 

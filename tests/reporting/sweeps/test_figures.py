@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from cambia.reporting import load_sweep
-from cambia.reporting.figures import to_svg
+from cambia.reporting.curves import window_of
+from cambia.reporting.drawing import to_svg
 from cambia.reporting.sweeps.figures import (
     axis_drawing,
     forest_drawing,
     is_logarithmic,
     is_numeric,
     split_axis,
-    window_of,
+    tradeoff_drawing,
     wrapped,
 )
 from cambia.reporting.sweeps.tables import shortened
@@ -151,3 +152,52 @@ def test_a_forest_has_a_row_per_value(runs: Path) -> None:
     svg = to_svg(drawing.figure, "forest", "Paired differences")
     assert "$c$" in svg and "n=3" in svg and "difference from arm = a" in svg
     assert not re.search(r"#[0-9a-f]{6}", svg)
+
+
+# ---- what is learned against what is forgotten ---------------------------------------------------
+
+
+def traded(choice: Choice) -> Outcome:
+    """Whatever is learned better is forgotten more."""
+    place = "abc".index(choice["method"]) + 0.1 * choice["seed"]
+    return {"learning_loss": 2.0 + 0.1 * place, "forgetting": 1.0 - 0.2 * place}
+
+
+def test_choices_by_what_they_learn_and_forget(runs: Path) -> None:
+    write_sweep(runs / "methods", {"method": ["a", "b", "c"], "seed": [0, 1]}, traded)
+    drawing = tradeoff_drawing(load_sweep("methods"))
+    assert drawing is not None
+    assert drawing.caption.startswith("Each mark is a choice of method, the mean over seed; its cross")
+    (axes,) = drawing.figure.axes
+    assert {"a", "b", "c"} <= {text.get_text() for text in axes.texts}
+    places = [line.get_xydata()[0] for line in axes.lines if line.get_linestyle() == "None"]
+    assert np.allclose(places, [(2.005, 0.99), (2.105, 0.79), (2.205, 0.59)])
+
+
+def test_numbers_are_named_by_their_axis(runs: Path) -> None:
+    axes = {"method": ["a", "b"], "training.rate": [0.1, 1.0], "seed": [0]}
+    write_sweep(runs / "grid", axes, traded)
+    drawing = tradeoff_drawing(load_sweep("grid"))
+    assert drawing is not None
+    names = {text.get_text() for text in drawing.figure.axes[0].texts}
+    assert {"a, rate 0.1", "a, rate 1", "b, rate 0.1", "b, rate 1"} <= names
+    assert drawing.caption == "Each mark is a choice of method and training.rate."
+
+
+def test_many_choices_are_averaged_and_few_are_not_drawn(runs: Path) -> None:
+    axes = {"method": ["a", "b", "c"], "width": list(range(10)), "seed": [0]}
+    write_sweep(runs / "many", axes, traded)
+    drawing = tradeoff_drawing(load_sweep("many"))
+    assert drawing is not None and "method, the mean over width" in drawing.caption
+    write_sweep(runs / "few", {"method": ["a", "b"], "seed": [0, 1]}, traded)
+    assert tradeoff_drawing(load_sweep("few")) is None
+    write_sweep(runs / "one", {"method": ["a", "b", "c"], "seed": [0]}, lambda _: {"forgetting": 1.0})
+    assert tradeoff_drawing(load_sweep("one")) is None
+
+
+def test_choices_without_both_numbers_are_left_out_and_said(runs: Path) -> None:
+    methods = ["a", "b", "c", "d"]
+    axes = {"method": methods, "seed": [0]}
+    write_sweep(runs / "gaps", axes, lambda c: "failed" if c["method"] == "d" else traded(c))
+    drawing = tradeoff_drawing(load_sweep("gaps"))
+    assert drawing is not None and drawing.caption.endswith("Not drawn: 1 failed.")

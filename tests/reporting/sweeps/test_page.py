@@ -87,6 +87,18 @@ def test_a_page_stands_alone(runs: Path) -> None:
     assert page_of(runs / "grid")[0] == text
 
 
+def test_a_sweep_of_methods_shows_what_they_trade(runs: Path) -> None:
+    def measured(choice: Choice) -> Outcome:
+        lost = "abc".index(choice["method"]) + 0.01 * choice["seed"]
+        return {"test_bits_per_byte": 2.0 + lost, "learning_loss": 2.0, "forgetting": lost}
+
+    write_sweep(runs / "methods", {"method": ["a", "b", "c"], "seed": [0, 1]}, measured)
+    text, parsed = page_of(runs / "methods")
+    assert "<h2>What is learned against what is forgotten</h2>" in text
+    assert parsed.tags.count("figure") == 3 and len(set(parsed.ids)) == len(parsed.ids)
+    assert "forgetting, lower is better" in told(runs / "methods", metric="forgetting")
+
+
 def test_another_metric_and_baseline(runs: Path) -> None:
     write_sweep(runs / "grid", AXES, outcome)
     chosen = {"metric": "backward_transfer", "baseline": "growth=depth"}

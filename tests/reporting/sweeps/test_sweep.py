@@ -190,6 +190,23 @@ def test_which_end_is_better(runs: Path) -> None:
     assert [direction(name) for name in sweep.metrics] == ["lower", "higher", None]
 
 
+@pytest.mark.parametrize(
+    ("metric", "better"),
+    [
+        ("learning_loss", "lower"),
+        ("incremental_mean", "lower"),
+        ("forgetting_by_weights", "lower"),
+        ("regret_to_oracle", "lower"),
+        ("accuracy_forgetting", "lower"),
+        ("test_accuracy", "higher"),
+        ("forward_transfer", "higher"),
+        ("growth_events", None),
+    ],
+)
+def test_which_end_of_a_metric_is_better(metric: str, better: str | None) -> None:
+    assert direction(metric) == better
+
+
 def test_values_are_told_apart() -> None:
     assert key(1) == key(1.0) != key(True)
     assert key("1") != key(1) and key(None) != key("None")

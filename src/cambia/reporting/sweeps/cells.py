@@ -22,7 +22,17 @@ from cambia.reporting.sweeps.statistics import (
 )
 from cambia.sweepdir import Result
 
-_LOWER = ("bits_per_byte", "nll", "nats", "loss", "perplexity", "forgotten", "forgetting")
+_LOWER = (
+    "bits_per_byte",
+    "nll",
+    "nats",
+    "loss",
+    "perplexity",
+    "forgotten",
+    "forgetting",
+    "incremental_mean",
+    "regret",
+)
 _HIGHER = ("transfer", "learned", "accuracy", "pass_at", "codebleu", "reward", "coverage")
 
 Status = Literal["finished", "failed", "missing"]

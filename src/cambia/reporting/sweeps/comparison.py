@@ -18,6 +18,7 @@ from cambia import files
 from cambia.errors import ConfigError, RunError
 from cambia.reporting import units
 from cambia.reporting.comparison import load_for_comparison
+from cambia.reporting.drawing import picture
 from cambia.reporting.markup import document, note, tag
 from cambia.reporting.sweeps.cells import (
     PairedRow,
@@ -30,7 +31,7 @@ from cambia.reporting.sweeps.cells import (
     values,
 )
 from cambia.reporting.sweeps.figures import forest_drawing
-from cambia.reporting.sweeps.page import picture, shown_section
+from cambia.reporting.sweeps.page import shown_section
 from cambia.reporting.sweeps.sweep import MAIN_METRICS, SEED, Sweep
 from cambia.reporting.sweeps.tables import (
     Shown,

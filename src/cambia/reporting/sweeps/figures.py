@@ -21,7 +21,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from cambia.reporting.figures import COLORS, LETTER_SIZE, LETTERS, LINE_COLORS, LINE_DASHES, dress, new_figure
+from cambia.reporting.curves import Window, window_of
+from cambia.reporting.drawing import (
+    COLORS,
+    LETTER_SIZE,
+    LETTERS,
+    LINE_COLORS,
+    Drawing,
+    dress,
+    mark_style,
+    new_figure,
+)
 from cambia.reporting.sweeps.cells import Cell, PairedRow, grouped, key, label, left
 from cambia.reporting.sweeps.sweep import SEED, Sweep
 from cambia.reporting.sweeps.tables import (
@@ -33,21 +43,14 @@ from cambia.reporting.sweeps.tables import (
     signed,
     with_direction,
 )
+from cambia.reporting.task_figures import MethodPoint, stability_plasticity
 
 MOST_ROWS = 60
 """A picture with more rows than that is not drawn."""
 _MOST_LINES = len(LINE_COLORS) * 2
 _MOST_TICKS = 12
+_FEWEST_POINTS, _MOST_POINTS = 3, 20  # with names beside them
 _NAME = 34  # letters in a line of a name
-_MARKERS = ("o", "s", "D", "^")
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A picture and what to say beneath it."""
-
-    figure: Figure
-    caption: str
 
 
 @dataclass(frozen=True)
@@ -67,20 +70,6 @@ class _Series:
         """Places, and the mean at each."""
         places = np.unique(self.at)
         return places, np.array([self.found[self.at == place].mean() for place in places])
-
-
-@dataclass(frozen=True)
-class _Window:
-    """From where to where a metric is drawn."""
-
-    low: float
-    high: float
-
-    def beyond(self, found: np.ndarray) -> np.ndarray:
-        return (found < self.low) | (found > self.high)
-
-    def clipped(self, found: np.ndarray) -> np.ndarray:
-        return np.clip(found, self.low, self.high)
 
 
 # ---- a metric along an axis ----------------------------------------------------------------------
@@ -134,18 +123,6 @@ def is_logarithmic(known: Sequence[float]) -> bool:
     return bool(ratios.max() / ratios.min() <= gaps.max() / gaps.min())
 
 
-def window_of(found: np.ndarray) -> _Window:
-    """What to show of a metric: all, unless a few values are so far off that nothing else would show."""
-    low, quarter, three, high = np.quantile(found, [0, 0.25, 0.75, 1])
-    reach = 4 * (three - quarter)
-    if reach > 0 and len(found) >= 6:
-        inside = found[(found >= quarter - reach) & (found <= three + reach)]
-        low, high = inside.min(), inside.max()
-    # Never so narrow that rounding looks like a difference.
-    margin = max(0.06 * (high - low), 1e-6 * abs(high), 1e-12)
-    return _Window(float(low - margin), float(high + margin))
-
-
 def _series(sweep: Sweep, metric: str, axis: str, split: str | None, *, is_rows: bool) -> list[_Series]:
     rows = {key(value): row for row, value in enumerate(sweep.axes[axis])} if is_rows else None
     rest = [name for name in sweep.varied if name not in (axis, split)]
@@ -169,12 +146,12 @@ def _place(cell: Cell, axis: str, rows: dict[Any, int] | None) -> float:
     return float(cell.choice[axis]) if rows is None else rows[key(cell.choice.get(axis))]
 
 
-def _draw_lines(sweep: Sweep, metric: str, axis: str, series: list[_Series], window: _Window) -> Figure:
+def _draw_lines(sweep: Sweep, metric: str, axis: str, series: list[_Series], window: Window) -> Figure:
     figure = new_figure(3.1)
     axes = figure.subplots()
     dress(axes)
     for i, one in enumerate(series):
-        style = _style(i)
+        style = mark_style(i)
         _draw_cells(axes, one.at, one.found, window, style=style, is_flat=False)
         if one.compares:
             axes.plot(*one.means, linewidth=1.5, markersize=5, zorder=3, **style)
@@ -210,12 +187,12 @@ def _ticks_at(axes: Axes, known: np.ndarray) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _draw_rows(sweep: Sweep, metric: str, axis: str, series: list[_Series], window: _Window) -> Figure:
+def _draw_rows(sweep: Sweep, metric: str, axis: str, series: list[_Series], window: Window) -> Figure:
     known = sweep.axes[axis]
     names = [wrapped(label(value)) for value in known]
     figure, axes = _rows_figure(names, thickness=max(1.0, 0.45 * len(series)))
     for i, one in enumerate(series):
-        style: dict[str, Any] = {**_style(i), "linestyle": "none"}
+        style: dict[str, Any] = {**mark_style(i), "linestyle": "none"}
         # Lines of other values stand side by side within a row.
         aside = 0.7 * ((i + 0.5) / len(series) - 0.5)
         _draw_cells(axes, one.at + aside, one.found, window, style=style, is_flat=True)
@@ -229,7 +206,7 @@ def _draw_rows(sweep: Sweep, metric: str, axis: str, series: list[_Series], wind
 
 
 def _draw_cells(
-    axes: Axes, at: np.ndarray, found: np.ndarray, window: _Window, *, style: dict[str, Any], is_flat: bool
+    axes: Axes, at: np.ndarray, found: np.ndarray, window: Window, *, style: dict[str, Any], is_flat: bool
 ) -> None:
     """A pale dot per cell; what lies beyond the window is an arrow head at its edge."""
     low, high = ("<", ">") if is_flat else ("v", "^")
@@ -248,7 +225,7 @@ def _draw_cells(
 
 
 def _caption(
-    sweep: Sweep, metric: str, axis: str, split: str | None, series: list[_Series], window: _Window
+    sweep: Sweep, metric: str, axis: str, split: str | None, series: list[_Series], window: Window
 ) -> str:
     over = [name for name in (*sweep.varied, SEED) if name not in (axis, split)]
     over = [name for name in over if len(sweep.axes.get(name, ())) > 1]
@@ -269,6 +246,40 @@ def _caption(
     return " ".join(sentences)
 
 
+# ---- what is learned against what is forgotten ---------------------------------------------------
+
+
+def tradeoff_drawing(sweep: Sweep) -> Drawing | None:
+    """Learning loss and forgetting of every choice; None unless at least three have both.
+
+    Where there are too many choices for a name beside each, the last axes are averaged over.
+    """
+    axes = sweep.varied
+    while axes and len(grouped(sweep.cells, axes)) > _MOST_POINTS:
+        axes = axes[:-1]
+    points = []
+    for cells in grouped(sweep.cells, axes).values():
+        pairs = [(cell.value("learning_loss"), cell.value("forgetting")) for cell in cells]
+        both = [(learned, lost) for learned, lost in pairs if learned is not None and lost is not None]
+        if both:
+            learned, lost = zip(*both, strict=True)
+            points.append(MethodPoint(_point_name(sweep, axes, cells[0]), learned, lost))
+    if len(points) < _FEWEST_POINTS:
+        return None
+    others = [name for name in (*sweep.varied, SEED) if name not in axes]
+    over = listed([name for name in others if len(sweep.axes.get(name, ())) > 1])
+    told = f", the mean over {over}; its cross is one sample standard deviation each way" if over else ""
+    words = left(sweep.cells, "forgetting").words
+    caption = f"Each mark is a choice of {listed(axes)}{told}.{f' Not drawn: {words}.' if words else ''}"
+    return Drawing(stability_plasticity(points), caption)
+
+
+def _point_name(sweep: Sweep, axes: Sequence[str], cell: Cell) -> str:
+    """The values that a choice is made of; a word speaks for itself, a number needs its axis."""
+    values = [(axis, cell.choice.get(axis)) for axis in axes]
+    return ", ".join(v if isinstance(v, str) else f"{sweep.short(axis)} {label(v)}" for axis, v in values)
+
+
 # ---- paired differences --------------------------------------------------------------------------
 
 
@@ -283,7 +294,7 @@ def forest_drawing(metric: str, rows: Sequence[PairedRow], baseline: str) -> Dra
     figure, axes = _rows_figure([wrapped(label(row.value)) for row in rows], thickness=1.4)
     every = np.concatenate([row.differences for row in rows])
     window = window_of(np.append(every, 0.0))
-    window = _Window(min(window.low, 0.0), max(window.high, 0.0))
+    window = Window(min(window.low, 0.0), max(window.high, 0.0))
     axes.axvline(0, color=COLORS["muted"], linewidth=1.1, zorder=1.5)
     pairs: dict[str, Any] = {"color": COLORS["sky"], "marker": "o"}
     for at, row in enumerate(rows):
@@ -361,25 +372,12 @@ def _rounded(text: str) -> str:
     )
 
 
-def _style(i: int) -> dict[str, Any]:
-    """Color, dashes and marker of a line; from the fifth on, marks are hollow."""
-    place, turn = i % len(LINE_COLORS), i // len(LINE_COLORS)
-    color = COLORS[LINE_COLORS[place]]
-    return {
-        "color": color,
-        "linestyle": LINE_DASHES[turn % len(LINE_DASHES)],
-        "marker": _MARKERS[place],
-        "markerfacecolor": "none" if turn else color,
-        "markeredgewidth": 1.0 if turn else 0.0,
-    }
-
-
 def _legend(figure: Figure, split: str, series: Sequence[_Series]) -> None:
     """What the lines are, below the picture, which becomes higher by as much."""
     names = [f"{shortened(split, 40)} = {shortened(one.name, 40)}" for one in series]
     abreast = max(1, min(len(names), LETTERS // (max(map(len, names)) + 8)))
     drawn = figure.legend(
-        [Line2D([], [], markersize=5, **_style(i)) for i in range(len(series))],
+        [Line2D([], [], markersize=5, **mark_style(i)) for i in range(len(series))],
         names,
         loc="outside lower center",
         ncols=abreast,

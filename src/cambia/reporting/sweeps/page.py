@@ -10,10 +10,10 @@ from pathlib import Path
 
 from cambia import files
 from cambia.reporting import units
-from cambia.reporting.figures import to_svg
+from cambia.reporting.drawing import picture
 from cambia.reporting.markup import RINGS, Html, document, note, section, table, tag, tiles
 from cambia.reporting.sweeps.cells import Paired
-from cambia.reporting.sweeps.figures import MOST_ROWS, Drawing, axis_drawing, forest_drawing
+from cambia.reporting.sweeps.figures import MOST_ROWS, axis_drawing, forest_drawing, tradeoff_drawing
 from cambia.reporting.sweeps.sweep import SEED, Sweep
 from cambia.reporting.sweeps.tables import (
     Shown,
@@ -120,7 +120,7 @@ def shown_section(shown: Shown, *above: object, is_folded: bool = False) -> Html
 
 
 def _pictures(sweep: Sweep, metric: str) -> list[Html]:
-    """One for each axis that varies; the seed's only where nothing else does."""
+    """One for each axis that varies, the seed's only where nothing else does; and what all of them trade."""
     seeds = [SEED] if len(sweep.axes.get(SEED, ())) > 1 else []
     found = []
     for i, axis in enumerate(sweep.varied or seeds):
@@ -129,13 +129,11 @@ def _pictures(sweep: Sweep, metric: str) -> list[Html]:
         found.append(
             section(f"By {axis}", note(many) if drawing is None else picture(drawing, f"axis{i}", axis))
         )
+    tradeoff = tradeoff_drawing(sweep)
+    if tradeoff is not None:
+        title = "What is learned against what is forgotten"
+        found.append(section(title, picture(tradeoff, "tradeoff", title)))
     return found
-
-
-def picture(drawing: Drawing, name: str, title: str) -> Html:
-    """A drawing with its caption; `name` is unique within the page."""
-    svg = Html(to_svg(drawing.figure, name, title))
-    return tag("figure", tag("div", svg, class_="wide"), tag("figcaption", drawing.caption))
 
 
 def _paired(paired: Paired) -> Html:

@@ -1,0 +1,1 @@
+"""Parts of the continual benchmark: its rows and its pictures."""

@@ -38,22 +38,23 @@ def tried(kind: str, rates: Iterable[float], **knobs: Sequence[Any]) -> list[Set
 
 WIDE = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.008)
 TWO, LORA = (0.001, 0.003), (0.003, 0.008)
-
-DARK = {"capacity": 500, "logits": 32}
-"""What DER++ keeps: logits are dear."""
+DARK = {"type": "derpp", "on_top": True, "logits": 16}
 
 ROWS: dict[str, Row] = {
     "naive": Row("naive fine-tuning", tried("naive", WIDE), matters=True),
     "joint": Row("joint, all tasks at once", tried("joint", WIDE), "all text", matters=True),
-    "cumulative": Row("cumulative", tried("cumulative", WIDE), "all text so far"),
+    "cumulative": Row("cumulative", tried("cumulative", WIDE), "all text so far, boundaries"),
     "replay_on_top": Row(
         "replay, rows on top",
         tried("replay", TWO, fraction=[0.1, 0.25, 0.5], on_top=[True]),
-        "text",
+        "text, boundaries",
         matters=True,
     ),
     "replay": Row(
-        "replay, equal total text", tried("replay", TWO, fraction=[0.1, 0.25, 0.5]), "text", matters=True
+        "replay, equal total text",
+        tried("replay", TWO, fraction=[0.1, 0.25, 0.5]),
+        "text, boundaries",
+        matters=True,
     ),
     "replay_written": Row(
         "replay of own writing, on top",
@@ -63,21 +64,32 @@ ROWS: dict[str, Row] = {
     "derpp": Row(
         "DER++, rows on top",
         [
-            {RATE: rate, "methods": [{"type": "derpp", "on_top": True, "fraction": 0.25, **DARK, **weights}]}
+            {RATE: rate, "methods": [{**DARK, "fraction": fraction, "alpha": alpha}]}
             for rate in TWO
-            for weights in (
-                {"alpha": 0.02, "beta": 1.0},
-                {"alpha": 0.1, "beta": 1.0},
-                {"alpha": 0.1, "beta": 0.5},
-            )
+            for fraction, alpha in ((0.25, 0.1), (0.5, 0.1), (0.5, 0.02))
         ],
-        "text",
+        "text, boundaries",
     ),
     "agem": Row("A-GEM", tried("agem", TWO, rows=[4, 8, 16]), "text, boundaries"),
     "ewc": Row("EWC, online", tried("ewc", TWO, strength=[10.0, 1e3, 1e5]), "boundaries"),
     "lwf": Row("LwF", tried("lwf", TWO, strength=[0.1, 0.5, 2.0]), "boundaries"),
-    "lora": Row("LoRA, one for all tasks", tried("lora", LORA, rank=[4, 16, 32])),
-    "olora": Row("O-LoRA", tried("olora", LORA, strength=[0.1, 1.0, 10.0], whole=[True]), "boundaries"),
+    "lora": Row(
+        "LoRA, one for all tasks",
+        [
+            {RATE: rate, "methods": [{"type": "lora", "rank": rank, "whole": whole}]}
+            for rate in LORA
+            for rank, whole in ((16, True), (16, False), (32, False))
+        ],
+    ),
+    "olora": Row(
+        "O-LoRA",
+        [
+            {RATE: rate, "methods": [{"type": "olora", "strength": strength, "whole": whole}]}
+            for rate in LORA
+            for strength, whole in ((1.0, False), (10.0, False), (1.0, True))
+        ],
+        "boundaries",
+    ),
     "osf": Row("orthogonal subspaces (OSF)", tried("osf", TWO, keep=[None, 0.25, 0.75]), "boundaries"),
     "masks": Row("element masks", tried("masks", TWO, share=[0.2, 0.4, 0.6]), "boundaries"),
     "freeze": Row("embeddings and lowest layer frozen", tried("freeze", WIDE, after=[0])),

@@ -174,6 +174,24 @@ def test_every_method_does_something_on_stock_models(method, family, tasks, tmp_
     assert losses[2] < losses[0], "it learns"
 
 
+@pytest.mark.parametrize(
+    "other", [EWC(strength=1e4), AGem(rows=4), LwF(strength=5.0, from_start=True), Replay()]
+)
+def test_methods_go_together_with_an_adapter(other, tasks, tmp_path):
+    """What trains is the adapter, and they work on it."""
+
+    def adapters(*methods: Method) -> dict[str, Tensor]:
+        lora = SharedLora(rank=2, whole=False)
+        trained(Methods([lora, *methods]), tasks, tmp_path / f"{len(methods)}", model=model_of("llama"))
+        rows = RunReader(tmp_path / f"{len(methods)}").rows("metrics.csv")
+        penalised = [row["step"] for row in rows if row["penalty"]]
+        assert bool(penalised) == any(isinstance(m, EWC | LwF) for m in methods)
+        return dict(lora.adapter.state_dict())
+
+    alone, together = adapters(), adapters(copy.deepcopy(other))
+    assert not all(torch.equal(alone[name], together[name]) for name in alone)
+
+
 # ---- replay --------------------------------------------------------------------------------------
 
 
@@ -192,6 +210,26 @@ def test_replay_keeps_its_share_exactly(on_top, tasks):
     assert all(len(batch.input_ids) == 8 for batch in batches[:10])
     total = sum(len(batch.input_ids) for batch in batches[10:])
     assert total == (80 + 24 if on_top else 80)
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.9])
+@pytest.mark.parametrize(("alpha", "beta"), [(0.1, 1.0), (0.1, 0.5), (0.1, 0.0), (0.0, 0.5)])
+def test_derpp_shares_its_fraction_between_its_draws(fraction, alpha, beta, tasks):
+    method = DERPlusPlus(fraction=fraction, alpha=alpha, beta=beta, capacity=30, logits=4)
+    stream = Stream(tasks, batch_size=8, sequence_length=24, seed=0)
+    model = model_of()
+    method.attach(Situation(model, torch.optim.SGD(model.parameters(), lr=0.1), stream, 0))
+    new = []
+    for stage in (0, 1):
+        for step in range(10):
+            batch = method.batch(stream, stage, step / 10)
+            assert len(batch.input_ids) == 8
+            if method.needs_logits:
+                method.penalty(batch, slice(0, 8), model(input_ids=batch.input_ids).logits)
+            held = 0 if method._held is None else len(method._held.batch.input_ids)
+            read = 0 if method._weighted is None else len(method._weighted.input_ids)
+            new.append(8 - held - read)
+    assert sum(new[10:]) == pytest.approx(80 * (1 - fraction), abs=1)
 
 
 def test_replayed_rows_are_rows_of_earlier_tasks(tasks):
@@ -452,19 +490,43 @@ def test_lora_equals_peft(tasks):
 
 
 def test_a_method_that_needs_boundaries_is_refused_without(tasks, tmp_path):
-    with pytest.raises(ConfigError, match=r"EWC must be told .* no boundaries \(naive, joint, .*replay"):
+    with pytest.raises(
+        ConfigError, match=r"ewc must be told .* no boundaries \(naive, joint, replay, derpp, lora\)"
+    ):
         trained(EWC(), tasks, tmp_path / "run", boundaries=False)
 
 
 def test_methods_that_decide_the_same_are_refused():
-    with pytest.raises(ConfigError, match="Replay and Joint both choose the rows"):
+    with pytest.raises(ConfigError, match="replay and joint both choose the rows"):
         Methods([Replay(), Joint()])
-    with pytest.raises(ConfigError, match="SharedLora and FullPerTask both set the weights"):
+    with pytest.raises(ConfigError, match="lora and full_per_task both set the weights"):
         Methods([SharedLora(), FullPerTask()])
 
 
+@pytest.mark.parametrize("sealing", [Freeze(), ElementMasks()])
+@pytest.mark.parametrize("setting", [SharedLora(), OrthogonalSubspace(), FullPerTask()])
+def test_what_holds_weights_and_what_sets_them_are_refused_together(sealing, setting):
+    with pytest.raises(ConfigError, match=r"holds weights that .* would set"):
+        Methods([sealing, setting])
+
+
+def test_a_second_stream_and_a_second_adapter_are_refused(tasks, tmp_path):
+    model = model_of()
+    method = SharedLora(rank=2)
+    trainer = trained(method, tasks[:1], tmp_path / "run", model=model)
+    with pytest.raises(ConfigError, match="make a new Trainer"):
+        trainer.train(Stream(tasks[:1], batch_size=6, sequence_length=24, seed=0))
+    with pytest.raises(ConfigError, match=r"merge_\(\)"):
+        Trainer(model, method=SharedLora(rank=2))
+    ids = torch.randint(0, 255, (2, 24), generator=torch.Generator().manual_seed(0))
+    adapted = model(input_ids=ids).logits
+    method.adapter.merge_()
+    assert torch.allclose(model(input_ids=ids).logits, adapted, atol=1e-5)
+    Trainer(model, method=SharedLora(rank=2))
+
+
 def test_one_task_is_too_few(tasks, tmp_path):
-    with pytest.raises(ConfigError, match="EWC works from one task to the next"):
+    with pytest.raises(ConfigError, match="ewc works from one task to the next"):
         trained(EWC(), tasks[:1], tmp_path / "run")
 
 

@@ -113,9 +113,10 @@ def test_no_text_is_needed(copy: Callable[[str], Path], monkeypatch: pytest.Monk
     def gone(*_: Any, **__: Any) -> None:
         raise AssertionError("text was opened")
 
+    folder = copy("full_per_task")
     monkeypatch.setattr("cambia.experiment.build.prepare", gone)
     monkeypatch.setattr("cambia.experiment.build.build_tokenizer", gone)
-    assert verify_run(copy("full_per_task")).held
+    assert verify_run(folder).held
 
 
 def test_methods_together(tmp_path: Path) -> None:

@@ -182,7 +182,8 @@ class Stream:
             rows: how many, in place of batch_size.
         """
         weights = self.stages[stage].weights_at(at)
-        return self._batch(weights, self._behind[stage], rows, self.stages[stage].name)
+        name = self.stages[stage].name if self.boundaries else ""  # else it would tell
+        return self._batch(weights, self._behind[stage], rows, name)
 
     def mixed_batch(self, weights: Sequence[float], *, rows: int | None = None, source: str = "") -> Batch:
         """A batch of rows of several tasks, next to the stages; joint training uses it.

@@ -97,8 +97,12 @@ def _reopen(checkpoint: Path, tree: Mapping[str, Any], device: torch.device) -> 
         names, stages = _layout(checkpoint, state["stream"])
         stream: Any = StagesOnly(names, stages, boundaries, training.batch_size, training.sequence_length)
         method = experiment.method
-        optimizer = experiment.optimizer.build(method.prepare(model))
-        method.attach(Situation(model, optimizer, stream, experiment.seed))
+        trained = method.prepare(model)
+        optimizer = experiment.optimizer.build(trained)
+        told = Situation(
+            model, optimizer, stream, experiment.seed, trained=trained, weights=method.saved_weights
+        )
+        method.attach(told)
         method.load_state_dict(state["method"])
         return Reopened(model, method, stream, Progress(**state["progress"]))
     except CambiaError:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -23,6 +23,7 @@ from cambia.rundir import LATEST, RunReader
 from cambia.training.checkpoint import load_model, load_tokenizer
 from cambia.training.scoring import Scorer
 from cambia.training.settings import EvaluationConfig
+from cambia.training.step import autocast
 
 _BATCH = 16
 
@@ -40,7 +41,8 @@ def score_run(run: str, split: str, max_bytes: int) -> dict[str, Likelihood]:
     else:
         model, method = load_model(model_folder(run)), Naive()
     config = EvaluationConfig(max_bytes=max_bytes, batch_size=_BATCH)
-    scorer = Scorer(model, config, autocast=nullcontext, average=None, method=method)
+    precision = functools.partial(autocast, experiment.training, model.device)
+    scorer = Scorer(model, config, autocast=precision, average=None, method=method)
     return scorer.row(stream, split)
 
 

@@ -13,17 +13,20 @@ its parameter names and what it is saved as.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cambia.errors import ConfigError
 
 LINEAR = (nn.Linear, Conv1D)
+_HELD = "_cambia_adapter"
+"""Marks a layer that an adapter adds to."""
 
 
 class LowRank(nn.Module):
@@ -32,12 +35,15 @@ class LowRank(nn.Module):
     def __init__(self, inputs: int, outputs: int, rank: int, scale: float, like: Tensor):
         super().__init__()
         self.scale = scale
-        self.A = nn.Parameter(like.new_zeros(rank, inputs))  # (R, I)
-        self.B = nn.Parameter(like.new_zeros(outputs, rank))  # (O, R)
+        # At least float32, whatever the model has: small steps are not to be lost to rounding.
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.A = nn.Parameter(like.new_zeros(rank, inputs, dtype=dtype))  # (R, I)
+        self.B = nn.Parameter(like.new_zeros(outputs, rank, dtype=dtype))  # (O, R)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O)."""
-        return nn.functional.linear(nn.functional.linear(x, self.A), self.B) * self.scale
+        """(..., I) -> (..., O), in the type of x."""
+        low = nn.functional.linear(x.to(self.A.dtype), self.A)
+        return (nn.functional.linear(low, self.B) * self.scale).to(x.dtype)
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
@@ -52,7 +58,7 @@ class LowRank(nn.Module):
 
 
 class LoraAdapter(nn.Module):
-    """One low-rank addition for each linear layer of a model, active as long as it lives.
+    """One low-rank addition for each linear layer of a model, until it is removed.
 
     Args:
         model: stays as it is; the additions are made by forward hooks.
@@ -83,13 +89,35 @@ class LoraAdapter(nn.Module):
             raise ConfigError(
                 f"a {type(model).__name__} has no linear layer to adapt; layers of {_names(LINEAR)} can be"
             )
+        if any(_HELD in vars(layer) for layer in self.layers.values()):
+            raise ConfigError(
+                "the model has an adapter from an earlier training: merge it, method.adapter.merge_(), take "
+                "it off, method.adapter.remove(), or load the model anew"
+            )
         self.added = nn.ModuleDict()
+        self._hooks: list[RemovableHandle] = []
         for name, layer in self.layers.items():
             outputs, inputs = weight_of(layer).shape if isinstance(layer, nn.Linear) else _sides(layer)
             size = min(rank, inputs, outputs)
             added = LowRank(inputs, outputs, size, (alpha or rank) / rank, weight_of(layer))
             self.added[_key(name)] = added
-            layer.register_forward_hook(_adding(added))
+            self._hooks.append(layer.register_forward_hook(_adding(added)))
+            vars(layer)[_HELD] = True
+
+    def remove(self) -> None:
+        """Take it off: the model says again what it says without."""
+        for hook in self._hooks:
+            hook.remove()
+        for layer in self.layers.values():
+            vars(layer).pop(_HELD, None)
+
+    @torch.no_grad()
+    def merge_(self) -> None:
+        """Add it to the weights for good, and take it off: the model says the same by itself."""
+        merged = self.merged()
+        for name, layer in self.layers.items():
+            weight_of(layer).copy_(merged[f"{name}.weight"])
+        self.remove()
 
     def of(self, name: str) -> LowRank:
         """What is added to a layer."""
@@ -109,6 +137,7 @@ class LoraAdapter(nn.Module):
         found = {}
         for name, layer in self.layers.items():
             product = self.of(name).product()
+            product = product.to(weight_of(layer).dtype)
             found[f"{name}.weight"] = product if isinstance(layer, nn.Linear) else product.T
         return found
 
@@ -135,7 +164,7 @@ def _sides(layer: nn.Module) -> tuple[int, int]:
 
 
 def _adding(added: LowRank) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    return lambda module, given, out: out + added(given[0])
+    return lambda module, given, out: out + added(given[0]).to(out.dtype)
 
 
 def _key(name: str) -> str:
@@ -144,8 +173,3 @@ def _key(name: str) -> str:
 
 def _names(kinds: tuple[type, ...]) -> str:
     return " and ".join(kind.__name__ for kind in kinds)
-
-
-def state_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors, by name."""
-    return {name: tensor.detach().clone() for name, tensor in parameters.items()}

@@ -63,8 +63,12 @@ class Scorer:
         return {name: score for name, score in found.items() if score is not None}
 
     def validation(self, stream: AnyStream, stage: int) -> tuple[Likelihood | None, dict[str, float]]:
-        """Of the tasks that a stage trains, with the model as it is now; and what else is measured."""
-        now = [j for j, weight in enumerate(stream.stages[stage].weights) if weight > 0]
+        """Of the tasks that a stage trains, with the model as it is now; and what else is measured.
+
+        Where the learner may not see where tasks end, it is of all tasks: a jump would show it.
+        """
+        weights = stream.stages[stage].weights
+        now = [j for j, weight in enumerate(weights) if weight > 0 or not stream.boundaries]
         likelihood = self._likelihood(self._of_tasks(stream, now))
         if likelihood is None:
             return None, {}

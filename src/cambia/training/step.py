@@ -83,7 +83,8 @@ class Stepper:
         broken = not math.isfinite(loss + penalty) or (
             not math.isfinite(norm) and not self.scaler.is_enabled()
         )
-        if not broken:
+        # Where a method added gradients of its own, the scaler has not seen whether they are finite.
+        if not broken and math.isfinite(norm):
             self.scaler.step(self.optimizer)
             self.method.stepped()
         self.scaler.update()
@@ -139,5 +140,11 @@ class Stepper:
         return loss
 
     def autocast(self) -> torch.autocast:
-        dtype = torch.float16 if self.config.precision == "float16" else torch.bfloat16
-        return torch.autocast(self.model.device.type, dtype, enabled=self.config.precision != "float32")
+        """The precision of training, as a context."""
+        return autocast(self.config, self.model.device)
+
+
+def autocast(config: TrainingConfig, device: torch.device) -> torch.autocast:
+    """The precision of training, as a context."""
+    dtype = torch.float16 if config.precision == "float16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=config.precision != "float32")

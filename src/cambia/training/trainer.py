@@ -28,7 +28,7 @@ from cambia.continual.methods.method import AnyStream
 from cambia.data.batches import Batch
 from cambia.data.loaders import LoaderStream
 from cambia.data.streams import Stream
-from cambia.errors import NonFiniteLossError
+from cambia.errors import ConfigError, NonFiniteLossError
 from cambia.growth import GrowthEvent, GrowthManager
 from cambia.models.bodies import count_parameters, flops_per_token
 from cambia.probes import Likelihood
@@ -172,6 +172,8 @@ class Trainer:
         """
         if self._stream is stream:
             return
+        if self._stream is not None:
+            raise ConfigError("this trainer has a stream already: make a new Trainer for another")
         self._stream = stream
         self.context = stream.sequence_length
         self._shape_changed()
@@ -184,7 +186,15 @@ class Trainer:
         )
         self.method.check(sequence_length=stream.sequence_length, vocab_size=self.model.config.vocab_size)
         self.method.attach(
-            Situation(self.model, self.optimizer, stream, self.seed, autocast=self.step.autocast)
+            Situation(
+                self.model,
+                self.optimizer,
+                stream,
+                self.seed,
+                trained=self.trained,
+                weights=self.method.saved_weights,
+                autocast=self.step.autocast,
+            )
         )
 
     def _train(self, stream: AnyStream, run: RunWriter, stage_steps: list[int]) -> bool:

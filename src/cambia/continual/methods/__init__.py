@@ -6,25 +6,8 @@
 
 from __future__ import annotations
 
-from cambia.continual.methods.method import Contract, Method, Methods, Naive, Parameters, Situation, refuse
-
-CONTINUAL_METHODS: dict[str, str] = {
-    "naive": "cambia.continual.methods.method:Naive",
-    "joint": "cambia.continual.methods.mixing:Joint",
-    "cumulative": "cambia.continual.methods.mixing:Cumulative",
-    "replay": "cambia.continual.methods.replay:Replay",
-    "derpp": "cambia.continual.methods.derpp:DERPlusPlus",
-    "agem": "cambia.continual.methods.agem:AGem",
-    "ewc": "cambia.continual.methods.ewc:EWC",
-    "lwf": "cambia.continual.methods.lwf:LwF",
-    "lora": "cambia.continual.methods.lora:SharedLora",
-    "lora_per_task": "cambia.continual.methods.per_task:LoraPerTask",
-    "full_per_task": "cambia.continual.methods.per_task:FullPerTask",
-    "olora": "cambia.continual.methods.olora:OLora",
-    "osf": "cambia.continual.methods.osf:OrthogonalSubspace",
-    "freeze": "cambia.continual.methods.freezing:Freeze",
-    "masks": "cambia.continual.methods.masks:ElementMasks",
-}
-"""Name in a configuration -> class."""
+from cambia.continual.methods.method import Contract, Method, Naive, Parameters, Situation
+from cambia.continual.methods.registry import CONTINUAL_METHODS
+from cambia.continual.methods.together import Methods, refuse
 
 __all__ = ["CONTINUAL_METHODS", "Contract", "Method", "Methods", "Naive", "Parameters", "Situation", "refuse"]

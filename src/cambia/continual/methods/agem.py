@@ -24,7 +24,7 @@ class AGem(Method):
     is another matter.
     """
 
-    contract: ClassVar[Contract] = Contract(needs_boundaries=True, stores_text=True, chooses_rows=True)
+    CONTRACT: ClassVar[Contract] = Contract(needs_boundaries=True, stores_text=True, chooses_rows=True)
 
     capacity: Annotated[int, Gt(0)] = 2000
     """Sequences kept."""
@@ -47,7 +47,7 @@ class AGem(Method):
         old = self.buffer.sample(self.rows, exclude_tag=self._stage)
         if old is None:
             return 0.0
-        trained = [p for p in self.situation.model.parameters() if p.grad is not None]
+        trained = [p for p in self.situation.parameters().values() if p.grad is not None]
         new = [_taken(p) for p in trained]
         backward(old)
         self.extra_tokens += old.input_ids.numel()

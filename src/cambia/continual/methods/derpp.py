@@ -23,20 +23,19 @@ class DERPlusPlus(Replay):
     """DER++ (Buzzega et al. 2020, https://arxiv.org/abs/2004.07211).
 
     Beside the new rows two draws from the buffer train: one on its text, as in replay, and one whose logits
-    are held to those that were stored with it.
+    are held to those that were stored with it. They share `fraction` evenly.
     """
 
-    contract: ClassVar[Contract] = Contract(stores_text=True, chooses_rows=True)
+    CONTRACT: ClassVar[Contract] = Contract(stores_text=True, chooses_rows=True)
 
     alpha: Annotated[float, Ge(0)] = 0.5
     """Weight of the squared distance to the stored logits, the mean over positions and kept tokens."""
     beta: Annotated[float, Ge(0)] = 1.0
-    """Weight of a replayed row's text, where a new row's is 1."""
+    """Weight of a replayed row's text, where a new row's is 1; the paper weighs the mean over the draw."""
     logits: Annotated[int, Gt(0)] = 256
     """Logits kept of each position: the largest, or all of a vocabulary that is not larger."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.text == "written":
             raise ConfigError(
                 "derpp keeps what the model said of text it met: leave text at kept, or take replay"
@@ -67,11 +66,12 @@ class DERPlusPlus(Replay):
         return super().batch(stream, stage, at)
 
     def _old_rows(self, count: int, present: int | None) -> list[Batch]:
-        read = self.buffer.sample(count, exclude_tag=present) if self.beta else None
-        self._held = self.buffer.draw(count, present) if self.alpha else None
-        if self.beta != 1:
+        held = 0 if not self.alpha else count // 2 if self.beta else count
+        read = self.buffer.sample(count - held, exclude_tag=present) if self.beta else None
+        self._held = self.buffer.draw(held, present)
+        if self.alpha or self.beta != 1:
             self._weighted = read
-        # The model's own loss is to count the new rows, and old ones that weigh as much.
+        # The model's own loss is to count the new rows; and old ones where nothing is weighed against them.
         rows = [] if read is None else [read if self._weighted is None else _unscored(read)]
         return rows if self._held is None else [*rows, _unscored(self._held.batch)]
 
@@ -123,9 +123,10 @@ class DERPlusPlus(Replay):
             return
         for row in self._offer.rows.tolist():
             if rows.start <= row < rows.stop:
-                self._said[row] = logits[row - rows.start]
+                self._said[row] = logits[row - rows.start].clone()  # a view would hold all of them
         if last:
             self.buffer.keep(self._offer, torch.stack([self._said[row] for row in self._offer.rows.tolist()]))
+            self._said = {}
 
 
 def _unscored(batch: Batch) -> Batch:

@@ -40,6 +40,10 @@ class Drift:
     def __post_init__(self) -> None:
         if self.least >= self.most:
             raise ConfigError(f"drift.least {self.least} is not below drift.most {self.most}")
+        self.begin()
+
+    def begin(self) -> None:
+        """Remember nothing."""
         self._probes: list[Batch] = []
         self._losses: list[float] = []
         self._steps = 0

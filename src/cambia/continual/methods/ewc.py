@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from cambia.continual.methods.method import AnyStream, Backward, Contract, Method, Situation
 from cambia.data.batches import IGNORED, Batch
 
+_ROWS = 4
+"""Rows at once when Fisher information is estimated: more squares to average, and less memory."""
+
 
 @dataclass
 class EWC(Method):
@@ -25,7 +28,7 @@ class EWC(Method):
     https://arxiv.org/abs/1805.06370).
     """
 
-    contract: ClassVar[Contract] = Contract(needs_boundaries=True, grows=False)
+    CONTRACT: ClassVar[Contract] = Contract(needs_boundaries=True, grows=False)
 
     strength: Annotated[float, Ge(0)] = 1000.0
     """Of the springs. The Fisher information is per token, so this compares across batch sizes; try several
@@ -62,16 +65,20 @@ class EWC(Method):
         if not self.strength:
             return
         found: dict[str, Tensor] = {}
+        pieces = 0
         place = stream.state_dict()  # looking at text is not reading on in it
         for number in range(self.batches):
-            batch = stream.next_batch(stage, at=1.0)
+            batch = stream.next_batch(stage, at=(number + 0.5) / self.batches)
             self.extra_tokens += batch.input_ids.numel()
-            for name, value in self._squared(batch).items():
-                found[name] = found[name] + value if number else value
+            for rows in range(0, len(batch.input_ids), _ROWS):
+                some = Batch(batch.input_ids[rows : rows + _ROWS], batch.targets[rows : rows + _ROWS], 0)
+                for name, value in self._squared(some).items():
+                    found[name] = found[name] + value if name in found else value
+                pieces += 1
         stream.load_state_dict(place)
         for name, value in found.items():
             earlier = self._fisher.get(name)
-            value = value / self.batches
+            value = value / pieces
             self._fisher[name] = value if earlier is None else self.decay * earlier + value
         self._anchor = {name: p.detach().clone() for name, p in self._parameters().items()}
 
@@ -110,4 +117,4 @@ class EWC(Method):
         self._labels.set_state(state["labels"])
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.situation.model.named_parameters() if p.requires_grad}
+        return self.situation.parameters()

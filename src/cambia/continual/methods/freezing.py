@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar
 
@@ -23,7 +23,7 @@ class Freeze(Method):
     alignment (Zheng et al. 2025, https://arxiv.org/abs/2501.13453).
     """
 
-    contract: ClassVar[Contract] = Contract(grows=False)
+    CONTRACT: ClassVar[Contract] = Contract(seals_weights=True, grows=False)
 
     names: list[str] = field(
         default_factory=lambda: ["*embed*", "*.layers.0.*", "*.wte.*", "*.wpe.*", "*.h.0.*"]
@@ -33,9 +33,11 @@ class Freeze(Method):
     """Tasks after which they freeze; 0: from the start."""
 
     def __post_init__(self) -> None:
-        needs = Contract(needs_boundaries=self.after > 0, grows=False)
-        self.contract = needs  # ty: ignore[invalid-attribute-access]
         self._frozen: dict[str, nn.Parameter] = {}
+
+    @property
+    def contract(self) -> Contract:
+        return replace(self.CONTRACT, needs_boundaries=self.after > 0)
 
     def prepare(self, model: PreTrainedModel) -> nn.Module:
         if not self._chosen(model):

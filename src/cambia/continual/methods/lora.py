@@ -40,18 +40,13 @@ class Adapting(Method):
     def attach(self, situation: Situation) -> None:
         super().attach(situation)
         self.adapter.reset(situation.seed)
-        adapted = self.adapter.merged()
-        # What training changes in the model, as it was before: a checkpoint holds the adapted model.
+        # What a checkpoint, which holds the adapted model, does not tell: the weights below the adapter.
+        adapted = {f"{name}.weight" for name in self.adapter.layers}
         self._base = {name: p.detach() for name, p in situation.model.named_parameters() if name in adapted}
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Everything that trains, by name."""
-        own = {name: p for name, p in self.situation.model.named_parameters() if p.requires_grad}
-        return own | {f"adapter.{name}": p for name, p in self.adapter.named_parameters()}
 
     def forget_steps(self) -> None:
         """Let the optimizer forget its moments: what trains from here on is something new."""
-        for parameter in self.trained().values():
+        for parameter in self.situation.parameters().values():
             self.situation.optimizer.state.pop(parameter, None)
 
     def saved_weights(self) -> Mapping[str, Tensor]:
@@ -65,13 +60,13 @@ class Adapting(Method):
         return 2 / 3 + added / count_parameters(self.situation.model)
 
     def parameters(self) -> Parameters:
-        trained = sum(p.numel() for p in self.trained().values())
+        trained = sum(p.numel() for p in self.situation.parameters().values())
         model = count_parameters(self.situation.model)  # the adapter is merged into it at the end
         return Parameters(trained, model, model)
 
     def promised(self) -> Mapping[str, Tensor]:
-        trains = self.trained()
-        return {name: p.detach() for name, p in self.situation.model.named_parameters() if name not in trains}
+        every = self.situation.model.named_parameters()
+        return {name: p.detach() for name, p in every if not p.requires_grad}
 
     def state_dict(self) -> dict[str, Any]:
         return {"base": dict(self._base), "adapter": self.adapter.state_dict()}
@@ -86,12 +81,10 @@ class Adapting(Method):
 
 @dataclass
 class SharedLora(Adapting):
-    """One adapter for all tasks: what most people do today.
+    """One adapter for all tasks: low-rank adaptation of every linear layer (Hu et al. 2021,
+    https://arxiv.org/abs/2106.09685)."""
 
-    Low-rank adaptation (Hu et al. 2021, https://arxiv.org/abs/2106.09685) of every linear layer.
-    """
-
-    contract: ClassVar[Contract] = Contract(rewrites_weights=True, grows=False)
+    CONTRACT: ClassVar[Contract] = Contract(rewrites_weights=True, grows=False)
 
 
 def whole_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -12,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from cambia.continual.methods.method import Contract, Method, Situation
 from cambia.data.batches import IGNORED, Batch
@@ -30,7 +29,7 @@ class LwF(Method):
     copy is added to the loss.
     """
 
-    contract: ClassVar[Contract] = Contract(needs_boundaries=True)
+    CONTRACT: ClassVar[Contract] = Contract(needs_boundaries=True)
 
     strength: Annotated[float, Ge(0)] = 1.0
     """Of the divergence, in nats per token, beside the loss."""
@@ -45,7 +44,8 @@ class LwF(Method):
 
     def begin_stage(self, stage: int) -> None:
         if self.strength and (stage or self.from_start):
-            self._teacher = copy.deepcopy(self.situation.model).eval().requires_grad_(False)
+            model = self.situation.model
+            self._teacher = self._made(model.config, self.situation.weights() or model.state_dict())
 
     @property
     def needs_logits(self) -> bool:
@@ -75,7 +75,13 @@ class LwF(Method):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._teacher = None
         if state:
-            model = self.situation.model
-            teacher = type(model)(type(model.config).from_dict(state["config"]))
-            teacher.load_state_dict(state["weights"])
-            self._teacher = teacher.to(model.device, model.dtype).eval().requires_grad_(False)
+            config = type(self.situation.model.config).from_dict(state["config"])
+            self._teacher = self._made(config, state["weights"])
+
+    def _made(self, config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+        """A frozen model of its own: a copy would keep hooks, and an adapter that goes on training."""
+        model = self.situation.model
+        with torch.random.fork_rng(devices=[]):  # its first weights are drawn and thrown away
+            teacher = type(model)(config)
+        teacher.load_state_dict(weights)
+        return teacher.to(model.device, model.dtype).eval().requires_grad_(False)

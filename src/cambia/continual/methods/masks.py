@@ -25,7 +25,7 @@ class ElementMasks(Method):
     step: a gradient of zero would not hold it against momentum and weight decay.
     """
 
-    contract: ClassVar[Contract] = Contract(needs_boundaries=True, grows=False)
+    CONTRACT: ClassVar[Contract] = Contract(needs_boundaries=True, seals_weights=True, grows=False)
 
     share: Annotated[float, Ge(0), Le(1)] = 0.3
     """Share of the free weights of each tensor that freezes at the end of a task."""
@@ -110,4 +110,6 @@ class ElementMasks(Method):
         return ((name, parameters[name]) for name in self._since)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.situation.model.named_parameters() if p.requires_grad}
+        # What another method has frozen since is held all the same.
+        every = (self.situation.trained or self.situation.model).named_parameters()
+        return {name: p for name, p in every if p.requires_grad or name in self._since}

@@ -1,4 +1,4 @@
-"""What a continual-learning method may do to plain training, and how several work together.
+"""What a continual-learning method may do to plain training.
 
 A method is one object that the loop calls by name. Each of its calls does nothing unless overridden:
 
@@ -20,20 +20,18 @@ To add one: subclass `Method`, say in `contract` what it needs, and name it in `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cambia.config import resolve
 from cambia.data.batches import Batch
 from cambia.data.loaders import LoaderStream
 from cambia.data.streams import Stream
-from cambia.errors import ConfigError
 from cambia.models.bodies import count_parameters
 
 AnyStream = Stream | LoaderStream
@@ -55,6 +53,8 @@ class Contract:
     """Says which rows a batch has; one method of a run can."""
     rewrites_weights: bool = False
     """Says itself which weights the model has; one method of a run can, and no average follows them."""
+    seals_weights: bool = False
+    """Holds weights of the model that nothing else may set."""
     grows: bool = True
     """Works on a model that grows meanwhile."""
     keeps_answers: bool = False
@@ -81,6 +81,10 @@ class Situation:
     optimizer: torch.optim.Optimizer
     stream: AnyStream
     seed: int
+    trained: nn.Module | None = None
+    """The module that holds all that trains, where that is more than the model: an adapter beside it."""
+    weights: Callable[[], Mapping[str, Tensor] | None] = lambda: None
+    """The model's weights as others should load them, where they are not its own: with an adapter in them."""
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     """The precision of training."""
 
@@ -88,13 +92,23 @@ class Situation:
     def device(self) -> torch.device:
         return self.model.device
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Everything that trains, by name."""
+        return {name: p for name, p in (self.trained or self.model).named_parameters() if p.requires_grad}
+
 
 class Method:
     """A continual-learning method; by itself it changes nothing (naive fine-tuning)."""
 
-    contract: ClassVar[Contract] = Contract()
+    CONTRACT: ClassVar[Contract] = Contract()
+    """What every method of the class needs and promises."""
     extra_tokens: float = 0.0
     """Training beside the batches since `spent` was asked last, in tokens' worth of a training step."""
+
+    @property
+    def contract(self) -> Contract:
+        """What this one needs and promises, which may depend on its settings."""
+        return self.CONTRACT
 
     # ---- before training ---------------------------------------------------------------------------
 
@@ -215,149 +229,6 @@ class Naive(Method):
     """Fine-tuning on one task after another, nothing else: what every method is measured against."""
 
 
-@dataclass
-class Methods(Method):
-    """Several methods at once, each called in its turn.
-
-    Raises:
-        ConfigError: two of them would decide the same thing.
-    """
-
-    members: list[Method] = field(default_factory=list)
-    """In the order in which they are called."""
-
-    def __post_init__(self) -> None:
-        for what, told in (("chooses_rows", "choose the rows"), ("rewrites_weights", "set the weights")):
-            both = [type(m).__name__ for m in self.members if getattr(m.contract, what)]
-            if len(both) > 1:
-                raise ConfigError(f"{both[0]} and {both[1]} both {told} of a run: leave one of them out")
-        self.contract = _together([m.contract for m in self.members])  # ty: ignore[invalid-attribute-access]
-
-    def check(self, *, sequence_length: int, vocab_size: int) -> None:
-        for member in self.members:
-            member.check(sequence_length=sequence_length, vocab_size=vocab_size)
-
-    def prepare(self, model: PreTrainedModel) -> nn.Module:
-        trained = [member.prepare(model) for member in self.members]
-        return next((module for module in trained if module is not model), model)
-
-    def attach(self, situation: Situation) -> None:
-        super().attach(situation)
-        for member in self.members:
-            member.attach(situation)
-
-    def begin_stage(self, stage: int) -> None:
-        for member in self.members:
-            member.begin_stage(stage)
-
-    def batch(self, stream: AnyStream, stage: int, at: float) -> Batch:
-        choosing = next((m for m in self.members if m.contract.chooses_rows), None)
-        return (choosing or super()).batch(stream, stage, at)
-
-    @property
-    def needs_logits(self) -> bool:
-        return any(member.needs_logits for member in self.members)
-
-    def penalty(self, batch: Batch, rows: slice, logits: Tensor) -> Tensor | None:
-        asked = [member for member in self.members if member.needs_logits]
-        found = [penalty for m in asked if (penalty := m.penalty(batch, rows, logits)) is not None]
-        return torch.stack(found).sum() if found else None
-
-    def gradients(self, backward: Backward) -> float:
-        return sum(member.gradients(backward) for member in self.members)
-
-    def stepped(self) -> None:
-        for member in self.members:
-            member.stepped()
-
-    def end_stage(self, stream: AnyStream, stage: int) -> None:
-        for member in self.members:
-            member.end_stage(stream, stage)
-
-    @contextmanager
-    def answering(self, task: int) -> Generator[None]:
-        with ExitStack() as stack:
-            for member in self.members:
-                stack.enter_context(member.answering(task))
-            yield
-
-    def spent(self) -> float:
-        return sum(member.spent() for member in self.members)
-
-    @property
-    def cost(self) -> float:
-        return min((member.cost for member in self.members), default=1.0)
-
-    def parameters(self) -> Parameters:
-        rewriting = next((m for m in self.members if m.contract.rewrites_weights), None)
-        return (rewriting or super()).parameters()
-
-    @property
-    def replay_bytes(self) -> int:
-        return sum(member.replay_bytes for member in self.members)
-
-    def promised(self) -> Mapping[str, Tensor]:
-        return {
-            f"{i}.{name}": tensor
-            for i, member in enumerate(self.members)
-            for name, tensor in member.promised().items()
-        }
-
-    def saved_weights(self) -> Mapping[str, Tensor] | None:
-        return next((w for m in self.members if (w := m.saved_weights()) is not None), None)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"members": [member.state_dict() for member in self.members]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for member, saved in zip(self.members, state["members"], strict=True):
-            member.load_state_dict(saved)
-
-
-def refuse(method: Method, *, stages: int | None, boundaries: bool, grows: bool, averages: bool) -> None:
-    """Refuse what a method cannot work with, before anything is trained.
-
-    Args:
-        stages: of the stream; None where that is not known yet.
-        boundaries: whether the learner may see where they begin and end.
-        grows: whether the model grows meanwhile.
-        averages: whether an average follows its weights.
-
-    Raises:
-        ConfigError: with what repairs it.
-    """
-    members = method.members if isinstance(method, Methods) else [method]
-    for member in members:
-        needs, name = member.contract, type(member).__name__
-        if needs.needs_boundaries and not boundaries:
-            raise ConfigError(
-                f"{name} must be told where a task begins and ends, and this stream does not say: set "
-                f"--data.stream.boundaries true, or take a method that needs no boundaries ({_boundless()})"
-            )
-        if needs.needs_boundaries and stages is not None and stages < 2:
-            raise ConfigError(f"{name} works from one task to the next, and there is one task: add another")
-        if grows and not needs.grows:
-            raise ConfigError(f"{name} does not follow a model that grows: set --growth.enabled false")
-        if averages and needs.rewrites_weights:
-            raise ConfigError(
-                f"{name} sets weights itself, which an average would not follow: leave out "
-                "--training.average_decay"
-            )
-
-
-def _boundless() -> str:
-    """The methods that need no boundaries, by name."""
-    from cambia.continual.methods import CONTINUAL_METHODS  # it stands above this module
-
-    kinds: dict[str, Any] = {n: resolve(n, CONTINUAL_METHODS, "method") for n in CONTINUAL_METHODS}
-    return ", ".join(name for name, kind in kinds.items() if not kind.contract.needs_boundaries)
-
-
-def _together(contracts: Sequence[Contract]) -> Contract:
-    """What several methods need and promise when they work together."""
-    needed = ("needs_boundaries", "needs_identity", "stores_text", "chooses_rows", "rewrites_weights")
-    return Contract(
-        **{name: any(getattr(c, name) for c in contracts) for name in needed},
-        grows=all(c.grows for c in contracts),
-        keeps_answers=any(c.keeps_answers for c in contracts),
-    )
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors, by name."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}

@@ -13,23 +13,25 @@ from cambia.errors import ConfigError
 
 @dataclass
 class Joint(Method):
-    """Every batch holds rows of all tasks alike, also of those that are yet to come: multi-task training.
+    """Every batch holds rows of all tasks, also of those that are yet to come: multi-task training.
 
-    It sees as much text as a sequential method, so it is a bound at equal new text.
+    Each task has as large a share as the stages together give it. It sees as much text as a sequential
+    method, so it is a bound at equal new text.
     """
 
-    contract: ClassVar[Contract] = Contract(stores_text=True, chooses_rows=True)
+    CONTRACT: ClassVar[Contract] = Contract(stores_text=True, chooses_rows=True)
 
     def batch(self, stream: AnyStream, stage: int, at: float) -> Batch:
         tasks = _tasks(stream)
-        return tasks.mixed_batch([1 / len(tasks.names)] * len(tasks.names))
+        means = [each.mean_weights() for each in tasks.stages]
+        return tasks.mixed_batch([sum(shares) for shares in zip(*means, strict=True)])
 
 
 @dataclass
 class Cumulative(Method):
     """Every batch holds rows of all tasks so far alike: nothing is thrown away, at no more steps."""
 
-    contract: ClassVar[Contract] = Contract(needs_boundaries=True, stores_text=True, chooses_rows=True)
+    CONTRACT: ClassVar[Contract] = Contract(needs_boundaries=True, stores_text=True, chooses_rows=True)
 
     def batch(self, stream: AnyStream, stage: int, at: float) -> Batch:
         tasks = _tasks(stream)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from cambia.continual.methods.lora import Adapting
 from cambia.continual.methods.method import AnyStream, Backward, Contract, Situation
-from cambia.nn.lora import state_of
 
 
 @dataclass
@@ -25,7 +24,7 @@ class OLora(Adapting):
     learned is added to the weights at the end of a task; the As are kept, to stay away from.
     """
 
-    contract: ClassVar[Contract] = Contract(needs_boundaries=True, rewrites_weights=True, grows=False)
+    CONTRACT: ClassVar[Contract] = Contract(needs_boundaries=True, rewrites_weights=True, grows=False)
 
     whole: bool = False
     """Train embeddings, norm gains and biases as well, which nothing keeps orthogonal."""
@@ -67,7 +66,7 @@ class OLora(Adapting):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "past": state_of(self._past)}
+        return {**super().state_dict(), "past": self._past}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)

@@ -21,11 +21,12 @@ class OrthogonalSubspace(Method):
     """Before each task a matrix is split by its singular values; what the task changes is orthogonal, on both
     sides, to the strongest of its directions (Nayak et al. 2025, https://arxiv.org/abs/2504.07097).
 
-    More directions are kept with each task. Matrices alone train. The gradient is projected, and what the
+    More directions are kept with each task, the same share in every layer (the paper ranks layers by how
+    much they matter). Matrices alone train, embeddings among them. The gradient is projected, and what the
     optimizer made of it as well, so that the kept part stays up to rounding.
     """
 
-    contract: ClassVar[Contract] = Contract(needs_boundaries=True, rewrites_weights=True, grows=False)
+    CONTRACT: ClassVar[Contract] = Contract(needs_boundaries=True, rewrites_weights=True, grows=False)
 
     keep: Annotated[float, Gt(0), Lt(1)] | None = None
     """Share of the directions that is kept; by default it rises with each task: k / (n + 1) in the k-th of n
@@ -47,12 +48,12 @@ class OrthogonalSubspace(Method):
     def begin_stage(self, stage: int) -> None:
         share = self.keep or (stage + 1) / (self._count + 1)
         for name, parameter in self._matrices().items():
-            weight = parameter.detach().double()
+            weight = parameter.detach().cpu().double()
             u, _, vh = torch.linalg.svd(weight, full_matrices=False)
             kept = max(1, round(share * min(weight.shape)))
             self._begun[name] = parameter.detach().clone()
-            self._left[name] = u[:, :kept].to(parameter.dtype).contiguous()
-            self._right[name] = vh[:kept].T.to(parameter.dtype).contiguous()
+            self._left[name] = u[:, :kept].to(parameter).contiguous()
+            self._right[name] = vh[:kept].T.to(parameter).contiguous()
 
     @torch.no_grad()
     def gradients(self, backward: Backward) -> float:
@@ -88,4 +89,4 @@ class OrthogonalSubspace(Method):
         )
 
     def _matrices(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.situation.model.named_parameters() if p.requires_grad}
+        return self.situation.parameters()

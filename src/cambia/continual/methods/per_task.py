@@ -12,10 +12,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from cambia.continual.methods.lora import Adapting
-from cambia.continual.methods.method import AnyStream, Contract, Method, Parameters, Situation
+from cambia.continual.methods.method import (
+    AnyStream,
+    Contract,
+    Method,
+    Parameters,
+    Situation,
+    copied,
+)
 from cambia.errors import ConfigError
 from cambia.models.bodies import count_parameters
 
@@ -31,7 +37,7 @@ class Records:
     """
 
     def __init__(self, stream: AnyStream, live: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer):
-        mixed = [stage.name for stage in stream.stages if sum(weight > 0 for weight in stage.weights) != 1]
+        mixed = [s.name for s in stream.stages if s.until or sum(weight > 0 for weight in s.weights) != 1]
         if mixed:
             raise ConfigError(
                 f"weights for each task need stages of one task, and {mixed[0]!r} has text of several: "
@@ -39,7 +45,7 @@ class Records:
             )
         self.tasks = [max(range(len(s.weights)), key=lambda j, s=s: s.weights[j]) for s in stream.stages]
         self.live, self.optimizer = live, optimizer
-        self.start = _copied(live)
+        self.start = copied(live)
         self.sealed: dict[str, dict[str, Tensor]] = {}
         """By task and version: "2", and "2.1" where it came again."""
 
@@ -58,7 +64,12 @@ class Records:
 
     def seal(self, stage: int) -> None:
         task = self.tasks[stage]
-        self.sealed[_version(task, self._versions(task))] = _copied(self.live)
+        self.sealed[_version(task, self._versions(task))] = copied(self.live)
+
+    @property
+    def count(self) -> int:
+        """Tasks that have one."""
+        return len({name.partition(".")[0] for name in self.sealed})
 
     def _versions(self, task: int) -> int:
         """How many records a task has."""
@@ -92,16 +103,10 @@ class Records:
         }
 
 
-@dataclass
-class LoraPerTask(Adapting):
-    """An adapter for each task on one frozen model: nothing is forgotten, and somebody has to say which to
-    use."""
+class Recorded(Method):
+    """A method that keeps `records` of every task and answers each with its own."""
 
-    contract: ClassVar[Contract] = ORACLE
-
-    def attach(self, situation: Situation) -> None:
-        super().attach(situation)
-        self.records = Records(situation.stream, self.trained(), situation.optimizer)
+    records: Records
 
     def begin_stage(self, stage: int) -> None:
         self.records.begin(stage)
@@ -113,12 +118,6 @@ class LoraPerTask(Adapting):
     def answering(self, task: int) -> Generator[None]:
         with self.records.shown(task):
             yield
-
-    def parameters(self) -> Parameters:
-        trained = sum(p.numel() for p in self.trained().values())
-        model = count_parameters(self.situation.model)
-        added = sum(p.numel() for p in self.adapter.parameters())
-        return Parameters(trained, model + trained * max(1, len(self.records.sealed)), model + added)
 
     def promised(self) -> Mapping[str, Tensor]:
         return {**super().promised(), **self.records.promised()}
@@ -132,47 +131,38 @@ class LoraPerTask(Adapting):
 
 
 @dataclass
-class FullPerTask(Method):
-    """A whole model for each task, each fine-tuned from the same start: the specialists."""
+class LoraPerTask(Recorded, Adapting):
+    """An adapter for each task on one frozen model: nothing is forgotten, and somebody has to say which to
+    use."""
 
-    contract: ClassVar[Contract] = ORACLE
+    CONTRACT: ClassVar[Contract] = ORACLE
 
     def attach(self, situation: Situation) -> None:
         super().attach(situation)
-        live = {name: p for name, p in situation.model.named_parameters() if p.requires_grad}
-        self.records = Records(situation.stream, live, situation.optimizer)
-
-    def begin_stage(self, stage: int) -> None:
-        self.records.begin(stage)
-
-    def end_stage(self, stream: AnyStream, stage: int) -> None:
-        self.records.seal(stage)
-
-    @contextmanager
-    def answering(self, task: int) -> Generator[None]:
-        with self.records.shown(task):
-            yield
+        self.records = Records(situation.stream, situation.parameters(), situation.optimizer)
 
     def parameters(self) -> Parameters:
-        model: PreTrainedModel = self.situation.model
         trained = sum(p.numel() for p in self.records.live.values())
-        return Parameters(
-            trained, count_parameters(model) * max(1, len(self.records.sealed)), count_parameters(model)
-        )
+        model = count_parameters(self.situation.model)
+        added = sum(p.numel() for p in self.adapter.parameters())
+        return Parameters(trained, model + trained * max(1, self.records.count), model + added)
 
-    def promised(self) -> Mapping[str, Tensor]:
-        return self.records.promised()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"records": self.records.state_dict()}
+@dataclass
+class FullPerTask(Recorded):
+    """A whole model for each task, each fine-tuned from the same start: the specialists."""
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.records.load_state_dict(state["records"])
+    CONTRACT: ClassVar[Contract] = ORACLE
+
+    def attach(self, situation: Situation) -> None:
+        super().attach(situation)
+        self.records = Records(situation.stream, situation.parameters(), situation.optimizer)
+
+    def parameters(self) -> Parameters:
+        trained = sum(p.numel() for p in self.records.live.values())
+        model = count_parameters(self.situation.model)
+        return Parameters(trained, model * max(1, self.records.count), model)
 
 
 def _version(task: int, number: int) -> str:
     return f"{task}.{number}" if number else str(task)
-
-
-def _copied(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in live.items()}

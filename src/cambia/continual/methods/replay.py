@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -28,7 +28,7 @@ class Replay(Method):
     Where the learner may not see where tasks end, rows of everything so far are replayed.
     """
 
-    contract: ClassVar[Contract] = Contract(stores_text=True, chooses_rows=True)
+    CONTRACT: ClassVar[Contract] = Contract(stores_text=True, chooses_rows=True)
 
     fraction: Annotated[float, Ge(0), Lt(1)] = 0.1
     """Replayed rows as a share of the batch, once there are earlier ones; 0 switches replay off."""
@@ -47,10 +47,11 @@ class Replay(Method):
     drift: Drift | None = None
     """Let measured drift set the fraction, which is then only where it starts."""
 
-    def __post_init__(self) -> None:
+    @property
+    def contract(self) -> Contract:
         written = self.text == "written"
-        self.contract = Contract(  # ty: ignore[invalid-attribute-access]
-            stores_text=not written, chooses_rows=True, needs_boundaries=written or self.drift is not None
+        return replace(
+            self.CONTRACT, stores_text=not written, needs_boundaries=written or self.drift is not None
         )
 
     def check(self, *, sequence_length: int, vocab_size: int) -> None:
@@ -61,6 +62,8 @@ class Replay(Method):
         self.buffer = self._buffer(situation.seed)
         self._writing = torch.Generator().manual_seed(situation.seed)
         self._share = self.fraction
+        if self.drift is not None:
+            self.drift.begin()
         self._owed = Fraction(0)
         """Rows that are yet to be replayed; less than one."""
 
@@ -77,9 +80,13 @@ class Replay(Method):
             old = self._old_rows(self._rows_due(stream.batch_size), present)
         replaced = 0 if self.on_top else sum(len(batch.input_ids) for batch in old)
         new = stream.next_batch(stage, at=at, rows=stream.batch_size - replaced if replaced else None)
-        if self.text == "kept" and self.fraction > 0:
+        if self.text == "kept" and self._replays:
             self._keep(new, tag)
         return together(new, *old)
+
+    @property
+    def _replays(self) -> bool:
+        return self.fraction > 0 or self.drift is not None
 
     def _old_rows(self, count: int, present: int | None) -> list[Batch]:
         """What stands behind the new rows of a batch."""
@@ -92,18 +99,19 @@ class Replay(Method):
 
     def _rows_due(self, batch_size: int) -> int:
         """Whole rows whose running total stays within one of the share; exact, without rounding error."""
-        self._owed += Fraction(self._share).limit_denominator(1_000_000) * batch_size
+        self._owed += Fraction(round(self._share * 1_000_000), 1_000_000) * batch_size
         rows = math.floor(self._owed)
         self._owed -= rows
         return rows
 
     def end_stage(self, stream: AnyStream, stage: int) -> None:
-        if self.text == "written" and self.fraction > 0:
+        if self.text == "written" and self._replays:
             self._write(stream, stage)
         if self.drift is not None:
             probe = self.buffer.sample(self.drift.rows, only_tag=stage)
             if probe is not None:
                 self.drift.keep(self.situation, probe)
+                self.extra_tokens += self.drift.spent()
 
     def _write(self, stream: AnyStream, stage: int) -> None:
         """Fill this task's share of the buffer with what the model writes."""

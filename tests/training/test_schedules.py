@@ -86,7 +86,7 @@ def test_the_annotation_is_what_the_config_reads() -> None:
     assert Annotated[Schedule, Member(SCHEDULES, "schedule")].__metadata__[0].dump(WSD()) == {
         "type": "wsd",
         "warmup_fraction": 0.05,
-        "over": "task",
+        "over": None,
         "decay_fraction": 0.2,
         "final": 0.0,
     }

@@ -275,9 +275,14 @@ def test_a_full_disk_keeps_what_was_written(cambia, tmp_path, monkeypatch):
 def test_signals_finish_the_step_and_save(tmp_path, cache, which):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     environment = {**os.environ, "CAMBIA_RUNS": str(tmp_path / "runs"), "CAMBIA_CACHE": str(cache)}
-    command = [sys.executable, "-m", "cambia", "run", "tiny.yaml", "--training.steps", "100000"]
+    command = [sys.executable, "-m", "cambia", "run", "tiny.yaml"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*command, "--training.steps", "100000", "--threads", "1"],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     metrics = tmp_path / "runs/tiny/metrics.csv"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):

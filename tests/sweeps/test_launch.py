@@ -194,6 +194,7 @@ def assert_whole(folder: Path, count: int) -> None:
     assert set(finished.values()) == {1} and len(finished) == count
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds workers by their command")
 def test_launcher_and_workers_are_killed(place: Path, tmp_path: Path) -> None:
     written(place, grid(seeds=3, settings={"training.steps": 12, "checkpoint.every_steps": 4}))

@@ -28,12 +28,12 @@ def bench() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="module")
 def course(bench: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The tasks with little text, for two steps on each."""
+    """The tasks with little text."""
     with pytest.MonkeyPatch.context() as patch:
         ours = sys.modules["peers.continual.ours"]
         patch.setattr(ours, "TEXT_BYTES", 20_000)
         patch.setattr(ours, "SCORED_BYTES", 400)
-        yield bench.Course(tmp_path_factory.mktemp("course"), {"adamw": 2, "sgd": 2})
+        yield bench.Course(tmp_path_factory.mktemp("course"))
 
 
 def laid_down(bench: ModuleType, course: Any, run: Any) -> Any:
@@ -44,7 +44,7 @@ def laid_down(bench: ModuleType, course: Any, run: Any) -> Any:
 
 
 def test_the_rows_laid_down_are_those_that_our_side_reads(bench: ModuleType, course: Any) -> None:
-    run = bench.Run("naive", 3, "adamw")
+    run = bench.Run("naive", 3, "adamw", 2)
     rows = laid_down(bench, course, run)
     stream = course.stream(run)
     assert len(rows.train) == len(rows.held_out) == len(bench.TASKS)
@@ -56,7 +56,7 @@ def test_the_rows_laid_down_are_those_that_our_side_reads(bench: ModuleType, cou
 
 
 def test_both_sides_score_alike(bench: ModuleType, course: Any) -> None:
-    run = bench.Run("naive", 3, "sgd")
+    run = bench.Run("naive", 3, "sgd", 2)
     rows = laid_down(bench, course, run)
     model = LlamaForCausalLM.from_pretrained(course.folder / "model-3")
     shared = sys.modules["peers.continual.course"]
@@ -67,7 +67,7 @@ def test_both_sides_score_alike(bench: ModuleType, course: Any) -> None:
 
 
 def test_whatever_is_drawn_of_one_row_is_that_row(bench: ModuleType, course: Any) -> None:
-    rows = laid_down(bench, course, bench.Run("replay", 3, "adamw", stream="same"))
+    rows = laid_down(bench, course, bench.Run("replay", 3, "adamw", 2, stream="same"))
     first, second = rows.train
     assert len(first.unique(dim=0)) == 1
     assert len(second.unique(dim=0)) == len(second)
@@ -75,14 +75,14 @@ def test_whatever_is_drawn_of_one_row_is_that_row(bench: ModuleType, course: Any
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_lent_fisher_information_is_what_holds(bench: ModuleType, course: Any, value: float) -> None:
-    run = bench.ewc(3, 100.0, 1.0, lent=True)
+    run = bench.ewc(3, 2, 100.0, 1.0, lent=True)
     laid_down(bench, course, run)
     model = LlamaForCausalLM.from_pretrained(course.folder / "model-3")
     file_of = sys.modules["peers.continual.course"].fisher_file
     for task in range(len(bench.TASKS)):
         fisher = {name: torch.full_like(p, value) for name, p in model.named_parameters()}
         save_file(fisher, file_of(course.folder, run, task))
-    held, free = course.train(run), course.train(bench.Run("naive", 3, "adamw"))
+    held, free = course.train(run), course.train(bench.Run("naive", 3, "adamw", 2))
     assert (held == free) == (value == 0)
     assert held[:2] == free[:2]  # nothing holds in the first task
 
@@ -97,7 +97,7 @@ def test_each_side_takes_the_strength_that_ends_lowest(bench: ModuleType) -> Non
     ends = {(1.0, 0): 3.0, (1.0, 1): 3.0, (10.0, 0): 2.0, (10.0, 1): 3.5}
     tuning = [
         {
-            "run": asdict(bench.ewc(seed, strength, 2 * strength)),
+            "run": asdict(bench.ewc(seed, 2, strength, 2 * strength)),
             "ours": [[end] * 3] * 4,
             "theirs": [[-end] * 3] * 4,
         }
@@ -118,19 +118,20 @@ def test_the_page_has_a_row_for_each_method_side_and_strength(bench: ModuleType)
         },
         "taken": {"strength": 1.0, "ewc_lambda": 20.0},
         "checks": [
-            pair(bench.ewc(0, 40.0, 20.0, lent=True), 2.25, 2.25),
-            pair(bench.Run("naive", 0, "sgd", stream="same"), 3.5, 3.5),
-            pair(bench.Run("agem", 0, "sgd", stream="same"), 3.0, 3.0),
+            pair(bench.ewc(0, 2, 40.0, 20.0, lent=True), 2.25, 2.25),
+            pair(bench.Run("naive", 0, "adamw", 2), 2.5, 2.5),
+            pair(bench.Run("naive", 0, "sgd", 2, stream="same"), 3.5, 3.5),
+            pair(bench.Run("agem", 0, "sgd", 2, stream="same"), 3.0, 3.0),
         ],
         "arms": [
             pair(run(seed), 2.5 + seed + gap, 2.5 + seed)
             for seed in range(3)
             for run, gap in (
-                (lambda s: bench.Run("naive", s, "adamw"), 0.0),
-                (lambda s: bench.ewc(s, 1.0, 20.0), 0.125),
+                (lambda s: bench.Run("naive", s, "adamw", 2), 0.0),
+                (lambda s: bench.ewc(s, 2, 1.0, 20.0), 0.125),
             )
         ],
-        "tuning": [pair(bench.ewc(100, each, 2 * each), 2.0, 2.0) for each in (1.0, 10.0)],
+        "tuning": [pair(bench.ewc(100, 2, each, 2 * each), 2.0, 2.0) for each in (1.0, 10.0)],
     }
     page = bench.markdown(result)
     checks, arms, _, tuning, _ = page.split("\n\n")

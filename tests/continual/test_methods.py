@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -28,10 +29,12 @@ from cambia.continual.methods.replay import Replay
 from cambia.data import BytesTokenizer, GeneratedSource, Stream, Task, build_tokenizer
 from cambia.data.prepare import prepare
 from cambia.errors import ConfigError
+from cambia.experiment.tree import experiment_from
 from cambia.models import CambiaConfig, CambiaForCausalLM
 from cambia.rundir import RunReader, RunWriter
 from cambia.training import CheckpointConfig, EvaluationConfig, Trainer, TrainingConfig
 from cambia.training.optim import AdamW
+from tests.markdown import blocks
 
 TEXTS = ("counting", "copy", "brackets")
 
@@ -548,3 +551,25 @@ def test_an_optimizer_that_knows_nothing_of_the_adapter_is_refused():
 def test_freezing_nothing_is_refused(tasks, tmp_path):
     with pytest.raises(ConfigError, match="no parameter's name is like nothing"):
         trained(Freeze(names=["nothing"]), tasks, tmp_path / "run")
+
+
+# ---- docs/methods.md -----------------------------------------------------------------------------
+
+
+def test_the_page_shows_what_works(tasks, tmp_path):
+    """Its file is an experiment, and its method of one's own trains and resumes like any other."""
+    shown = blocks("docs/methods.md")
+    (settings,) = [block.text for block in shown if block.language == "yaml"]
+    experiment = experiment_from(yaml.safe_load(settings), source="docs/methods.md", flags={})
+    assert [type(method) for method in experiment.methods] == [Replay, EWC]
+    (own,) = [block.text for block in shown if "class PullBack" in block.text]
+    names: dict[str, Any] = {}
+    exec(compile(own, "docs/methods.md", "exec"), names)
+    pulled = trained(names["PullBack"](share=0.5), tasks, tmp_path / "pulled")
+    plain = trained(None, tasks, tmp_path / "plain")
+    start = dict(model_of().named_parameters())
+
+    def moved(trainer: Trainer) -> float:
+        return sum(float((p - start[n]).detach().square().sum()) for n, p in trainer.model.named_parameters())
+
+    assert moved(pulled) < 0.7 * moved(plain)

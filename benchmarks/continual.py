@@ -19,7 +19,7 @@ import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ class Preset:
     streams: tuple[str, ...] = ("far", "near")
     steps: int = 200
     """Steps on each domain."""
+    tuning_steps: int = 120
+    """Steps on each domain of tuning."""
     rows: int = 16
     """Sequences of 128 bytes in each step."""
     base_steps: int = 800
@@ -300,7 +302,8 @@ def markdown(result: Mapping[str, Any]) -> str:
             for one in result["tried"]
         ]
         parts += [
-            f"Tuned on {', '.join(OTHER)} (final average after one run each):",
+            f"Tuned on {', '.join(OTHER)}, {result['preset']['tuning_steps']} steps each (final average of one "
+            "run):",
             table(["method", "tried", "final average", "taken"], rows),
         ]
     return "\n\n".join(parts)
@@ -336,7 +339,8 @@ def main() -> None:
         "far": experiment(preset, FAR, data, base, plain=False),
         "near": experiment(preset, NEAR, data, base, plain=True),
     }
-    methods, tried = chosen(f"{name}-tuning", preset, experiment(preset, OTHER, data, base, plain=False))
+    other = experiment(replace(preset, steps=preset.tuning_steps), OTHER, data, base, plain=False)
+    methods, tried = chosen(f"{name}-tuning", preset, other)
     streams = {}
     for stream in preset.streams:
         runs = sweep(f"{name}-{stream}", shared[stream], methods, preset.seeds, preset.workers)

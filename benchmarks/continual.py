@@ -302,8 +302,8 @@ def markdown(result: Mapping[str, Any]) -> str:
             for one in result["tried"]
         ]
         parts += [
-            f"Tuned on {', '.join(OTHER)}, {result['preset']['tuning_steps']} steps each (final average of one "
-            "run):",
+            f"Tuned on {', '.join(OTHER)}, {result['preset']['tuning_steps']} steps each "
+            "(final average of one run):",
             table(["method", "tried", "final average", "taken"], rows),
         ]
     return "\n\n".join(parts)

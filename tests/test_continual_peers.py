@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +32,11 @@ def course(bench: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """The tasks with little text."""
     with pytest.MonkeyPatch.context() as patch:
         ours = sys.modules["peers.continual.ours"]
-        patch.setattr(ours, "TEXT_BYTES", 20_000)
+        little = {
+            stream: {name: replace(source, size_bytes=20_000) for name, source in tasks.items()}
+            for stream, tasks in bench.STREAMS.items()
+        }
+        patch.setattr(ours, "STREAMS", little)
         patch.setattr(ours, "SCORED_BYTES", 400)
         yield bench.Course(tmp_path_factory.mktemp("course"))
 
@@ -44,10 +49,10 @@ def laid_down(bench: ModuleType, course: Any, run: Any) -> Any:
 
 
 def test_the_rows_laid_down_are_those_that_our_side_reads(bench: ModuleType, course: Any) -> None:
-    run = bench.Run("naive", 3, "adamw", 2)
+    run = bench.Run("naive", "unlike", 3, "adamw", 2)
     rows = laid_down(bench, course, run)
     stream = course.stream(run)
-    assert len(rows.train) == len(rows.held_out) == len(bench.TASKS)
+    assert len(rows.train) == len(rows.held_out) == 3
     for task, windows in enumerate(rows.train):
         for some in windows.split(bench.BATCH):
             batch = stream.next_batch(task)
@@ -56,18 +61,18 @@ def test_the_rows_laid_down_are_those_that_our_side_reads(bench: ModuleType, cou
 
 
 def test_both_sides_score_alike(bench: ModuleType, course: Any) -> None:
-    run = bench.Run("naive", 3, "sgd", 2)
+    run = bench.Run("naive", "unlike", 3, "sgd", 2)
     rows = laid_down(bench, course, run)
     model = LlamaForCausalLM.from_pretrained(course.folder / "model-3")
     shared = sys.modules["peers.continual.course"]
     found = shared.scores(shared.Logits(model), rows.held_out)
     untrained, *after = course.train(run)
     assert found == pytest.approx(untrained, abs=1e-5)
-    assert len(after) == len(bench.TASKS)
+    assert len(after) == 3
 
 
 def test_whatever_is_drawn_of_one_row_is_that_row(bench: ModuleType, course: Any) -> None:
-    rows = laid_down(bench, course, bench.Run("replay", 3, "adamw", 2, stream="same"))
+    rows = laid_down(bench, course, bench.Run("replay", "one_row", 3, "adamw", 2))
     first, second = rows.train
     assert len(first.unique(dim=0)) == 1
     assert len(second.unique(dim=0)) == len(second)
@@ -75,73 +80,46 @@ def test_whatever_is_drawn_of_one_row_is_that_row(bench: ModuleType, course: Any
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_lent_fisher_information_is_what_holds(bench: ModuleType, course: Any, value: float) -> None:
-    run = bench.ewc(3, 2, 100.0, 1.0, lent=True)
+    run = bench.Strength(100.0, 1.0).run("unlike", 3, 2, lent=True)
     laid_down(bench, course, run)
     model = LlamaForCausalLM.from_pretrained(course.folder / "model-3")
     file_of = sys.modules["peers.continual.course"].fisher_file
-    for task in range(len(bench.TASKS)):
+    for task in range(3):
         fisher = {name: torch.full_like(p, value) for name, p in model.named_parameters()}
         save_file(fisher, file_of(course.folder, run, task))
-    held, free = course.train(run), course.train(bench.Run("naive", 3, "adamw", 2))
+    held, free = course.train(run), course.train(bench.Run("naive", "unlike", 3, "adamw", 2))
     assert (held == free) == (value == 0)
     assert held[:2] == free[:2]  # nothing holds in the first task
 
 
-def pair(run: Any, ours: float, theirs: float) -> dict[str, Any]:
-    """A run whose scores are all the same, but for the untrained model's."""
-    sides = {"ours": ours, "theirs": theirs}
-    return {"run": asdict(run), **{side: [[8.0] * 3, *[[end] * 3] * 3] for side, end in sides.items()}}
+class Told:
+    """Both sides, with made-up ends: ours is above theirs by an eighth where EWC is at work."""
+
+    def both(self, runs: list[Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        avalanche = {"avalanche": "0.6.0", "torch": "2", "torchvision": "0", "torchvision_operators": False}
+        return [self.pair(run) for run in runs], avalanche
+
+    def pair(self, run: Any) -> dict[str, Any]:
+        end = {"naive": 3.5, "agem": 3.0}.get(run.method, 2.5) + run.seed
+        theirs = end - (run.ewc_lambda == 1e4 * 256)
+        ours = theirs if run.method != "ewc" or run.lent else end + 0.125 - (run.strength == 1e3)
+        sides = {"ours": ours, "theirs": theirs}
+        return {"run": asdict(run), **{side: [[8.0] * 3, *[[e] * 3] * 3] for side, e in sides.items()}}
 
 
-def test_each_side_takes_the_strength_that_ends_lowest(bench: ModuleType) -> None:
-    ends = {(1.0, 0): 3.0, (1.0, 1): 3.0, (10.0, 0): 2.0, (10.0, 1): 3.5}
-    tuning = [
-        {
-            "run": asdict(bench.ewc(seed, 2, strength, 2 * strength)),
-            "ours": [[end] * 3] * 4,
-            "theirs": [[-end] * 3] * 4,
-        }
-        for (strength, seed), end in ends.items()
-    ]
-    assert bench.best(tuning, "ours", "strength") == 10.0
-    assert bench.best(tuning, "theirs", "ewc_lambda") == 2.0
-
-
-def test_the_page_has_a_row_for_each_method_side_and_strength(bench: ModuleType) -> None:
-    result = {
-        "tasks": bench.TASKS,
-        "avalanche": {
-            "avalanche": "0.6.0",
-            "torch": "2.13.0",
-            "torchvision": "0.28.0",
-            "torchvision_operators": 1,
-        },
-        "taken": {"strength": 1.0, "ewc_lambda": 20.0},
-        "checks": [
-            pair(bench.ewc(0, 2, 40.0, 20.0, lent=True), 2.25, 2.25),
-            pair(bench.Run("naive", 0, "adamw", 2), 2.5, 2.5),
-            pair(bench.Run("naive", 0, "sgd", 2, stream="same"), 3.5, 3.5),
-            pair(bench.Run("agem", 0, "sgd", 2, stream="same"), 3.0, 3.0),
-        ],
-        "arms": [
-            pair(run(seed), 2.5 + seed + gap, 2.5 + seed)
-            for seed in range(3)
-            for run, gap in (
-                (lambda s: bench.Run("naive", s, "adamw", 2), 0.0),
-                (lambda s: bench.ewc(s, 2, 1.0, 20.0), 0.125),
-            )
-        ],
-        "tuning": [pair(bench.ewc(100, 2, each, 2 * each), 2.0, 2.0) for each in (1.0, 10.0)],
-    }
-    page = bench.markdown(result)
-    checks, arms, _, tuning, _ = page.split("\n\n")
-    assert [len(part.splitlines()) for part in (checks, arms, tuning)] == [2 + 3, 2 + 6, 2 + 4]
+def test_each_side_takes_its_best_strength_and_the_page_says_all(bench: ModuleType) -> None:
+    preset = bench.Preset(2, 2, 2, seeds=3, strengths=(1e2, 1e3, 1e4))
+    result = json.loads(json.dumps(bench.measured(preset, Told())))
+    best = {"strength": 1e3, "ewc_lambda": 1e4 * 256}
+    assert result["taken"] == {"unlike": best, "alike": best}
+    checks, arms, _, tuning, _ = bench.markdown(result).split("\n\n")
+    assert [len(part.splitlines()) for part in (checks, arms, tuning)] == [2 + 5, 2 + 8 * 3, 2 + 2 * 2 * 3]
     for part in (checks, arms, tuning):
         assert len({line.count("|") for line in part.splitlines()}) == 1
     assert "| A-GEM | SGD | the first task is one row | 0e+00 | 0.50 |" in checks
-    assert "| EWC | AdamW | Cambia takes Avalanche's Fisher information | 0e+00 | 0.25 |" in checks
-    assert "+0.125 (+0.125 to +0.125)" in arms
-    assert tuning.count("✓") == 2
+    assert "| alike | AdamW | EWC | Cambia less Avalanche | +0.125 (+0.125 to +0.125) |" in arms
+    assert "| unlike | SGD | A-GEM | Cambia | 4.000 ± 1.000 |" in arms
+    assert tuning.count("✓") == 4
 
 
 def test_the_interval_is_students(bench: ModuleType) -> None:

@@ -36,6 +36,9 @@ class Run:
     """One training through all tasks, as either side can do it."""
 
     method: Literal["naive", "ewc", "replay", "agem"]
+    stream: Literal["unlike", "alike", "one_row"]
+    """Three tasks of different symbols, or of the same ones; or two, of which the first is one row again and
+    again."""
     seed: int
     optimizer: str
     """A key of `RATES`."""
@@ -45,8 +48,6 @@ class Run:
     """Of EWC, on Cambia's side."""
     ewc_lambda: float = 0.0
     """Of EWC, on Avalanche's side."""
-    stream: str = "tasks"
-    """Which rows: those of the tasks, or `same`: two tasks, of which the first is one row again and again."""
     lent: bool = False
     """Avalanche writes down its Fisher information, and Cambia takes that for its own."""
 

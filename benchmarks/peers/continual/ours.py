@@ -21,7 +21,6 @@ from cambia.data import BytesTokenizer, GeneratedSource, Stream, Task, build_tok
 from cambia.data.batches import Batch
 from cambia.data.prepare import prepare
 from cambia.data.sources import TRAIN
-from cambia.data.streams import Stage
 from cambia.evaluation import task_matrix
 from cambia.rundir import RunReader, RunWriter
 from cambia.training import CheckpointConfig, EvaluationConfig, Trainer, TrainingConfig
@@ -44,11 +43,22 @@ from peers.continual.course import (
     rows_file,
 )
 
-TASKS = ("counting", "modular_arithmetic", "brackets")
 TEXT_BYTES, SCORED_BYTES = 300_000, 8192
+STREAMS = {
+    "unlike": {
+        "counting": GeneratedSource(task="counting", size_bytes=TEXT_BYTES),
+        "arithmetic": GeneratedSource(task="modular_arithmetic", size_bytes=TEXT_BYTES),
+        "brackets": GeneratedSource(task="brackets", size_bytes=TEXT_BYTES),
+    },
+    "alike": {
+        f"counting by {step}": GeneratedSource(task="counting", step=step, size_bytes=TEXT_BYTES)
+        for step in (1, 3, -2)
+    },
+}
+"""Stream -> task -> its text."""
 
 
-class Same(Stream):
+class OneRow(Stream):
     """One row again and again, and then the second task: whatever is drawn from the memory is that row."""
 
     def next_batch(self, stage: int, *, at: float = 0.0, rows: int | None = None) -> Batch:
@@ -79,15 +89,18 @@ class Course:
         self.folder = folder
         tokenizer = build_tokenizer(BytesTokenizer())
         self.vocabulary = tokenizer.vocab_size
-        self.tasks = [
-            Task(name, prepare(source, tokenizer, cache_dir=folder / "text"))
-            for name, source in ((n, GeneratedSource(task=n, size_bytes=TEXT_BYTES)) for n in TASKS)
-        ]
+        self.tasks = {
+            stream: [
+                Task(name, prepare(source, tokenizer, cache_dir=folder / "text"))
+                for name, source in tasks.items()
+            ]
+            for stream, tasks in STREAMS.items()
+        }
+        self.tasks["one_row"] = self.tasks["unlike"][:2]
 
     def stream(self, run: Run) -> Stream:
-        kind, count = (Same, 2) if run.stream == "same" else (Stream, len(TASKS))
-        stages = [Stage.only(TASKS, task) for task in range(count)]
-        return kind(self.tasks, stages, batch_size=BATCH, sequence_length=LENGTH, seed=run.seed)
+        kind = OneRow if run.stream == "one_row" else Stream
+        return kind(self.tasks[run.stream], batch_size=BATCH, sequence_length=LENGTH, seed=run.seed)
 
     def lay_down(self, run: Run) -> None:
         """Write the model that a run begins with and its rows, unless they are there."""
@@ -98,10 +111,10 @@ class Course:
             return
         stream = self.stream(run)
         train, held_out = [], []
-        for task in range(len(stream.stages)):
+        for task in range(len(stream.tasks)):
             batches = [stream.next_batch(task) for _ in range(run.steps)]
             train.append(torch.cat([torch.cat([b.input_ids, b.targets[:, -1:]], dim=1) for b in batches]))
-        for task in range(len(self.tasks)):
+        for task in range(len(stream.tasks)):
             scored = list(stream.evaluation(task, "test", SCORED_BYTES, batch_size=32))
             inputs, targets = (torch.cat([getattr(b, n) for b in scored]) for n in ("input_ids", "targets"))
             held_out.append((inputs, targets, sum(batch.num_bytes for batch in scored)))
@@ -144,7 +157,7 @@ class Course:
         if run.method == "replay":
             return Replay(fraction=REPLAYED / BATCH, on_top=True, capacity=MEMORY)
         if run.method == "agem":
-            return AGem(capacity=PATTERNS * len(TASKS), rows=COMPARED)
+            return AGem(capacity=PATTERNS * len(self.tasks[run.stream]), rows=COMPARED)
         return Naive()
 
 

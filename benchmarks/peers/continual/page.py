@@ -11,7 +11,7 @@ from typing import Any
 
 from harness import table
 
-from cambia.evaluation import TransferMetrics, transfer_metrics
+from cambia.evaluation import transfer_metrics
 from cambia.reporting.sweeps.statistics import mean, spread, t_tail
 from cambia.reporting.units import plural
 from peers.continual.course import Matrix, Run
@@ -43,19 +43,17 @@ class Pair:
 
 def markdown(result: dict[str, Any]) -> str:
     """All tables."""
-    tasks = result["tasks"]
     kinds = {
         kind: [Pair(Run(**one["run"]), one["ours"], one["theirs"]) for one in result[kind]]
         for kind in ("checks", "arms", "tuning")
     }
-    return "\n\n".join(
-        [
-            _checks(kinds["checks"], kinds["arms"]),
-            _arms(kinds["arms"], tasks),
-            _tuning(kinds["tuning"], tasks, result["taken"]),
-            _about(result["avalanche"]),
-        ]
-    )
+    parts = [
+        _checks(kinds["checks"], kinds["arms"]),
+        _arms(kinds["arms"]),
+        _tuning(kinds["tuning"], result["taken"]),
+        _about(result["avalanche"]),
+    ]
+    return "\n\n".join(parts)
 
 
 def _checks(checks: Sequence[Pair], arms: Sequence[Pair]) -> str:
@@ -69,7 +67,7 @@ def _checks(checks: Sequence[Pair], arms: Sequence[Pair]) -> str:
         run = pair.run
         if run.method == "naive":
             continue
-        same_rows = Run("naive", run.seed, run.optimizer, run.steps, stream=run.stream)
+        same_rows = Run("naive", run.stream, run.seed, run.optimizer, run.steps)
         naive = next(p for p in checks if p.run == same_rows)
         rows.append(
             [
@@ -83,17 +81,16 @@ def _checks(checks: Sequence[Pair], arms: Sequence[Pair]) -> str:
     return table(head, rows)
 
 
-def _arms(arms: Sequence[Pair], tasks: Sequence[str]) -> str:
-    head = ["optimizer", "method", "side", "final average", "forgetting", "learning"]
+def _arms(arms: Sequence[Pair]) -> str:
+    head = ["tasks", "optimizer", "method", "side", "final average", "forgetting", "learning"]
     rows = []
-    for optimizer, method in dict.fromkeys((p.run.optimizer, p.run.method) for p in arms):
-        pairs = [p for p in arms if (p.run.optimizer, p.run.method) == (optimizer, method)]
-        ours, theirs = (_columns([getattr(p, side) for p in pairs], tasks) for side in ("ours", "theirs"))
-        less = [
-            [a - b for a, b in zip(mine, other, strict=True)]
-            for mine, other in zip(ours, theirs, strict=True)
-        ]
-        named = [OPTIMIZERS[optimizer], LABELS[method]]
+    for kind in dict.fromkeys((p.run.stream, p.run.optimizer, p.run.method) for p in arms):
+        pairs = [p for p in arms if (p.run.stream, p.run.optimizer, p.run.method) == kind]
+        ours, theirs = _columns(p.ours for p in pairs), _columns(p.theirs for p in pairs)
+        both = zip(ours, theirs, strict=True)
+        less = [[a - b for a, b in zip(*columns, strict=True)] for columns in both]
+        stream, optimizer, method = kind
+        named = [stream, OPTIMIZERS[optimizer], LABELS[method]]
         rows += [
             [*named, "Cambia", *map(_summary, ours)],
             [*named, "Avalanche", *map(_summary, theirs)],
@@ -102,16 +99,19 @@ def _arms(arms: Sequence[Pair], tasks: Sequence[str]) -> str:
     return table(head, rows)
 
 
-def _tuning(pairs: Sequence[Pair], tasks: Sequence[str], taken: dict[str, float]) -> str:
-    head = ["side", "strength", "final average", "forgetting", "learning", "taken"]
+def _tuning(pairs: Sequence[Pair], taken: dict[str, dict[str, float]]) -> str:
+    head = ["tasks", "side", "strength", "final average", "forgetting", "learning", "taken"]
     rows = []
-    for side, label, name in (("ours", "Cambia", "strength"), ("theirs", "Avalanche", "ewc_lambda")):
-        for strength in dict.fromkeys(getattr(p.run, name) for p in pairs):
-            of = [getattr(p, side) for p in pairs if getattr(p.run, name) == strength]
-            means = (f"{mean(column):.3f}" for column in _columns(of, tasks))
-            rows.append([label, f"`{name}` {strength:.3g}", *means, "✓" * (taken[name] == strength)])
+    for stream in taken:
+        mine = [p for p in pairs if p.run.stream == stream]
+        for side, label, name in (("ours", "Cambia", "strength"), ("theirs", "Avalanche", "ewc_lambda")):
+            for strength in dict.fromkeys(getattr(p.run, name) for p in mine):
+                columns = _columns(getattr(p, side) for p in mine if getattr(p.run, name) == strength)
+                means = (f"{mean(column):.3f}" for column in columns)
+                mark = "✓" * (taken[stream][name] == strength)
+                rows.append([stream, label, f"`{name}` {strength:.3g}", *means, mark])
     seeds = len({p.run.seed for p in pairs})
-    return f"EWC over its strength, {plural(seeds, 'seed')} of their own:\n\n{table(head, rows)}"
+    return f"EWC over its strength, {plural(seeds, 'other seed')}:\n\n{table(head, rows)}"
 
 
 def _about(versions: dict[str, Any]) -> str:
@@ -127,8 +127,9 @@ def _apart(one: Matrix, other: Matrix) -> float:
     )
 
 
-def _columns(matrices: Iterable[Matrix], tasks: Sequence[str]) -> list[list[float]]:
-    found: list[TransferMetrics] = [transfer_metrics(matrix, tasks) for matrix in matrices]
+def _columns(matrices: Iterable[Matrix]) -> list[list[float]]:
+    """A column of each measure."""
+    found = [transfer_metrics(matrix, [str(j) for j in range(len(matrix[0]))]) for matrix in matrices]
     return [[getattr(one, name) for one in found] for name in COLUMNS]
 
 

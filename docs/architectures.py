@@ -17,6 +17,7 @@ import cambia.models.causal_lm  # noqa: F401 (registers the native family)
 from cambia.config import resolve
 from cambia.errors import GrowthError
 from cambia.growth import OPERATORS, GrowthPlan, Operator, WidenHidden, WidenLoraRank, plan_growth
+from cambia.growth.operators import PartOperator
 from cambia.models.architectures import ARCHITECTURES
 from cambia.models.bodies import on_meta
 
@@ -45,7 +46,7 @@ def model_of(family: str) -> PreTrainedModel:
 def operators() -> list[Operator]:
     """Every operator with its defaults, and the second form of the one that has two kinds of arithmetic."""
     found = [resolve(name, OPERATORS, "operator")() for name in OPERATORS]
-    found = [operator for operator in found if not isinstance(operator, WidenLoraRank)]
+    found = [operator for operator in found if not isinstance(operator, WidenLoraRank | PartOperator)]
     return [*found, WidenHidden(initial="clone")]
 
 

@@ -62,8 +62,12 @@ class Allocation:
     """What a batch trains. The plain one: every row, every parameter."""
 
     train: bool = True
+    rows: tuple[int, ...] | None = None
+    """Which rows of the batch train; None: all."""
     parts: tuple[str, ...] = ()
     """Ids of the Parts that train; empty means the model's own parameters."""
+    rate: float | None = None
+    """The learning rate as a share of the highest one, by the phase of the Part; None: as scheduled."""
     measured: Mapping[str, float] = field(default_factory=dict)
     """What was measured while allocating; it joins Signals."""
 

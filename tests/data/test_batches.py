@@ -53,6 +53,35 @@ def test_evaluation_predicts_each_token_once_and_counts_all_bytes(
         )
 
 
+@given(
+    text=st.text(min_size=1, max_size=60),
+    batch_size=st.integers(1, 4),
+    length=st.integers(2, 12),
+    data=st.data(),
+)
+def test_with_context_each_later_token_is_scored_once_and_has_it(
+    byte_tokenizer, text, batch_size, length, data
+):
+    file = TokenFile.from_texts([text], byte_tokenizer)
+    context = data.draw(st.integers(1, min(length - 1, file.num_tokens - 2) or 1))
+    if context >= min(length, file.num_tokens - 1):
+        with pytest.raises((ConfigError, DataError), match="context of"):
+            [*evaluation_batches(file, batch_size=batch_size, sequence_length=length, context=context)]
+        return
+    batches = [*evaluation_batches(file, batch_size=batch_size, sequence_length=length, context=context)]
+    targets = torch.cat([batch.targets for batch in batches])
+    on = targets != -100
+    assert not on[:, :context].any()
+    assert targets[on].tolist() == file.tokens[1 + context :].tolist()
+    inputs = torch.cat([batch.input_ids for batch in batches])
+    for row, scored in enumerate(on):
+        first = int(scored.nonzero()[0])
+        place = context + int(on[:row].sum())  # of that row's first scored input in the text
+        assert first == context
+        assert inputs[row, : first + 1].tolist() == file.tokens[place - context : place + 1].tolist()
+    assert sum(batch.num_bytes for batch in batches) == int((targets[on] < 256).sum())
+
+
 def test_bytes_of_a_window_are_exact_for_bytes(byte_tokenizer):
     file = TokenFile.from_texts(TEXTS, byte_tokenizer)
     for batch in evaluation_batches(file, batch_size=1, sequence_length=5):

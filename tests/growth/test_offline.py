@@ -35,6 +35,7 @@ from cambia.growth import (
     rows,
 )
 from cambia.growth.offline import grow_checkpoint, plan_checkpoint
+from cambia.growth.operators import PartOperator
 from cambia.growth.shards import WHOLE
 from cambia.nn import blocks
 from cambia.training.checkpoint import load_model
@@ -47,6 +48,7 @@ TOGETHER = (WidenFFN(add=8, initial="split"), AddLayers(add=1), AddTokens(add=5)
 def _operators() -> list[tuple[Operator, ...]]:
     """Each operator of the registry by itself, and several at once."""
     classes = [resolve(name, OPERATORS, "operator") for name in OPERATORS]
+    classes = [cls for cls in classes if not issubclass(cls, PartOperator)]
     amount = {cls: LEGAL_AMOUNTS.get(cls.__name__, [{"add": 3}])[0] for cls in classes}
     return [(cls() if cls is WidenHeadDim else cls(**amount[cls]),) for cls in classes] + [TOGETHER]
 

@@ -21,6 +21,7 @@ from cambia.growth import (
     LossSpikeTrigger,
     Majority,
     Measured,
+    NoveltyTrigger,
     PerplexityTrigger,
     PlateauTrigger,
     ScheduleTrigger,
@@ -388,6 +389,7 @@ EVERY = {
     "gradient_norm": lambda: GradientNormTrigger(below=0.7, above=1.4, window_steps=3, settle_steps=1),
     "loss_spike": lambda: LossSpikeTrigger(ratio=1.1, window=3, patience=2),
     "slice_spike": lambda: SliceSpikeTrigger(slice="s", ratio=1.2, patience=1, window=2),
+    "novelty": lambda: NoveltyTrigger(threshold=3.0),
     "any": lambda: AnyOf([LossSpikeTrigger(ratio=1.1, window=3, patience=2), marks(7)]),
     "all": lambda: AllOf([PlateauTrigger(patience=1), marks(3, 9)], within_steps=3),
     "majority": lambda: Majority([AnyOf([marks(5)]), PlateauTrigger(patience=1), marks(6)], within_steps=4),
@@ -396,7 +398,7 @@ EVERY = {
 
 def everything(step: int, value: float) -> Signals:
     names = (
-        ("validation_loss", "slice_loss/s")
+        ("validation_loss", "slice_loss/s", "novelty")
         if step % 2
         else ("validation_loss", "slice_loss/s", "rest_loss/s")
     )
@@ -427,7 +429,7 @@ def test_every_trigger_resumes_as_if_nothing_had_happened(name: str, values: lis
 def test_every_trigger_acts_on_fresh_measurements_alone(name: str) -> None:
     """The same old values, step after step, change nothing and fire nothing but a schedule."""
     trigger = EVERY[name]()
-    stale = {n: Measured(9.0, 1) for n in ("validation_loss", "slice_loss/s", "rest_loss/s")}
+    stale = {n: Measured(9.0, 1) for n in ("validation_loss", "slice_loss/s", "rest_loss/s", "novelty")}
     trigger.update(Signals(step=1, values=stale))
     state = trigger.state_dict()
     for step in (2, 3):

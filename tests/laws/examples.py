@@ -33,6 +33,9 @@ LEGAL_AMOUNTS: dict[str, list[dict[str, Any]]] = {
 """Amounts that stock configs accept of the sizes in `tests.conftest`, where others would not be."""
 
 
+_BESIDE = ("widen_lora_rank", "add_lora_expert")
+
+
 def choices(hint: Any) -> tuple[Any, ...]:
     """The values that a field's type lists: a Literal's, a bool's, or those of a union's members."""
     if hint is bool:
@@ -67,8 +70,8 @@ def forms(cls: type[Operator], amounts: list[dict[str, Any]]) -> list[Operator]:
 
 
 def every(amounts: list[dict[str, Any]]) -> list[Operator]:
-    """Every operator in every form; adapters are no part of a plain model and have tests of their own."""
-    kinds = [resolve(name, OPERATORS, "operator") for name in OPERATORS if name != "widen_lora_rank"]
+    """Every operator in every form; adapters and Parts are no part of a plain model (see `test_parts`)."""
+    kinds = [resolve(name, OPERATORS, "operator") for name in OPERATORS if name not in _BESIDE]
     return [form for kind in kinds for form in forms(kind, amounts)]
 
 

@@ -20,9 +20,10 @@ from cambia.continual.methods import CONTINUAL_METHODS, Method
 from cambia.experiment.build import train_in
 from cambia.experiment.reopen import reopen
 from cambia.experiment.tree import Experiment, experiment_from
+from cambia.models.hashing import sha256
 from cambia.reporting.verify import verify_run
 from cambia.rundir import RunReader
-from cambia.training.audit import read_probes, sha256
+from cambia.training.audit import read_probes
 from cambia.training.trainer import Trainer
 
 NAMES = sorted(CONTINUAL_METHODS)
@@ -79,10 +80,10 @@ class Killed(BaseException):
 def killed_at(experiment: Experiment, folder: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Trainer._step
 
-    def dying(self, batch, run_folder):
+    def dying(self, *given):
         if self.progress.step == step:
             raise Killed
-        return whole(self, batch, run_folder)
+        return whole(self, *given)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Trainer, "_step", dying)

@@ -83,7 +83,7 @@ def stages(model: PreTrainedModel) -> list[Stage]:
         Stage(plan, "_checked", replans=True),
         Stage(plan, "_weakest", replans=True),
         Stage(barrier, "plan_growth"),
-        Stage(barrier, "_logits"),  # before the swap and after it
+        Stage(barrier, "logits_of"),  # before the swap and after it
         Stage(type(final_norm(model)), "forward"),  # in the middle of either
         Stage(Lineage, "values"),  # a tensor
         Stage(barrier, "_changes"),

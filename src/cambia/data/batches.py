@@ -12,8 +12,8 @@ How text is cut into rows, and what attends to what, is told in `cambia.data.pac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,14 @@ class Batch:
     """UTF-8 bytes of text that the targets stand for."""
     source: str = ""
     """What the rows are, by name."""
+    fresh: bool = True
+    """Whether the stream has just given it, and not somebody's memory."""
+
+    def rows(self, chosen: Sequence[int]) -> Batch:
+        """Some of its rows; `num_bytes` is their share of the tokens."""
+        ids, targets = self.input_ids[list(chosen)], self.targets[list(chosen)]
+        share = int((targets != IGNORED).sum()) / max(1, int((self.targets != IGNORED).sum()))
+        return replace(self, input_ids=ids, targets=targets, num_bytes=round(share * self.num_bytes))
 
 
 class TrainBatches:
@@ -138,29 +146,49 @@ class TrainBatches:
 
 
 def evaluation_batches(
-    token_file: TokenFile, *, batch_size: int, sequence_length: int, source: str = ""
+    token_file: TokenFile,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    source: str = "",
+    context: int = 0,
 ) -> Iterator[Batch]:
     """Windows in order in which each token that counts is a target exactly once.
 
     These are all tokens after the first, or those that are trained on. What a row lacks is filled up with
     end-of-text tokens and targets of -100; the last batch may have fewer rows. The batches' `num_bytes`
-    add up to the file's.
+    add up to the bytes of all targets, without context to the file's.
+
+    Args:
+        context: tokens with which each row begins that are not scored: the row before has scored them. So
+            every scored token has at least as many before it, and the first ones of the text are left out.
+            Where only part of the text is trained on, a row has its context already, and this is not used.
 
     Raises:
-        DataError: there is no text.
+        DataError: there is no text, or too little for the context.
     """
     _check_geometry(batch_size, sequence_length)
+    if not 0 <= context < sequence_length:
+        raise ConfigError(
+            f"a context of {context} tokens leaves nothing to score in rows of {sequence_length}: it must be "
+            "smaller (--evaluation.context_tokens)"
+        )
     if not token_file.num_documents:
         raise DataError("there is no text to evaluate on: the split is empty (its fraction is 0)")
     if token_file.mask is None:
-        starts = np.arange(0, token_file.num_tokens - 1, sequence_length)
+        if token_file.num_tokens <= context + 1:
+            raise DataError(
+                f"the text to evaluate on has {token_file.num_tokens} tokens, too few for a context of "
+                f"{context} (--evaluation.context_tokens)"
+            )
+        starts = np.arange(0, token_file.num_tokens - 1 - context, sequence_length - context)
         windows = Windows(starts, np.minimum(starts + sequence_length + 1, token_file.num_tokens))
     else:
-        windows = whole_documents(token_file, sequence_length)
+        windows, context = whole_documents(token_file, sequence_length), 0
     for first in range(0, len(windows.starts), batch_size):
         rows = slice(first, first + batch_size)
         some = Windows(windows.starts[rows], windows.stops[rows])
-        yield _read(token_file, some, sequence_length, source)
+        yield _read(token_file, some, sequence_length, source, context)
 
 
 def _check_geometry(batch_size: int, sequence_length: int) -> None:
@@ -171,8 +199,8 @@ def _check_geometry(batch_size: int, sequence_length: int) -> None:
         )
 
 
-def _read(token_file: TokenFile, windows: Windows, length: int, source: str) -> Batch:
-    """The tokens of some windows; what lies beyond their ends is filled up."""
+def _read(token_file: TokenFile, windows: Windows, length: int, source: str, context: int = 0) -> Batch:
+    """The tokens of some windows; what lies beyond their ends is filled up, what is context no target."""
     starts, stops = windows.starts, windows.stops
     last = token_file.num_tokens - 1
     place = starts[:, None] + np.arange(length + 1)  # (B, T + 1)
@@ -181,9 +209,10 @@ def _read(token_file: TokenFile, windows: Windows, length: int, source: str) -> 
     tokens[beyond] = token_file.eos_id
     targets = tokens[:, 1:].copy()  # (B, T)
     targets[beyond[:, 1:]] = IGNORED
+    targets[:, :context] = IGNORED
     if token_file.mask is not None:
         targets[token_file.mask[np.minimum(place[:, 1:], last)] == 0] = IGNORED
-    num_bytes = token_file.bytes_before(stops) - token_file.bytes_before(starts + 1)
+    num_bytes = token_file.bytes_before(stops) - token_file.bytes_before(starts + 1 + context)
     return Batch(
         torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets), int(num_bytes.sum()), source
     )

@@ -89,7 +89,9 @@ class LoaderStream:
         self.index += 1
         return self._read(batch)
 
-    def evaluation(self, task: int, split: str, max_bytes: int, batch_size: int) -> Iterator[Batch]:
+    def evaluation(
+        self, task: int, split: str, max_bytes: int, batch_size: int, context: int = 0
+    ) -> Iterator[Batch]:
         """The validation batches; there are no others, and they are read whole."""
         if split == "valid":
             yield from map(self._read, self.validation or ())

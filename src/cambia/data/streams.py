@@ -215,13 +215,16 @@ class Stream:
             source,
         )
 
-    def evaluation(self, task: int, split: str, max_bytes: int, batch_size: int) -> Iterator[Batch]:
-        """The first documents of a task's split, each token a target once."""
+    def evaluation(
+        self, task: int, split: str, max_bytes: int, batch_size: int, context: int = 0
+    ) -> Iterator[Batch]:
+        """The first documents of a task's split, each token a target once (see `evaluation_batches`)."""
         return evaluation_batches(
             self.tasks[task].file(split).head(max_bytes),
             batch_size=batch_size,
             sequence_length=self.sequence_length,
             source=self.names[task],
+            context=context,
         )
 
     @property

@@ -14,6 +14,7 @@ from cambia.growth.barrier import grow
 from cambia.growth.depth import AddLayers
 from cambia.growth.hidden import WidenHidden
 from cambia.growth.operators import OPERATORS, Contract, Operator
+from cambia.growth.parts import AddLoraExpert
 from cambia.growth.plan import GrowthPlan, plan_growth
 from cambia.growth.prune import prune
 from cambia.growth.rewarm import SliceWarmup
@@ -23,6 +24,7 @@ from cambia.growth.triggers import TRIGGERS, AllOf, AnyOf, Majority, ScheduleTri
 from cambia.growth.watching import (
     GradientNormTrigger,
     LossSpikeTrigger,
+    NoveltyTrigger,
     PerplexityTrigger,
     PlateauTrigger,
     SliceSpikeTrigger,
@@ -39,6 +41,7 @@ __all__ = [
     "AddHeads",
     "AddKVHeads",
     "AddLayers",
+    "AddLoraExpert",
     "AddTokens",
     "AllOf",
     "AnyOf",
@@ -53,6 +56,7 @@ __all__ = [
     "LossSpikeTrigger",
     "Majority",
     "Measured",
+    "NoveltyTrigger",
     "Operator",
     "PerplexityTrigger",
     "PlateauTrigger",

@@ -13,7 +13,6 @@ they were, bit by bit. Nothing here knows any operator.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,9 @@ from transformers import PreTrainedModel
 
 from cambia.errors import GrowthError
 from cambia.growth.carry import Change, Holder, Moments, OptimizerHolder, Undo, husk, in_model_order, let_go
-from cambia.growth.operators import Contract, Operator
+from cambia.growth.check import check_loss, logits_of, relative_error
+from cambia.growth.operators import Contract, Operator, PartOperator
+from cambia.growth.parts import add_part
 from cambia.growth.plan import GrowthPlan, plan_growth, random_batch, refuse_wrapped
 from cambia.models.bodies import Body, body_of, resize_layers
 from cambia.records import GrowthEvent
@@ -71,8 +72,10 @@ def grow(
     refuse_wrapped(model)
     _refuse_empty(model)
     batch = random_batch(model, seed) if check_batch is None else check_batch
+    if operators and isinstance(operators[0], PartOperator):
+        return add_part(model, *operators, optimizer=optimizer, batch=batch, reason=reason, context=context)
     plan = plan_growth(model, *operators, context=context, seed=seed, check_batch=batch)
-    before = _logits(model, batch)
+    before = logits_of(model, batch)
 
     changes = _changes(model, plan, seed)
     everyone = [*holders, *([OptimizerHolder(optimizer, moments=moments)] if optimizer is not None else [])]
@@ -80,7 +83,7 @@ def grow(
     with Undo() as undo:
         undo.callback(model.tie_weights)
         swap(model, plan.after, plan.layers, changes, undo)
-        after = _logits(model, batch)
+        after = logits_of(model, batch)
         error = relative_error(before, after[..., : before.shape[-1]])
         if plan.contract.exactness != "none" and not error <= tolerance(model.dtype, plan.contract):
             raise GrowthError(
@@ -255,37 +258,3 @@ def _replace_dict(target: dict[str, Any], values: Mapping[str, Any]) -> None:
 def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, attribute = path.rpartition(".")
     setattr(model.get_submodule(parent), attribute, module)
-
-
-@torch.no_grad()
-def _logits(model: PreTrainedModel, batch: Tensor) -> Tensor:
-    """(B, T, V), without dropout."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    # Compiling for this batch would not pay; and accelerate puts a forward pass in half precision before the
-    # model's own, while growth is verified in the precision of the weights.
-    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    eagerly = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
-    wrapped = vars(model).pop("forward", None)
-    try:
-        with eagerly:
-            return model(input_ids=batch.to(model.device), use_cache=False).logits
-    finally:
-        if wrapped is not None:
-            vars(model)["forward"] = wrapped
-        for module in training:
-            module.training = True
-
-
-def relative_error(before: Tensor, after: Tensor) -> float:
-    """The largest difference of a logit as a share of the largest logit."""
-    # Tokens that a native model hides have a logit of minus infinity before and after.
-    difference = (after - before).masked_fill_(after == before, 0.0)
-    scale = before.masked_fill(before.isinf(), 0.0).abs().max().item()
-    return difference.abs().max().item() / (scale or 1.0)
-
-
-def check_loss(logits: Tensor, batch: Tensor) -> float:
-    """Mean negative log-likelihood of the check batch, nats per token."""
-    flat = logits[:, :-1].flatten(0, 1).float()  # (B (T - 1), V)
-    return nn.functional.cross_entropy(flat, batch[:, 1:].flatten().to(flat.device)).item()

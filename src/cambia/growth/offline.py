@@ -28,7 +28,8 @@ from transformers.utils import logging as transformers_logging
 
 from cambia.errors import ConfigError, GrowthError, StorageFullError
 from cambia.files import atomic_folder, write_text
-from cambia.growth.barrier import check_loss, relative_error, tolerance
+from cambia.growth.barrier import tolerance
+from cambia.growth.check import check_loss, relative_error
 from cambia.growth.on_disk import CheckpointOnDisk, open_checkpoint
 from cambia.growth.operators import Operator
 from cambia.growth.plan import GrowthPlan, plan_growth, random_batch

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from cambia.config import Spelled
 from cambia.errors import ConfigError, GrowthError
@@ -38,6 +38,7 @@ OPERATORS: dict[str, str] = {
     "widen_hidden": "cambia.growth.hidden:WidenHidden",
     "add_tokens": "cambia.growth.tokens:AddTokens",
     "widen_lora_rank": "cambia.growth.adapters:WidenLoraRank",
+    "add_lora_expert": "cambia.growth.parts:AddLoraExpert",
 }
 
 
@@ -45,9 +46,9 @@ OPERATORS: dict[str, str] = {
 class Contract:
     """What an operator promises; the law tests hold it to this."""
 
-    exactness: Literal["tolerance", "old tokens", "none"]
-    """tolerance: same logits up to rounding · old tokens: those of the tokens that were there · none: a jump
-    is part of the method."""
+    exactness: Literal["bits", "tolerance", "old tokens", "none"]
+    """bits: the very same logits · tolerance: the same up to rounding · old tokens: those of the tokens that
+    were there · none: a jump is part of the method."""
     alive_within: int
     """Steps after which every new tensor has had a gradient that is not zero."""
     rescales: bool = False
@@ -128,6 +129,36 @@ class Operator(Spelled, ABC):
         Raises:
             GrowthError: it cannot be done to this model; the message says why and what can.
         """
+
+
+@dataclass(frozen=True)
+class PartOperator(Operator):
+    """Adds a Part beside a model, whose own shape stays (see `cambia.growth.parts`)."""
+
+    like: str | None = None
+    """Begin as a copy of the Part of this id, and not as nothing."""
+
+    @property
+    def contract(self) -> Contract:
+        # What it writes is zero, so what it reads with has its first gradient one step later.
+        return Contract("bits", alive_within=2)
+
+    def step(self, shape: Shape) -> Step:
+        raise GrowthError(
+            f"{self} stands beside a model and is an event of its own: call grow() for it alone"
+        )
+
+    @abstractmethod
+    def sizes(self, model: PreTrainedModel) -> tuple[int, int]:
+        """Parameters of the model and its Parts, and of the one that would be added.
+
+        Raises:
+            ConfigError: there is nothing in the model that it can stand beside.
+        """
+
+    @abstractmethod
+    def add(self, beside: Any) -> Any:
+        """Make it; the Part."""
 
 
 @dataclass(frozen=True)

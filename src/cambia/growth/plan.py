@@ -16,10 +16,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from cambia.config import type_name
 from cambia.errors import ConfigError, GrowthError
-from cambia.growth.operators import OPERATORS, Contract, Operator, Shape
+from cambia.growth.operators import OPERATORS, Contract, Operator, PartOperator, Shape
 from cambia.models.architectures import changed_fields, per_layer
 from cambia.models.bodies import Body, body_of, count_parameters, flops_per_token, lora_layers
 from cambia.nn.param_map import Lineage, ParamMap, lineages
+from cambia.nn.routed import Routed
 from cambia.records import GrowthEvent
 
 
@@ -95,6 +96,13 @@ def plan_growth(
     if not operators:
         raise GrowthError("nothing to do: name at least one operator, for example WidenFFN(factor=1.5)")
     refuse_wrapped(model)
+    if isinstance(operators[0], PartOperator) and len(operators) == 1:
+        return _plan_part(model, operators[0], context)
+    if Routed.on(model) is not None:
+        raise GrowthError(
+            "Parts stand beside this model, and what they add has its present shape: grow it before the "
+            "first Part, or add another Part (AddLoraExpert)"
+        )
     body = body_of(model)
     gains = None
     if any(operator.needs_gains for operator in operators) and model.device.type != "meta":
@@ -126,6 +134,25 @@ def plan_growth(
         entries_held=_entries_held(model, ways),
         flops_per_token_before=flops_per_token(model, context),
         flops_per_token_after=flops_per_token(after, context),
+    )
+
+
+def _plan_part(model: PreTrainedModel, operator: PartOperator, context: int) -> GrowthPlan:
+    before, added = operator.sizes(model)
+    each = flops_per_token(model, context)
+    return GrowthPlan(
+        operators=(operator,),
+        contract=operator.contract,
+        after=model,
+        layers=tuple(range(body_of(model).config.num_hidden_layers)),
+        lineages={},
+        config_changes={},
+        parameters_before=before,
+        parameters_after=before + added,
+        entries_held=0,
+        flops_per_token_before=each,
+        # One Part answers a token, and each of its parameters multiplies once, forward and back.
+        flops_per_token_after=each + 6.0 * added,
     )
 
 

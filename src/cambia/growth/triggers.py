@@ -34,6 +34,7 @@ TRIGGERS: dict[str, str] = {
     "gradient_norm": "cambia.growth.watching:GradientNormTrigger",
     "loss_spike": "cambia.growth.watching:LossSpikeTrigger",
     "slice_spike": "cambia.growth.watching:SliceSpikeTrigger",
+    "novelty": "cambia.growth.watching:NoveltyTrigger",
     "any": "cambia.growth.triggers:AnyOf",
     "all": "cambia.growth.triggers:AllOf",
     "majority": "cambia.growth.triggers:Majority",

@@ -305,3 +305,27 @@ class SliceSpikeTrigger(Trigger):
 
     def reset(self) -> None:
         self.recent = []
+
+
+@dataclass
+class NoveltyTrigger(Trigger):
+    """Fires when the text that comes is none of what the model knows.
+
+    It only reads; what is new, and how certain that is, is decided where novelty is measured, with a stated
+    rate of false alarms (`cambia.continual.NoveltyDetector`).
+    """
+
+    threshold: Annotated[float, Gt(0)] = 1.0
+    """Of the evidence; 1 is where its own false-alarm rate is kept."""
+    metric: str = "novelty"
+    """Name of the measurement."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.metric})
+
+    def update(self, signals: Signals) -> str | None:
+        value = _finite(signals.fresh(self.metric))
+        if value is None or value < self.threshold:
+            return None
+        return f"novelty: evidence {value:.3g}, {self.threshold:g} is enough"

@@ -14,6 +14,8 @@ _HOME = {
     "CambiaConfig": "cambia.models.config",
     "CambiaModel": "cambia.models.causal_lm",
     "CambiaForCausalLM": "cambia.models.causal_lm",
+    "LoraExperts": "cambia.models.parts.lora_experts",
+    "LoraShape": "cambia.models.parts.lora_shape",
     "to_llama": "cambia.models.export",
 }
 

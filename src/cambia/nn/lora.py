@@ -23,38 +23,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cambia.errors import ConfigError
+from cambia.nn.deltas import LowRank
 
 LINEAR = (nn.Linear, Conv1D)
 _HELD = "_cambia_adapter"
 """Marks a layer that an adapter adds to."""
-
-
-class LowRank(nn.Module):
-    """What is added to one layer: ``(alpha / r) B A x``."""
-
-    def __init__(self, inputs: int, outputs: int, rank: int, scale: float, like: Tensor):
-        super().__init__()
-        self.scale = scale
-        # At least float32, whatever the model has: small steps are not to be lost to rounding.
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        self.A = nn.Parameter(like.new_zeros(rank, inputs, dtype=dtype))  # (R, I)
-        self.B = nn.Parameter(like.new_zeros(outputs, rank, dtype=dtype))  # (O, R)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O), in the type of x."""
-        low = nn.functional.linear(x.to(self.A.dtype), self.A)
-        return (nn.functional.linear(low, self.B) * self.scale).to(x.dtype)
-
-    @torch.no_grad()
-    def reset(self, generator: torch.Generator) -> None:
-        """Random A, as for a linear layer's own weights, and B of zeros."""
-        bound = self.A.shape[1] ** -0.5
-        self.A.copy_(torch.rand(self.A.shape, generator=generator).mul_(2 * bound).sub_(bound))
-        self.B.zero_()
-
-    def product(self) -> Tensor:
-        """(alpha / r) B A, (O, I)."""
-        return self.B @ self.A * self.scale
 
 
 class LoraAdapter(nn.Module):
@@ -164,7 +137,7 @@ def _sides(layer: nn.Module) -> tuple[int, int]:
 
 
 def _adding(added: LowRank) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    return lambda module, given, out: out + added(given[0]).to(out.dtype)
+    return lambda module, given, out: out + added(given[0], out)
 
 
 def _key(name: str) -> str:

@@ -30,11 +30,11 @@ from cambia.errors import CheckpointError, ConfigError, RunError
 from cambia.experiment.build import find_device, is_finished, provenance
 from cambia.experiment.reopen import reopen
 from cambia.experiment.tree import Experiment, experiment_from
+from cambia.models.hashing import sha256
 from cambia.reporting.answers import TOLERANCE, Answer, Heard, answers_of
 from cambia.reporting.movement import Movement, movements
 from cambia.reporting.run import Status
 from cambia.rundir import RunReader
-from cambia.training.audit import sha256
 from cambia.training.checkpoint import STATE_JSON
 
 _MOMENT = 0.2  # seconds

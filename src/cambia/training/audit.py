@@ -9,7 +9,6 @@ learned it. What nobody promised may move, and the probe tells how far it did.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from cambia import files, rundir
 from cambia.continual.methods import Method
 from cambia.continual.methods.method import AnyStream
+from cambia.models.hashing import sha256
 from cambia.rundir import RunWriter
 
 _ROWS, _TOKENS = 2, 32
@@ -71,14 +71,6 @@ def read_probes(path: Path) -> list[Probe]:
     kept = load_file(path)
     tasks = sorted(int(name.split(".")[0]) for name in kept if name.endswith(".logits"))
     return [Probe(task, kept[f"{task}.input_ids"].clone(), kept[f"{task}.logits"]) for task in tasks]
-
-
-def sha256(tensor: Tensor) -> str:
-    """The hash of a tensor: its type, its shape and its bytes."""
-    plain = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)} ".encode())
-    digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ class Scorer:
                     for j in range(len(stream.names))
                     if any(s.weights[j] for s in stream.stages[: stage + 1])
                 ]
-                values |= slice_losses(self.model, self._of_tasks(stream, met), self.config.slices)
+                values |= slice_losses(self.asked, self._of_tasks(stream, met), self.config.slices)
             for name, function in self.config.probes.items():
                 probe = resolve_function(function, (), "function")
                 values[name] = float(probe(self.model, self._of_tasks(stream, now)))
@@ -92,7 +92,13 @@ class Scorer:
 
     def texts(self, stream: AnyStream, task: int, split: str) -> Iterable[Batch]:
         """What a task is scored on."""
-        return stream.evaluation(task, split, self.config.max_bytes, self.config.batch_size)
+        config = self.config
+        return stream.evaluation(task, split, config.max_bytes, config.batch_size, config.context_tokens)
+
+    @property
+    def asked(self) -> Any:
+        """Who is asked: the model, or what its method has answer in its place."""
+        return self.method.answerer(self.model)
 
     @property
     def ms_per_token(self) -> float | None:
@@ -105,7 +111,7 @@ class Scorer:
     def _likelihood(self, texts: Iterable[Batch], *, exact: bool = False) -> Likelihood | None:
         began = time.perf_counter()
         with self._as_used():
-            found = bits_per_byte(self.model, texts, exact=exact)
+            found = bits_per_byte(self.asked, texts, exact=exact)
         self.seconds += time.perf_counter() - began
         self.tokens += found.tokens
         return found if found.tokens else None

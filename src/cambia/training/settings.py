@@ -78,6 +78,9 @@ class EvaluationConfig:
     """Text per task and split that is scored, in whole documents."""
     batch_size: Annotated[int, Gt(0)] = 16
     """Sequences scored at once."""
+    context_tokens: Annotated[int, Ge(0)] = 0
+    """Tokens with which each scored sequence begins that the one before has scored: so no token is scored
+    without as many before it."""
     slices: list[Annotated[Slice, Member(SLICES, "slice")]] = field(default_factory=list)
     """Parts of the validation text that are measured beside the rest, for a slice spike trigger."""
     probes: dict[str, str] = field(default_factory=dict)

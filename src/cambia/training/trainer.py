@@ -22,7 +22,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cambia import rundir
-from cambia.config import dump
 from cambia.continual.methods import Method, Naive, Situation, refuse
 from cambia.continual.methods.method import AnyStream
 from cambia.data.batches import Batch
@@ -32,12 +31,13 @@ from cambia.errors import ConfigError, NonFiniteLossError
 from cambia.growth import GrowthEvent, GrowthManager
 from cambia.models.bodies import count_parameters, flops_per_token
 from cambia.probes import Likelihood
-from cambia.records import Allocator, Knobs, Measured, Signals
+from cambia.records import Allocation, Allocator, Knobs, Measured, Signals
 from cambia.rundir import RunWriter
 from cambia.training.allocation import PlainAllocator
 from cambia.training.audit import record_stage
 from cambia.training.averaging import WeightAverage
 from cambia.training.checkpoint import random_state, save_checkpoint, set_random_state
+from cambia.training.described import described, summary
 from cambia.training.display import Display
 from cambia.training.interrupts import Interrupts
 from cambia.training.journal import Journal
@@ -101,7 +101,7 @@ class Trainer:
         self.average = WeightAverage(model, decay) if decay else None
         if growth is not None and self.average is not None:
             growth.holders.append(self.average)
-        self.allocator = allocator or PlainAllocator()
+        self.allocator = allocator or self.method.allocator() or PlainAllocator()
         self.tokenizer = tokenizer
         self.tracking = list(tracking)
         self.knobs = Knobs()
@@ -151,15 +151,15 @@ class Trainer:
         self.begin(data)
         if self.growth is not None and not self.progress.step:
             measured = self.evaluation.measured if data.has_validation else []
-            self.growth.check({"loss", "grad_norm", "learning_rate", *measured})
+            self.growth.check({"loss", "grad_norm", "learning_rate", *measured, *self.method.measures})
         lengths = stage_steps or [self.config.steps_of(n, data.tokens_per_batch) for n in data.lengths]
         if run is not None:
             return self._train(data, run, lengths)
         run = RunWriter(rundir.free_folder("training"))
         try:
-            run.write_config(self._described(), "")
+            run.write_config(described(self.config, self.evaluation, self.checkpoint, self.growth), "")
             finished = self._train(data, run, lengths)
-            run.write_summary(self._summary(finished))
+            run.write_summary(summary(self.progress, self.parameters, finished=finished))
             return finished
         finally:
             run.close()
@@ -211,20 +211,21 @@ class Trainer:
             while p.stage < len(names):
                 if p.stage_step == 0 and stream.boundaries:
                     self.method.begin_stage(p.stage)
-                while p.stage_step < stage_steps[p.stage]:
+                while p.stage_step < stage_steps[p.stage] or (p.stage + 1 == len(names) and self.method.owes):
                     began = time.perf_counter()
 
                     # One step: which batch, what of it trains, at which rate.
                     batch = self.method.batch(stream, p.stage, at=p.stage_step / stage_steps[p.stage])
                     signals = self._signals(None, stage_steps)
                     allocation = self.allocator.allocate(batch, signals)
-                    rate = self._learning_rate(stage_steps, hidden=not stream.boundaries)
+                    rate = self._learning_rate(stage_steps, allocation, hidden=not stream.boundaries)
                     set_learning_rate(self.optimizer, rate * self.knobs.learning_rate_factor)
-                    stepped = self._step(batch, run.folder) if allocation.train else None
+                    taught = batch if allocation.rows is None else batch.rows(allocation.rows)
+                    stepped = self._step(taught, allocation, run.folder) if allocation.train else None
                     p.step += 1
-                    p.stage_step += 1
+                    p.stage_step += batch.fresh
                     p.tokens += batch.input_ids.numel()
-                    self._count_flops(batch.input_ids.numel())
+                    self._count_flops(taught.input_ids.numel() if allocation.train else 0)
 
                     # Once in a while: the validation loss, and what else is asked for.
                     if self._due(self.evaluation.every_steps):
@@ -280,9 +281,10 @@ class Trainer:
 
     # ---- its parts -------------------------------------------------------------------------------
 
-    def _step(self, batch: Batch, folder: Path) -> Stepped | None:
+    def _step(self, batch: Batch, allocation: Allocation, folder: Path) -> Stepped | None:
         try:
-            stepped = self.step(batch)
+            with self.method.teaching(allocation.parts):
+                stepped = self.step(batch)
         except NonFiniteLossError as error:
             if self.config.on_nonfinite == "skip":
                 self.progress.skipped += 1
@@ -301,8 +303,10 @@ class Trainer:
         cost = tokens * self.method.cost + self.method.spent()
         self.progress.flops += cost * self.flops_per_token
 
-    def _learning_rate(self, stage_steps: list[int], *, hidden: bool) -> float:
+    def _learning_rate(self, stage_steps: list[int], allocation: Allocation, *, hidden: bool) -> float:
         p, schedule = self.progress, self.config.schedule
+        if allocation.rate is not None:
+            return self.base_rate * allocation.rate
         if schedule.over == "run" or hidden:
             return self.base_rate * schedule.factor(p.step, sum(stage_steps))
         return self.base_rate * schedule.factor(p.stage_step, stage_steps[p.stage])
@@ -411,6 +415,7 @@ class Trainer:
         Args:
             events: growth so far, from growth.jsonl.
         """
+        self.method.restore(state["method"])
         self.progress = replace(self.progress, **state["progress"])
         self.values = {name: Measured(**value) for name, value in state["values"].items()}
         load_optimizer_state(self.optimizer, self.trained, state["optimizer"])
@@ -424,24 +429,3 @@ class Trainer:
         self.method.load_state_dict(state["method"])
         set_random_state(state["random"])
         self._shape_changed()
-
-    def _summary(self, finished: bool) -> dict[str, Any]:
-        p = self.progress
-        return {
-            "status": "finished" if finished else "interrupted",
-            "parameters_end": self.parameters,
-            "steps": p.step,
-            "tokens": p.tokens,
-            "flops": p.flops,
-            "skipped_steps": p.skipped,
-        }
-
-    def _described(self) -> dict[str, Any]:
-        """The settings of a run that was put together in Python; it cannot be run again from them."""
-        return {
-            "description": "made in Python from a live model and data; not runnable from this file",
-            "training": dump(self.config),
-            "evaluation": dump(self.evaluation),
-            "checkpoint": dump(self.checkpoint),
-            "growth": {"rules": [dump(rule) for rule in self.growth.rules] if self.growth else []},
-        }

@@ -33,6 +33,7 @@ from cambia.data.batches import Batch
 from cambia.data.loaders import LoaderStream
 from cambia.data.streams import Stream
 from cambia.models.bodies import count_parameters
+from cambia.records import Allocator
 
 AnyStream = Stream | LoaderStream
 Backward = Callable[[Batch], float]
@@ -131,6 +132,15 @@ class Method:
         """Begin. The situation is kept as `self.situation`."""
         self.situation = situation
 
+    def allocator(self) -> Allocator | None:
+        """Who decides what a batch trains; None: every batch trains everything."""
+        return None
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of what its allocator measures, for triggers to read."""
+        return ()
+
     # ---- what the loop calls -----------------------------------------------------------------------
 
     def begin_stage(self, stage: int) -> None:
@@ -143,6 +153,16 @@ class Method:
             at: the share of the stage that is done, 0 to below 1.
         """
         return stream.next_batch(stage, at=at)
+
+    @property
+    def owes(self) -> bool:
+        """Whether there is still to be trained when the stream has ended, out of the method's own memory."""
+        return False
+
+    @contextmanager
+    def teaching(self, parts: tuple[str, ...]) -> Generator[None]:
+        """Inside the block a step trains these Parts."""
+        yield
 
     @property
     def needs_logits(self) -> bool:
@@ -178,6 +198,10 @@ class Method:
 
     def end_stage(self, stream: AnyStream, stage: int) -> None:
         """A stage has ended; the model is about to be scored."""
+
+    def answerer(self, model: PreTrainedModel) -> Any:
+        """Who is asked for an answer: the model, or what asks it in another way."""
+        return model
 
     @contextmanager
     def answering(self, task: int) -> Generator[None]:
@@ -219,6 +243,9 @@ class Method:
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart: tensors and plain values."""
         return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Make anew what had come to the model when `state_dict` was taken, before the optimizer's state."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken; called after `attach`."""

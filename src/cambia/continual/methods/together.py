@@ -18,6 +18,7 @@ from cambia.continual.methods.method import AnyStream, Backward, Contract, Metho
 from cambia.continual.methods.registry import CONTINUAL_METHODS
 from cambia.data.batches import Batch
 from cambia.errors import ConfigError
+from cambia.records import Allocator
 
 
 @dataclass
@@ -60,6 +61,13 @@ class Methods(Method):
         for member in self.members:
             member.attach(situation)
 
+    def allocator(self) -> Allocator | None:
+        return next((found for m in self.members if (found := m.allocator()) is not None), None)
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        return tuple(name for member in self.members for name in member.measures)
+
     def begin_stage(self, stage: int) -> None:
         for member in self.members:
             member.begin_stage(stage)
@@ -67,6 +75,17 @@ class Methods(Method):
     def batch(self, stream: AnyStream, stage: int, at: float) -> Batch:
         choosing = next((m for m in self.members if m.contract.chooses_rows), None)
         return (choosing or super()).batch(stream, stage, at)
+
+    @property
+    def owes(self) -> bool:
+        return any(member.owes for member in self.members)
+
+    @contextmanager
+    def teaching(self, parts: tuple[str, ...]) -> Generator[None]:
+        with ExitStack() as stack:
+            for member in self.members:
+                stack.enter_context(member.teaching(parts))
+            yield
 
     @property
     def needs_logits(self) -> bool:
@@ -87,6 +106,11 @@ class Methods(Method):
     def end_stage(self, stream: AnyStream, stage: int) -> None:
         for member in self.members:
             member.end_stage(stream, stage)
+
+    def answerer(self, model: PreTrainedModel) -> Any:
+        for member in self.members:
+            model = member.answerer(model)
+        return model
 
     @contextmanager
     def answering(self, task: int) -> Generator[None]:
@@ -122,6 +146,10 @@ class Methods(Method):
 
     def state_dict(self) -> dict[str, Any]:
         return {"members": [member.state_dict() for member in self.members]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        for member, saved in zip(self.members, state["members"], strict=True):
+            member.restore(saved)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for member, saved in zip(self.members, state["members"], strict=True):

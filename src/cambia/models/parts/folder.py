@@ -1,0 +1,144 @@
+"""LoRA experts on the disk: a stock adapter of PEFT for each, and what they are together.
+
+    experts.json            of which model they are, their order, states, parents and hashes
+    adapters/NAME/          see `cambia.models.parts.peft_format`
+    base/                   the model itself, where it was asked for
+    manifest.json           the SHA-256 of every file
+
+A folder is written under another name and renamed, so it is whole or not there. Reading checks every hash:
+of the files, of the model that the experts are to stand beside, and of each expert's tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from cambia import files
+from cambia.errors import CheckpointError, ConfigError
+from cambia.models.hashing import fingerprint
+from cambia.models.parts.lora_shape import LoraShape
+from cambia.models.parts.peft_format import read_adapter, write_adapter
+
+if TYPE_CHECKING:
+    from cambia.models.parts.lora_experts import LoraExperts
+
+EXPERTS, ADAPTERS, BASE = "experts.json", "adapters", "base"
+
+
+def write_experts(
+    folder: str | Path,
+    experts: LoraExperts,
+    *,
+    with_base: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Path:
+    """Write all experts; a folder that is there is replaced once the new one is whole."""
+    model = experts.model
+    about = {
+        "base": {
+            "class": type(model).__name__,
+            "name_or_path": model.config.name_or_path or None,
+            "sha256": fingerprint(model),
+        },
+        "shape": asdict(experts.shape),
+        "seed": experts.seed,
+        "experts": [
+            {
+                "name": name,
+                "state": experts[name].state,
+                "parents": list(experts[name].parents),
+                "parameters": experts[name].num_parameters,
+                "sha256": experts[name].sha256,
+            }
+            for name in experts.names
+        ],
+    }
+    with files.atomic_folder(folder) as temporary:
+        for name in experts.names:
+            write_adapter(temporary / ADAPTERS / name, experts[name], model)
+        if with_base:
+            model.save_pretrained(temporary / BASE)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary / BASE)
+        files.write_json(temporary / EXPERTS, about)
+    return Path(folder)
+
+
+def read_base(folder: str | Path) -> PreTrainedModel:
+    """The model in a folder of experts that was written with its base.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    base = Path(folder) / BASE
+    if not base.is_dir():
+        raise CheckpointError(
+            f"{folder} holds LoRA experts without their model: give it, from_pretrained(folder, model), or "
+            "save with with_base=True"
+        )
+    model = AutoModelForCausalLM.from_pretrained(base)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def read_experts(folder: str | Path, experts: LoraExperts, about: dict[str, Any]) -> None:
+    """Add every expert of a folder to experts that have none yet.
+
+    Args:
+        about: what `opened` has returned.
+
+    Raises:
+        CheckpointError: something is not what was written, or the model is another one.
+    """
+    ours = fingerprint(experts.model)
+    if ours != about["base"]["sha256"]:
+        raise CheckpointError(
+            f"{folder} holds LoRA experts of another {about['base']['class']} (its weights hash to "
+            f"{about['base']['sha256'][:12]}, those of the model given to {ours[:12]}): give the model that "
+            f"they were trained beside{_where(about)}"
+        )
+    for line in about["experts"]:
+        name = line["name"]
+        part = read_adapter(Path(folder) / ADAPTERS / name, name, experts.model)
+        if part.sha256 != line["sha256"]:
+            raise CheckpointError(
+                f"the tensors of LoRA expert {name!r} in {folder} are not those that were written (their "
+                "SHA-256 differs): it was altered, use another copy"
+            )
+        part.parents = tuple(line["parents"])
+        part.state = line["state"]
+        part.requires_grad_(part.state != "sealed")
+        experts.hang(part)
+
+
+def opened(folder: str | Path) -> dict[str, Any]:
+    """What stands in experts.json of a folder whose files are all as they were written.
+
+    Raises:
+        CheckpointError: they are not, or the folder holds something else.
+    """
+    path = Path(folder)
+    if (path / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is one adapter of PEFT: LoraExperts(model).from_peft({str(folder)!r}) takes it in"
+        )
+    files.verified(path)
+    return files.read_json(path / EXPERTS)
+
+
+def shape_of(about: dict[str, Any]) -> LoraShape:
+    """What experts of a folder are made of."""
+    fields: dict[str, Any] = {**about["shape"], "targets": tuple(about["shape"]["targets"])}
+    try:
+        return LoraShape(**fields)
+    except TypeError as error:
+        raise ConfigError(f"experts.json has a shape that this Cambia does not know: {error}") from None
+
+
+def _where(about: dict[str, Any]) -> str:
+    name = about["base"]["name_or_path"]
+    return f", {name}" if name else ""

@@ -36,6 +36,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora_per_task": {"rank": 3},
     "olora": {"rank": 3, "strength": 5.0},
     "masks": {"share": 0.4},
+    "experts": {
+        "shape": {"rank": 2},
+        "detector": {"min_windows": 5, "cooldown_windows": 5, "group_windows": 5, "false_alarms": 0.5},
+        "course": {"warmup_steps": 1, "consolidation_steps": 2, "held_out": 2},
+        "background_rows": 8,
+        "keep_margin": 0.0,
+    },
 }
 """What differs from the defaults, so that everything that can go wrong happens in a few steps."""
 MORE: dict[str, dict[str, Any]] = {
@@ -70,6 +77,8 @@ def experiment_of(method: list[dict[str, Any]]) -> Experiment:
         "checkpoint": {"every_steps": 3, "keep_tasks": False},
         "threads": 1,
     }
+    if any(each["type"] == "experts" for each in method):
+        tree["growth"] = {"rules": [{"when": {"type": "novelty"}, "then": {"type": "add_lora_expert"}}]}
     return experiment_from(tree, source="test", flags={})
 
 
@@ -152,6 +161,8 @@ def test_law_7_kept_answers_are_the_same_bits(form, finished):
     assert len(moved) == 2
     # Nothing came after the last task; what came before it is kept, or else it has moved.
     assert not moved[1]
+    if opened.method.contract.routes:
+        return  # a Part keeps its answers once it is sealed, whenever that is: see test_parts
     assert opened.method.contract.keeps_answers == (not moved[0])
 
 
@@ -167,7 +178,8 @@ def test_law_9_a_loss_holds_no_penalty(form, finished):
     method = {"ewc", "lwf", "olora", "derpp"}
     penalised = [row["penalty"] for row in rows if row["penalty"]]
     assert bool(penalised) == (FORMS[form]["type"] in method)
-    assert all(row["loss"] < 6.5 for row in rows)
+    # A step that only looks at what comes has none.
+    assert all(row["loss"] < 6.5 for row in rows if row["loss"] is not None)
 
 
 def test_promised_tensors_are_hashed_by_type_shape_and_bytes():

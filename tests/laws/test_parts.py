@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from cambia.errors import GrowthError
 from cambia.growth import AddLoraExpert, WidenFFN, grow
-from cambia.growth.parts import let_go
 from cambia.models import LoraExperts, LoraShape
 from cambia.models.bodies import count_parameters
+from cambia.models.parts.optimizing import let_go
 from cambia.nn.routed import bare_copy
 from tests.conftest import tiny
 from tests.laws.examples import FAMILIES, logits

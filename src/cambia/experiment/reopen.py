@@ -103,6 +103,7 @@ def _reopen(checkpoint: Path, tree: Mapping[str, Any], device: torch.device) -> 
             model, optimizer, stream, experiment.seed, trained=trained, weights=method.saved_weights
         )
         method.attach(told)
+        method.restore(state["method"])
         method.load_state_dict(state["method"])
         return Reopened(model, method, stream, Progress(**state["progress"]))
     except CambiaError:

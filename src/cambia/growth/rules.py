@@ -27,7 +27,7 @@ from cambia.config import Member
 from cambia.errors import CheckpointError, ConfigError, GrowthError
 from cambia.growth.barrier import grow
 from cambia.growth.carry import Holder, Moments
-from cambia.growth.operators import OPERATORS, Operator
+from cambia.growth.operators import OPERATORS, Operator, PartOperator
 from cambia.growth.plan import GrowthPlan, plan_growth
 from cambia.growth.rewarm import SliceWarmup
 from cambia.growth.triggers import TRIGGERS, Trigger
@@ -188,7 +188,8 @@ class GrowthManager:
         )
         if over:
             raise ConfigError(f"the model is beyond the budget before it has grown: {over}")
-        if self.optimizer is not None:
+        in_place = [rule for rule in self.rules if not isinstance(rule.then, PartOperator)]
+        if self.optimizer is not None and in_place:
             owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
             if not any(id(p) in owned for p in model.parameters()):
                 raise GrowthError(

@@ -101,7 +101,7 @@ class Trainer:
         self.average = WeightAverage(model, decay) if decay else None
         if growth is not None and self.average is not None:
             growth.holders.append(self.average)
-        self.allocator = allocator or self.method.allocator() or PlainAllocator()
+        self.allocator = allocator or PlainAllocator()
         self.tokenizer = tokenizer
         self.tracking = list(tracking)
         self.knobs = Knobs()
@@ -196,6 +196,7 @@ class Trainer:
                 autocast=self.step.autocast,
             )
         )
+        self.allocator = self.method.allocator() or self.allocator
 
     def _train(self, stream: AnyStream, run: RunWriter, stage_steps: list[int]) -> bool:
         p, config, names = self.progress, self.config, [stage.name for stage in stream.stages]

@@ -58,6 +58,8 @@ class Contract:
     """Holds weights of the model that nothing else may set."""
     grows: bool = True
     """Works on a model that grows meanwhile."""
+    routes: bool = False
+    """Says itself who answers a text; where the right answerer is known, both are scored."""
     keeps_answers: bool = False
     """A task's logits stay, bit by bit, once its stage is over."""
 
@@ -133,7 +135,7 @@ class Method:
         self.situation = situation
 
     def allocator(self) -> Allocator | None:
-        """Who decides what a batch trains; None: every batch trains everything."""
+        """Who decides what a batch trains, asked after `attach`; None: every batch trains everything."""
         return None
 
     @property

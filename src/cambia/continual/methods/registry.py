@@ -17,6 +17,7 @@ CONTINUAL_METHODS: dict[str, str] = {
     "olora": "cambia.continual.methods.olora:OLora",
     "osf": "cambia.continual.methods.osf:OrthogonalSubspace",
     "freeze": "cambia.continual.methods.freezing:Freeze",
+    "experts": "cambia.continual.methods.experts:Experts",
     "masks": "cambia.continual.methods.masks:ElementMasks",
 }
 """Name in a configuration -> class."""

@@ -207,6 +207,7 @@ def _together(contracts: Sequence[Contract]) -> Contract:
         "chooses_rows",
         "rewrites_weights",
         "seals_weights",
+        "routes",
     )
     return Contract(
         **{name: any(getattr(c, name) for c in contracts) for name in needed},

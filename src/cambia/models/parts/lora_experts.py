@@ -25,8 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cambia.errors import ConfigError
+from cambia.models.parts.answering import prefixes_of, routed_logits
 from cambia.models.parts.folder import opened, read_base, read_experts, shape_of, write_experts
 from cambia.models.parts.lora_expert import LoraExpert
 from cambia.models.parts.lora_shape import LoraShape, new_deltas, places_of
@@ -52,6 +54,10 @@ class LoraExperts(nn.Module):
         self.model = model.requires_grad_(False)
         self.shape = shape or LoraShape()
         self.seed = seed
+        self.prefix_tokens = 64
+        """First tokens of a sequence from which is decided who answers it."""
+        self.feature_layer = -1
+        """Of the model, whose outputs a router reads; 0 are the embeddings."""
         self.parts = nn.ModuleDict()
         self._routed = Routed(model, self)
         places_of(model, self.shape.targets)  # says now what could not be adapted later
@@ -236,6 +242,51 @@ class LoraExperts(nn.Module):
         """
         given = (lambda module, x: weights) if isinstance(weights, Tensor) else weights
         return self._routed.using(Mixed([self[name].name for name in names], given))
+
+    def route(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, tokens: int | None = None
+    ) -> list[str | None]:
+        """Who answers each row, by its first tokens: an expert, or None for the model alone.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), 0 where a row is padded, on either side.
+            tokens: decide from at most so many; `prefix_tokens` by default.
+        """
+        prefixes = prefixes_of(self, input_ids, attention_mask, tokens or self.prefix_tokens)
+        names: list[str | None] = [None, *self.names]
+        losses = torch.stack([prefixes.losses(name) for name in names])  # (E + 1, B)
+        return [names[i] for i in losses.argmin(0).tolist()]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any
+    ) -> CausalLMOutputWithPast:
+        """Each row answered by whom its own first tokens name; those themselves by the model alone.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), 0 where a row is padded, on either side.
+            settings: of the model's forward pass.
+        """
+        names = self.route(input_ids, attention_mask)
+        return routed_logits(self, names, input_ids, attention_mask, self.prefix_tokens, **settings)
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Any:
+        """As `model.generate`; each prompt is routed for itself, and what is written stays with its expert.
+
+        Args:
+            input_ids: (B, T), padded on the left where prompts differ in length.
+            attention_mask: (B, T).
+            settings: of `model.generate`.
+        """
+        names = self.route(input_ids, attention_mask, tokens=input_ids.shape[1])
+        with self.routed(names):
+            return self.model.generate(input_ids, attention_mask=attention_mask, **settings)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
     @contextmanager
     def teaching(self, name: str) -> Generator[LoraExpert]:

@@ -1,0 +1,302 @@
+"""Who decides what a batch trains, where nobody says what the text is.
+
+`StreamAllocator` looks at every row that comes. One that a known domain accepts is left to the Part that
+answers it, and is not trained on. One of the domain that is being learned trains its Part. One that is
+strange to all of them goes into quarantine, and when the evidence is enough that something new has come, the
+signal "novelty" says so: a growth rule adds a Part, and what lay in quarantine is the first that it reads.
+
+    unknown ──▶ quarantine ──▶ seeding ──▶ consolidating ──▶ sealed
+                    │              ▲            a low rate, on rows that it keeps until then
+                    └── ordinary after all: back to the domain that is being learned
+
+It decides and never trains; the loop asks it (`records.Allocator`).
+"""
+
+# N rows of a batch, T time, D features
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge, Gt
+
+from cambia.continual.domains import Domain, ReadRows, read_by
+from cambia.continual.novelty.detector import NoveltyDetector, Verdict
+from cambia.data.batches import Batch
+from cambia.models.routing.gaussians import FeatureGaussian
+from cambia.records import Allocation, Signals
+
+Phase = Literal["seeding", "consolidating"]
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a Part is taught."""
+
+    warmup_steps: Annotated[int, Ge(0)] = 10
+    """Steps in which its learning rate rises to the highest."""
+    consolidation_steps: Annotated[int, Ge(0)] = 40
+    """Steps at a falling rate at its end, on the rows that it has read last."""
+    memory_rows: Annotated[int, Gt(0)] = 640
+    """Rows of its text that are kept until it is sealed, the latest ones."""
+    held_out: Annotated[int, Gt(1)] = 8
+    """Of so many batches one is not counted in the densities of its domain, to see what is ordinary there."""
+
+
+class StreamAllocator:
+    """What becomes of each row of a stream whose domains nobody names.
+
+    Args:
+        read: what the base makes of a batch's rows.
+        background: the distribution of features of text in general.
+        detector: says what is strange, and when that is certain enough.
+        course: how a Part is taught.
+        vocab_size: of the tokens.
+        is_one: whether quarantined rows resemble each other more than they resemble what is known; where they
+            do not, nothing grows.
+        at_end: called when a Part has been taught, with its name and the rows that were held back; answers
+            with the Part that its domain is to be answered by, itself or another one, or None for the base.
+        seed: of the rows that are read again.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[Batch], ReadRows],
+        background: FeatureGaussian,
+        detector: NoveltyDetector,
+        course: Course,
+        *,
+        vocab_size: int,
+        is_one: Callable[[ReadRows, Sequence[Domain]], bool],
+        at_end: Callable[[str, ReadRows], str | None],
+        seed: int = 0,
+    ):
+        self.read, self.background, self.detector, self.course = read, background, detector, course
+        self.vocab_size, self.is_one, self.at_end = vocab_size, is_one, at_end
+        self.domains: dict[str, Domain] = {}
+        self.open: str | None = None
+        """The Part that is being taught."""
+        self.phase: Phase = "seeding"
+        self.steps = 0
+        """Of the open Part, in its phase."""
+        self._next: str | None = None  # the Part that is waiting until the open one is sealed
+        self._asked = False
+        self._batches = 0
+        self._refresh_at = 0.0
+        self._generator = torch.Generator().manual_seed(seed)
+        nothing = ReadRows.none(1, 1)
+        self._quarantine, self._due, self._memory, self._held = nothing, nothing, nothing, nothing
+        self._nearest: list[str | None] = []  # of each row in quarantine
+
+    # ---- what the loop asks ------------------------------------------------------------------------
+
+    def allocate(self, batch: Batch, signals: Signals) -> Allocation:
+        """What of a batch trains, and what it says of novelty."""
+        if not batch.fresh:
+            return self._lesson_given(batch)
+        if self._asked:
+            self._turned_down()
+        rows = self.read(batch)
+        verdict = self.detector.judge(read_by(list(self.domains.values()), rows, self.background))
+        decision = self.detector.observe(verdict)
+        nearest = _least_strange(verdict)
+        novel = verdict.novel.tolist()
+        mine = [
+            i for i, name in enumerate(nearest) if name == self.open and not novel[i] and name is not None
+        ]
+        strange = [i for i, is_novel in enumerate(novel) if is_novel]
+        self._batches += 1
+        self._learn(rows.take(mine), counts=self._batches % self.course.held_out != 0)
+        self._quarantine = _joined(self._quarantine, rows.take(strange))
+        self._nearest += [nearest[i] for i in strange]
+        if decision.reason is not None:
+            self._asked = self.is_one(self._quarantine, list(self.domains.values()))
+            if not self._asked:
+                self._turned_down()
+        elif decision.novel_windows == 0:
+            self._release()
+        measured = {
+            "novelty": 1.0 if self._asked else min(decision.evidence, _UNCERTAIN),
+            "novel_rows": len(strange) / max(1, len(rows)),
+            "known_rows": (len(rows) - len(strange) - len(mine)) / max(1, len(rows)),
+        }
+        if not mine:
+            return Allocation(train=False, measured=measured)
+        assert self.open is not None
+        return Allocation(rows=tuple(mine), parts=(self.open,), rate=self._rate(), measured=measured)
+
+    def lesson(self, batch_size: int) -> Batch | None:
+        """What is to be read out of memory before the stream goes on; None: nothing."""
+        if self.open is not None and self.phase == "consolidating" and self._is_over:
+            self._seal()
+        if self.open is None:
+            return None
+        if self.phase == "consolidating":
+            chosen = torch.randperm(len(self._memory), generator=self._generator)[:batch_size]
+            return self._memory.take(chosen.tolist()).batch(self.open)
+        if len(self._due):
+            return self._due.take(range(min(batch_size, len(self._due)))).batch(self.open)
+        return None
+
+    def _lesson_given(self, batch: Batch) -> Allocation:
+        assert self.open is not None
+        if self.phase == "seeding":
+            count = len(batch.input_ids)
+            self._remember(self._due.take(range(count)))
+            self._due = self._due.take(range(count, len(self._due)))
+        return Allocation(parts=(self.open,), rate=self._rate())
+
+    def _rate(self) -> float:
+        """The rate of the open Part's next step, as a share of the highest."""
+        self.steps += 1
+        if self.phase == "consolidating":
+            return 1 - (self.steps - 0.5) / self.course.consolidation_steps
+        return min(1.0, self.steps / (self.course.warmup_steps + 1))
+
+    # ---- a Part's life -----------------------------------------------------------------------------
+
+    def begin(self, name: str) -> None:
+        """A new Part has come; it reads what lies in quarantine once the open one is sealed."""
+        self._asked = False
+        self._next = name
+        if self.open is None:
+            self._open(name)
+        else:
+            self.consolidate()
+
+    def consolidate(self) -> None:
+        """The open Part has learned enough, or something else has come."""
+        if self.phase == "seeding":
+            self.phase, self.steps = "consolidating", 0
+
+    def finish(self) -> None:
+        """The stream has ended: what is left is to consolidate the open Part."""
+        if self.open is not None and not len(self._due):
+            self.consolidate()
+
+    @property
+    def held_out(self) -> ReadRows:
+        """Rows of the open Part's domain that are not counted in its densities."""
+        return self._held
+
+    @property
+    def _is_over(self) -> bool:
+        return self.steps >= self.course.consolidation_steps or not len(self._memory)
+
+    def _open(self, name: str) -> None:
+        rows = self._quarantine
+        domain = Domain(name, self.vocab_size, rows.features.shape[1])
+        self.domains[name] = domain
+        self.open, self.phase, self.steps, self._next = name, "seeding", 0, None
+        # Rows that follow each other are alike, so they are held back by the stretch.
+        stretch = max(1, min(_STRETCH, len(rows) // 4))
+        held = [i for i in range(len(rows)) if i // stretch % 2]
+        domain.observe(rows.take([i for i in range(len(rows)) if not i // stretch % 2]))
+        self._held, self._due, self._memory = rows.take(held), rows, rows.take([])
+        self._refresh()
+        self._forget_quarantine()
+
+    def _learn(self, rows: ReadRows, *, counts: bool) -> None:
+        """Rows of the domain that is being learned: they are trained on, and most are counted."""
+        if self.open is None or not len(rows):
+            return
+        if counts:
+            self.domains[self.open].observe(rows)
+        else:
+            self._held = _joined(self._held, rows)
+        self._remember(rows)
+        if self.domains[self.open].rows + len(self._held) >= self._refresh_at:
+            self._refresh()
+
+    def _refresh(self) -> None:
+        """What is known of the open domain is brought up to date, more and more seldom."""
+        assert self.open is not None
+        domain = self.domains[self.open]
+        domain.refresh()
+        if len(self._held):
+            self.detector.calibrate(domain.name, read_by([domain], self._held, self.background))
+        self._refresh_at = _REFRESH * (domain.rows + len(self._held))
+
+    def _remember(self, rows: ReadRows) -> None:
+        memory = _joined(self._memory, rows)
+        self._memory = memory.take(range(max(0, len(memory) - self.course.memory_rows), len(memory)))
+
+    def _seal(self) -> None:
+        assert self.open is not None
+        self._refresh()
+        domain = self.domains[self.open]
+        domain.answers = self.at_end(self.open, self._held)
+        domain.seal()
+        self.open, self.steps = None, 0
+        self._memory = self._held = self._due = self._memory.take([])
+        if self._next is not None:
+            self._open(self._next)
+
+    # ---- quarantine --------------------------------------------------------------------------------
+
+    def _release(self) -> None:
+        """It was nothing new: rows that the open domain is nearest to are read after all."""
+        back = [i for i, name in enumerate(self._nearest) if name is not None and name == self.open]
+        rows = self._quarantine.take(back)
+        self._due = _joined(self._due, rows)
+        if self.open is not None and len(rows):
+            self.domains[self.open].observe(rows)
+        self._forget_quarantine(reset=False)
+
+    def _turned_down(self) -> None:
+        """Nothing grew: the rows do not belong together, or the model may not become larger."""
+        self._asked = False
+        self._forget_quarantine()
+
+    def _forget_quarantine(self, *, reset: bool = True) -> None:
+        self._quarantine, self._nearest = self._quarantine.take([]), []
+        if reset:
+            self.detector.reset()
+
+    # ---- what must survive a restart ---------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "domains": [domain.state_dict() for domain in self.domains.values()],
+            "detector": self.detector.state_dict(),
+            "generator": self._generator.get_state(),
+            "plain": {name: getattr(self, name) for name in _PLAIN},
+            "rows": {name: getattr(self, name).state_dict() for name in _ROWS},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.domains = {}
+        for saved in state["domains"]:
+            self.domains[saved["name"]] = Domain.from_state(saved, self.vocab_size)
+        self.detector.load_state_dict(state["detector"])
+        self._generator.set_state(state["generator"])
+        for name in _PLAIN:
+            setattr(self, name, state["plain"][name])
+        for name in _ROWS:
+            setattr(self, name, ReadRows(**state["rows"][name]))
+
+
+_PLAIN = ("open", "phase", "steps", "_next", "_asked", "_batches", "_refresh_at", "_nearest")
+_ROWS = ("_quarantine", "_due", "_memory", "_held")
+_UNCERTAIN = 0.999
+"""The novelty of what could still be chance: a rule acts at 1."""
+_STRETCH = 8
+"""Rows of the quarantine that are held back, or counted, together."""
+_REFRESH = 1.25
+"""Densities are worked out anew when so much more text has been seen."""
+
+
+def _joined(rows: ReadRows, more: ReadRows) -> ReadRows:
+    if not len(rows):
+        return more
+    return rows.and_then(more) if len(more) else rows
+
+
+def _least_strange(verdict: Verdict) -> list[str | None]:
+    """For each row the domain that it is least strange to, novel or not; None where none is known."""
+    if not verdict.domains:
+        return [None] * len(verdict.novel)
+    return [verdict.domains[i] for i in verdict.strangeness.argmin(1).tolist()]

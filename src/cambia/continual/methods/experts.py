@@ -1,0 +1,210 @@
+"""One LoRA expert for each domain of a stream, found without being told where one ends and another begins.
+
+The model itself is frozen. An allocator says of every row whether it is known, of the domain that is being
+learned, or new (`cambia.continual.allocators`); a growth rule adds an expert where something new has come
+(``when: novelty, then: add_lora_expert``); and a router says who answers (`cambia.models.routing`).
+"""
+
+# N rows, T time, D features
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cambia.continual.allocators import Course, StreamAllocator
+from cambia.continual.domains import ReadRows
+from cambia.continual.methods.method import AnyStream, Contract, Method, Parameters, Situation
+from cambia.continual.novelty.detector import NoveltyDetector
+from cambia.data.batches import Batch
+from cambia.generation import written_rows
+from cambia.models.bodies import count_parameters
+from cambia.models.parts.lora_expert import LoraExpert
+from cambia.models.parts.lora_experts import LoraExperts
+from cambia.models.parts.lora_shape import LoraShape, new_deltas
+from cambia.models.parts.optimizing import let_go, take_up
+from cambia.models.routing.gaussians import FeatureGaussian
+from cambia.models.routing.prefixes import PrefixReader
+from cambia.records import Allocator
+
+
+@dataclass
+class Experts(Method):
+    """A LoRA expert for each domain that the stream turns out to have."""
+
+    CONTRACT: ClassVar[Contract] = Contract(chooses_rows=True, rewrites_weights=True, routes=True)
+
+    shape: LoraShape = field(default_factory=LoraShape)
+    """What an expert adds to, and how much."""
+    detector: NoveltyDetector = field(default_factory=NoveltyDetector)
+    """Says what is new, and when that is certain enough."""
+    course: Course = field(default_factory=Course)
+    """How an expert is taught."""
+    keep_margin: Annotated[float, Ge(0)] = 0.01
+    """An expert stays only if it gives held-out rows of its domain so many nats per token less than the best of
+    the others does."""
+    feature_layer: int = -1
+    """The hidden layer of the base whose outputs are the features: 0 are the embeddings."""
+    background_rows: Annotated[int, Gt(1)] = 128
+    """Rows of the base's own writing that stand for text in general."""
+
+    def prepare(self, model: PreTrainedModel) -> nn.Module:
+        self.experts = LoraExperts(model, self.shape)
+        return self.experts
+
+    def attach(self, situation: Situation) -> None:
+        super().attach(situation)
+        model = situation.model
+        self.experts.seed = situation.seed
+        self.reader = PrefixReader(model, self.experts.using, layer=self.feature_layer)
+        self._allocator = StreamAllocator(
+            self.read,
+            self._background(),
+            self.detector,
+            self.course,
+            vocab_size=model.config.vocab_size,
+            is_one=lambda rows, domains: True,
+            at_end=self._ended,
+            seed=situation.seed,
+        )
+
+    # ---- what the loop calls -----------------------------------------------------------------------
+
+    def allocator(self) -> Allocator | None:
+        return self._allocator
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        return ("novelty", "novel_rows", "known_rows")
+
+    def batch(self, stream: AnyStream, stage: int, at: float) -> Batch:
+        self._meet_newcomer()
+        if at >= 1:
+            self._allocator.finish()
+        lesson = self._allocator.lesson(stream.batch_size)
+        return super().batch(stream, stage, at) if lesson is None else lesson
+
+    @property
+    def owes(self) -> bool:
+        return self._allocator.open is not None
+
+    @contextmanager
+    def teaching(self, parts: tuple[str, ...]) -> Generator[None]:
+        (name,) = parts
+        with self.experts.teaching(name):
+            yield
+
+    def _meet_newcomer(self) -> None:
+        """A growth rule may have added an expert since the last batch."""
+        new = [name for name in self.experts.names if name not in self._allocator.domains]
+        if new:
+            self._allocator.begin(new[-1])
+
+    # ---- what the allocator asks -------------------------------------------------------------------
+
+    def read(self, batch: Batch) -> ReadRows:
+        """What the base makes of a batch's rows; every row costs a forward pass."""
+        ids = batch.input_ids
+        self.extra_tokens += ids.numel() / 3
+        prefixes = self.reader.read(ids)
+        return ReadRows(
+            ids, batch.targets, prefixes.losses(None), prefixes.features(), float(batch.num_bytes)
+        )
+
+    def _background(self) -> FeatureGaussian:
+        """The distribution of features of text in general: of what the base writes by itself."""
+        model, stream = self.situation.model, self.situation.stream
+        generator = torch.Generator().manual_seed(self.situation.seed)
+        first = model.config.bos_token_id or 0
+        length = min(_BACKGROUND_TOKENS, stream.sequence_length)
+        with self.experts.using(None):
+            rows = written_rows(model, self.background_rows, length, first=first, generator=generator)
+        features = self.reader.read(rows).features()
+        background = FeatureGaussian(features.shape[1])
+        background.observe(features)
+        background.seal()
+        return background
+
+    def _ended(self, name: str, held: ReadRows) -> str | None:
+        """An expert has been taught: it stays if it is worth it, and never changes again."""
+        part = self.experts[name]
+        losses = {other: self._loss(other, held) for other in (None, *self.experts.sealed)}
+        best = min(losses, key=lambda other: losses[other])
+        let_go(self.situation.optimizer, part)
+        if len(held) and self._loss(name, held) > losses[best] - self.keep_margin:
+            self.experts.drop(name)
+            return best
+        self.experts.seal(name)
+        return name
+
+    def _loss(self, name: str | None, rows: ReadRows) -> float:
+        """Nats per token that an expert, or the base, gives rows."""
+        if not len(rows):
+            return 0.0
+        return float(self.reader.read(rows.input_ids).losses(name).mean())
+
+    # ---- who answers -------------------------------------------------------------------------------
+
+    def answerer(self, model: PreTrainedModel) -> Any:
+        return self.experts
+
+    # ---- what it costs and keeps -------------------------------------------------------------------
+
+    @property
+    def cost(self) -> float:
+        model = count_parameters(self.situation.model)
+        added = max((self.experts[name].num_parameters for name in self.experts.names), default=0)
+        return 2 / 3 + added / model
+
+    def parameters(self) -> Parameters:
+        sizes = [self.experts[name].num_parameters for name in self.experts.names]
+        model = count_parameters(self.situation.model)
+        return Parameters(max(sizes, default=0), model + sum(sizes), model + max(sizes, default=0))
+
+    def promised(self) -> Mapping[str, Tensor]:
+        base = {f"base: {name}": p.detach() for name, p in self.situation.model.named_parameters()}
+        parts = {
+            f"{name}: {key}": parameter.detach()
+            for name in self.experts.sealed
+            for key, parameter in self.experts[name].named_parameters()
+        }
+        return {**base, **parts}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "experts": [
+                {
+                    "name": name,
+                    "state": self.experts[name].state,
+                    "parents": list(self.experts[name].parents),
+                    "rank": self.experts[name].rank,
+                    "tensors": {key: p.detach() for key, p in self.experts[name].named_parameters()},
+                }
+                for name in self.experts.names
+            ]
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        model, optimizer = self.situation.model, self.situation.optimizer
+        for saved in state["experts"]:
+            shape = replace(self.shape, rank=saved["rank"] or self.shape.rank)
+            part = LoraExpert(saved["name"], new_deltas(model, shape), tuple(saved["parents"]))
+            with torch.no_grad():
+                for key, parameter in part.named_parameters():
+                    parameter.copy_(saved["tensors"][key])
+            part.state = saved["state"]
+            if part.state == "sealed":
+                part.seal()
+            else:
+                take_up(optimizer, part)
+            self.experts.hang(part)
+
+
+_BACKGROUND_TOKENS = 64

@@ -44,7 +44,7 @@ def detector_of(known: int, seed: int = 0, **settings: Any) -> NoveltyDetector:
     generator = torch.Generator().manual_seed(1000 + seed)
     detector = NoveltyDetector(**settings)
     for kind in range(known):
-        detector.calibrate(f"d{kind}", rows([kind] * HELD_OUT, known, generator))
+        detector.remember(f"d{kind}", rows([kind] * HELD_OUT, known, generator))
     return detector
 
 
@@ -81,7 +81,7 @@ def test_without_known_domains_everything_is_novel() -> None:
 def test_a_young_domain_rejects_nothing() -> None:
     """Nobody can be strange to what is hardly known: p-values are never below one in the windows."""
     detector = NoveltyDetector()
-    detector.calibrate("d0", rows([0] * 30, 1, torch.Generator().manual_seed(1)))
+    detector.remember("d0", rows([0] * 30, 1, torch.Generator().manual_seed(1)))
     verdict = detector.judge(rows([None] * 16, 1, torch.Generator().manual_seed(2)))
     assert not verdict.novel.any()
     assert verdict.nearest == ["d0"] * 16
@@ -105,7 +105,7 @@ def test_a_far_window_is_strange_by_every_score_but_entropy(score: str) -> None:
 def test_a_score_that_its_readings_lack_is_named() -> None:
     detector = NoveltyDetector(scores=["ratio"])
     with pytest.raises(ConfigError, match="base_losses="):
-        detector.calibrate("d0", Readings(("d0",), losses=torch.zeros(2, 1)))
+        detector.remember("d0", Readings(("d0",), losses=torch.zeros(2, 1)))
 
 
 def mine(readings: Readings) -> Tensor:
@@ -207,8 +207,8 @@ def test_no_false_alarms_on_many_stationary_streams(rule: Any, stated: float) ->
 
 def test_the_risk_of_the_held_out_windows_is_told() -> None:
     few, many = NoveltyDetector(), NoveltyDetector()
-    few.calibrate("d0", rows([0] * 40, 1, torch.Generator()))
-    many.calibrate("d0", rows([0] * 1000, 1, torch.Generator()))
+    few.remember("d0", rows([0] * 40, 1, torch.Generator()))
+    many.remember("d0", rows([0] * 1000, 1, torch.Generator()))
     assert many.risk()["d0"] < 0.001 < few.risk()["d0"] <= 1
 
 

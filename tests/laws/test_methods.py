@@ -39,7 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "experts": {
         "shape": {"rank": 2},
         "detector": {"min_windows": 5, "cooldown_windows": 5, "group_windows": 5, "false_alarms": 0.5},
-        "course": {"warmup_steps": 1, "consolidation_steps": 2, "held_out": 2},
+        "course": {"warmup_steps": 1, "consolidation_steps": 2, "held_rows": 2},
         "background_rows": 8,
         "keep_margin": 0.0,
     },

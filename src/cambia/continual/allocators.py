@@ -42,8 +42,8 @@ class Course:
     """Steps at a falling rate at its end, on the rows that it has read last."""
     memory_rows: Annotated[int, Gt(0)] = 640
     """Rows of its text that are kept until it is sealed, the latest ones."""
-    held_out: Annotated[int, Gt(1)] = 8
-    """Of so many batches one is not counted in the densities of its domain, to see what is ordinary there."""
+    held_rows: Annotated[int, Ge(0)] = 16
+    """Of its first rows so many are not trained on, to see what it has learned; at most a third."""
 
 
 class StreamAllocator:
@@ -84,12 +84,15 @@ class StreamAllocator:
         """Of the open Part, in its phase."""
         self._next: str | None = None  # the Part that is waiting until the open one is sealed
         self._asked = False
-        self._batches = 0
         self._refresh_at = 0.0
         self._generator = torch.Generator().manual_seed(seed)
         nothing = ReadRows.none(1, 1)
         self._quarantine, self._due, self._memory, self._held = nothing, nothing, nothing, nothing
         self._nearest: list[str | None] = []  # of each row in quarantine
+        self._sources: list[str] = []
+        self.taught: dict[str, dict[str, int]] = {}
+        """For each Part, how many rows of which source it was taught. Nothing is decided by it: it tells
+        afterwards which Part would have been the right one."""
 
     # ---- what the loop asks ------------------------------------------------------------------------
 
@@ -103,15 +106,15 @@ class StreamAllocator:
         verdict = self.detector.judge(read_by(list(self.domains.values()), rows, self.background))
         decision = self.detector.observe(verdict)
         nearest = _least_strange(verdict)
-        novel = verdict.novel.tolist()
-        mine = [
-            i for i, name in enumerate(nearest) if name == self.open and not novel[i] and name is not None
-        ]
-        strange = [i for i, is_novel in enumerate(novel) if is_novel]
-        self._batches += 1
-        self._learn(rows.take(mine), counts=self._batches % self.course.held_out != 0)
+        strange = verdict.novel.nonzero()[:, 0].tolist()
+        mine = [i for i, name in enumerate(verdict.nearest) if name is not None and name == self.open]
+        if self.open is not None and mine:
+            # First how strange they were, then what is in them: so it is seen what is ordinary for new rows.
+            self.detector.remember(self.open, verdict.rows(torch.tensor(mine)))
+            self._learn(rows.take(mine))
         self._quarantine = _joined(self._quarantine, rows.take(strange))
         self._nearest += [nearest[i] for i in strange]
+        self._sources += [batch.source] * len(strange)
         if decision.reason is not None:
             self._asked = self.is_one(self._quarantine, list(self.domains.values()))
             if not self._asked:
@@ -126,12 +129,12 @@ class StreamAllocator:
         if not mine:
             return Allocation(train=False, measured=measured)
         assert self.open is not None
+        self._count(self.open, [batch.source] * len(mine))
         return Allocation(rows=tuple(mine), parts=(self.open,), rate=self._rate(), measured=measured)
 
     def lesson(self, batch_size: int) -> Batch | None:
         """What is to be read out of memory before the stream goes on; None: nothing."""
-        if self.open is not None and self.phase == "consolidating" and self._is_over:
-            self._seal()
+        self.settle()
         if self.open is None:
             return None
         if self.phase == "consolidating":
@@ -172,6 +175,11 @@ class StreamAllocator:
         if self.phase == "seeding":
             self.phase, self.steps = "consolidating", 0
 
+    def settle(self) -> None:
+        """Seal the open Part if it has had its last step."""
+        while self.open is not None and self.phase == "consolidating" and self._is_over:
+            self._seal()
+
     def finish(self) -> None:
         """The stream has ended: what is left is to consolidate the open Part."""
         if self.open is not None and not len(self._due):
@@ -179,7 +187,7 @@ class StreamAllocator:
 
     @property
     def held_out(self) -> ReadRows:
-        """Rows of the open Part's domain that are not counted in its densities."""
+        """Rows of the open Part's domain that it is not trained on."""
         return self._held
 
     @property
@@ -191,34 +199,45 @@ class StreamAllocator:
         domain = Domain(name, self.vocab_size, rows.features.shape[1])
         self.domains[name] = domain
         self.open, self.phase, self.steps, self._next = name, "seeding", 0, None
-        # Rows that follow each other are alike, so they are held back by the stretch.
+        # One half says what is ordinary to the other. Rows that follow each other are alike, so by stretches.
         stretch = max(1, min(_STRETCH, len(rows) // 4))
-        held = [i for i in range(len(rows)) if i // stretch % 2]
-        domain.observe(rows.take([i for i in range(len(rows)) if not i // stretch % 2]))
-        self._held, self._due, self._memory = rows.take(held), rows, rows.take([])
+        halves = [[i for i in range(len(rows)) if i // stretch % 2 == half] for half in (0, 1)]
+        domain.observe(rows.take(halves[0]))
+        domain.refresh()
+        self.detector.remember(name, read_by([domain], rows.take(halves[1]), self.background))
+        domain.observe(rows.take(halves[1]))
         self._refresh()
+        kept = len(rows) - min(self.course.held_rows, len(rows) // 3)
+        self._due, self._held = rows.take(range(kept)), rows.take(range(kept, len(rows)))
+        self._memory = rows.take([])
+        self._count(name, self._sources)
         self._forget_quarantine()
 
-    def _learn(self, rows: ReadRows, *, counts: bool) -> None:
-        """Rows of the domain that is being learned: they are trained on, and most are counted."""
-        if self.open is None or not len(rows):
-            return
-        if counts:
-            self.domains[self.open].observe(rows)
-        else:
-            self._held = _joined(self._held, rows)
+    def _count(self, name: str, sources: Sequence[str]) -> None:
+        counts = self.taught.setdefault(name, {})
+        for source in sources:
+            counts[source] = counts.get(source, 0) + 1
+
+    def right(self, source: str) -> str | None:
+        """The Part that was taught most of a source; None: there is none."""
+        counts = {name: taught.get(source, 0) for name, taught in self.taught.items()}
+        best = max(counts, key=counts.__getitem__, default=None)
+        return None if best is None or not counts[best] else self.domains[best].answers
+
+    def _learn(self, rows: ReadRows) -> None:
+        """Rows of the domain that is being learned."""
+        assert self.open is not None
+        self.domains[self.open].observe(rows)
         self._remember(rows)
-        if self.domains[self.open].rows + len(self._held) >= self._refresh_at:
+        if self.domains[self.open].rows >= self._refresh_at:
             self._refresh()
 
     def _refresh(self) -> None:
-        """What is known of the open domain is brought up to date, more and more seldom."""
+        """The densities of the open domain are brought up to date, more and more seldom."""
         assert self.open is not None
         domain = self.domains[self.open]
         domain.refresh()
-        if len(self._held):
-            self.detector.calibrate(domain.name, read_by([domain], self._held, self.background))
-        self._refresh_at = _REFRESH * (domain.rows + len(self._held))
+        self._refresh_at = _REFRESH * domain.rows
 
     def _remember(self, rows: ReadRows) -> None:
         memory = _joined(self._memory, rows)
@@ -252,7 +271,7 @@ class StreamAllocator:
         self._forget_quarantine()
 
     def _forget_quarantine(self, *, reset: bool = True) -> None:
-        self._quarantine, self._nearest = self._quarantine.take([]), []
+        self._quarantine, self._nearest, self._sources = self._quarantine.take([]), [], []
         if reset:
             self.detector.reset()
 
@@ -279,7 +298,17 @@ class StreamAllocator:
             setattr(self, name, ReadRows(**state["rows"][name]))
 
 
-_PLAIN = ("open", "phase", "steps", "_next", "_asked", "_batches", "_refresh_at", "_nearest")
+_PLAIN = (
+    "open",
+    "phase",
+    "steps",
+    "_next",
+    "_asked",
+    "_refresh_at",
+    "_nearest",
+    "_sources",
+    "taught",
+)
 _ROWS = ("_quarantine", "_due", "_memory", "_held")
 _UNCERTAIN = 0.999
 """The novelty of what could still be chance: a rule acts at 1."""

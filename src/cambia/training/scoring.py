@@ -15,6 +15,7 @@ from cambia.continual.methods import Method
 from cambia.continual.methods.method import AnyStream
 from cambia.data.batches import Batch
 from cambia.data.streams import Stream
+from cambia.evaluation import Route
 from cambia.probes import Likelihood, bits_per_byte, slice_losses
 from cambia.training.averaging import WeightAverage
 from cambia.training.settings import EvaluationConfig
@@ -46,20 +47,27 @@ class Scorer:
         self.tokens, self.seconds = 0, 0.0
 
     @property
-    def route(self) -> str:
-        """Who says which task a text is of: the model itself, or an oracle that knows."""
-        return "oracle" if self.method.contract.needs_identity else "own"
+    def routes(self) -> tuple[Route, ...]:
+        """Who says which task a text is of: the model itself, an oracle that knows, or each in turn."""
+        if self.method.contract.routes:
+            return ("own", "oracle")
+        return ("oracle",) if self.method.contract.needs_identity else ("own",)
 
-    def task(self, stream: AnyStream, task: int, split: str) -> Likelihood | None:
+    def task(self, stream: AnyStream, task: int, split: str, route: Route) -> Likelihood | None:
         """Likelihood of one task's text as the model answers it; None where it has no such split."""
         # Where only answers are trained on, they can be right or wrong.
         exact = isinstance(stream, Stream) and stream.tasks[task].corpus.splits[split].mask is not None
-        with self.method.answering(task):
+        with self.method.answering(task) if route == "oracle" else nullcontext():
             return self._likelihood(self.texts(stream, task, split), exact=exact)
 
-    def row(self, stream: AnyStream, split: str) -> dict[str, Likelihood]:
-        """A row of the task matrix: every task's likelihood, by name."""
-        found = {name: self.task(stream, j, split) for j, name in enumerate(stream.names)}
+    def row(self, stream: AnyStream, split: str, route: Route | None = None) -> dict[str, Likelihood]:
+        """A row of the task matrix: every task's likelihood, by name.
+
+        Args:
+            route: who says which task a text is of; by default the first of `routes`.
+        """
+        route = route or self.routes[0]
+        found = {name: self.task(stream, j, split, route) for j, name in enumerate(stream.names)}
         return {name: score for name, score in found.items() if score is not None}
 
     def validation(self, stream: AnyStream, stage: int) -> tuple[Likelihood | None, dict[str, float]]:

@@ -205,7 +205,7 @@ class Trainer:
             Interrupts() as interrupts,
             Display(names, stage_steps, p.step) as display,
         ):
-            journal = Journal(run, self.evaluation.measured, trackers)
+            journal = Journal(run, [*self.evaluation.measured, *self.method.measures], trackers)
             if p.matrix_rows == 0:
                 self._score(stream, journal, task_trained="none")
                 self._save(stream, journal, rundir.LATEST)
@@ -351,15 +351,16 @@ class Trainer:
         """Score every task and write a whole row of the task matrix, split by split."""
         valid: list[Likelihood] = []
         for split in ("valid", "test"):
-            scores = self.scorer.row(stream, split)
-            journal.scored(
-                scores,
-                split=split,
-                task_trained=task_trained,
-                route=self.scorer.route,
-                progress=self.progress,
-            )
-            valid = valid or list(scores.values())
+            for route in self.scorer.routes:
+                scores = self.scorer.row(stream, split, route)
+                journal.scored(
+                    scores,
+                    split=split,
+                    task_trained=task_trained,
+                    route=route,
+                    progress=self.progress,
+                )
+                valid = valid or list(scores.values())
         self.progress.matrix_rows += 1
         if self.progress.step:
             self._keep_best(valid, stream, journal)

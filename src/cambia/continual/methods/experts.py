@@ -39,7 +39,9 @@ from cambia.records import Allocator
 class Experts(Method):
     """A LoRA expert for each domain that the stream turns out to have."""
 
-    CONTRACT: ClassVar[Contract] = Contract(chooses_rows=True, rewrites_weights=True, routes=True)
+    CONTRACT: ClassVar[Contract] = Contract(
+        chooses_rows=True, rewrites_weights=True, needs_growth=True, routes=True
+    )
 
     shape: LoraShape = field(default_factory=LoraShape)
     """What an expert adds to, and how much."""
@@ -48,8 +50,10 @@ class Experts(Method):
     course: Course = field(default_factory=Course)
     """How an expert is taught."""
     keep_margin: Annotated[float, Ge(0)] = 0.01
-    """An expert stays only if it gives held-out rows of its domain so many nats per token less than the best of
-    the others does."""
+    """An expert stays only if it gives held-out rows of its domain so many nats per token less than the best
+    of the others does."""
+    prefix_tokens: Annotated[int, Gt(0)] = 64
+    """First tokens of a text from which is decided who answers it; until then the base answers."""
     feature_layer: int = -1
     """The hidden layer of the base whose outputs are the features: 0 are the embeddings."""
     background_rows: Annotated[int, Gt(1)] = 128
@@ -57,6 +61,7 @@ class Experts(Method):
 
     def prepare(self, model: PreTrainedModel) -> nn.Module:
         self.experts = LoraExperts(model, self.shape)
+        self.experts.prefix_tokens, self.experts.feature_layer = self.prefix_tokens, self.feature_layer
         return self.experts
 
     def attach(self, situation: Situation) -> None:
@@ -89,10 +94,14 @@ class Experts(Method):
         if at >= 1:
             self._allocator.finish()
         lesson = self._allocator.lesson(stream.batch_size)
-        return super().batch(stream, stage, at) if lesson is None else lesson
+        if lesson is not None:
+            return lesson
+        # Named after its stage, so that it can be told afterwards who was taught what.
+        return replace(super().batch(stream, stage, at), source=stream.stages[stage].name)
 
     @property
     def owes(self) -> bool:
+        self._allocator.settle()
         return self._allocator.open is not None
 
     @contextmanager
@@ -154,6 +163,12 @@ class Experts(Method):
 
     def answerer(self, model: PreTrainedModel) -> Any:
         return self.experts
+
+    @contextmanager
+    def answering(self, task: int) -> Generator[None]:
+        right = self._allocator.right(self.situation.stream.names[task])
+        with self.experts.answered_by(right):
+            yield
 
     # ---- what it costs and keeps -------------------------------------------------------------------
 

@@ -58,6 +58,8 @@ class Contract:
     """Holds weights of the model that nothing else may set."""
     grows: bool = True
     """Works on a model that grows meanwhile."""
+    needs_growth: bool = False
+    """Can learn only with what growth rules add."""
     routes: bool = False
     """Says itself who answers a text; where the right answerer is known, both are scored."""
     keeps_answers: bool = False

@@ -178,6 +178,11 @@ def refuse(method: Method, *, stages: int | None, boundaries: bool, grows: bool,
             )
         if needs.needs_boundaries and stages is not None and stages < 2:
             raise ConfigError(f"{name} works from one task to the next, and there is one task: add another")
+        if needs.needs_growth and not grows:
+            raise ConfigError(
+                f"{name} learns with what a growth rule adds, and there is none: growth: {{rules: [{{when: "
+                "{type: novelty}, then: {type: add_lora_expert}}]}"
+            )
         if grows and not needs.grows:
             raise ConfigError(f"{name} does not follow a model that grows: set --growth.enabled false")
         if averages and needs.rewrites_weights:
@@ -207,6 +212,7 @@ def _together(contracts: Sequence[Contract]) -> Contract:
         "chooses_rows",
         "rewrites_weights",
         "seals_weights",
+        "needs_growth",
         "routes",
     )
     return Contract(

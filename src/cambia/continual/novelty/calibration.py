@@ -1,15 +1,17 @@
-"""What is ordinary for a domain: how strange its own held-out windows are to it.
+"""What is ordinary for a domain: how strange its own windows were to it before it had learned from them.
 
 A new window is ranked among them, which gives a conformal p-value (Vovk, Gammerman and Shafer 2005,
 Algorithmic Learning in a Random World): if the window is one more of the same kind, exchangeable with those
-held out, then P(p <= e) <= e for every e, whatever the scores are. No distribution is assumed.
+remembered, then P(p <= e) <= e for every e, whatever the scores are. No distribution is assumed.
 
-That is an average over which windows happened to be held out. For the ones at hand the rate may lie higher;
-`risk` says how likely that is (Vovk 2012, Conditional validity of inductive conformal predictors,
+That is an average over which windows happened to be remembered. For the ones at hand the rate may lie
+higher; `risk` says how likely that is (Vovk 2012, Conditional validity of inductive conformal predictors,
 arXiv:1209.2673).
+
+Nothing is kept but scores: no text.
 """
 
-# B windows, S scores, N windows held out
+# B windows, S scores, N windows that are ranked among
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from cambia.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """A domain's held-out windows, as numbers."""
+    """How strange a domain's own windows are to it."""
 
     center: Tensor
     """(S,) float64: the mean of each score."""
@@ -37,7 +39,7 @@ class Calibration:
 
     @classmethod
     def of(cls, strangeness: Tensor) -> Calibration:
-        """From the scores (N, S) of held-out windows, in the order of the text.
+        """From the scores (2 N, S) of windows that nothing had been fitted to, in the order of the text.
 
         Every other window gives the scale and the rest the ranks: were they the same windows, those ranked
         would fit the scale better than a new one does, and p-values would be a little too small.
@@ -61,13 +63,13 @@ class Calibration:
         return ((_checked(strangeness) - self.center) / self.spread).mean(1)
 
     def p_values(self, combined: Tensor) -> Tensor:
-        """(B,) -> (B,): the share of held-out windows, the new one among them, at least as strange."""
+        """(B,) -> (B,): the share of own windows, the new one among them, that are at least as strange."""
         below = torch.searchsorted(self.ranked, combined.contiguous())
         count = len(self.ranked)
         return (1 + count - below).double() / (count + 1)
 
     def risk(self, level: float, allowed: float) -> float:
-        """How likely it was to hold out windows that let more than `allowed` of the domain's fall to `level`.
+        """How likely it was to meet windows by which more than `allowed` of the domain's fall to `level`.
 
         The share that does is Beta distributed over draws of the N windows, whatever the scores are:
         P(share > allowed) = P(Binomial(N, allowed) < rank of the level).
@@ -76,14 +78,58 @@ class Calibration:
         rank = math.floor(level * (count + 1) + 1e-9)
         return sum(math.comb(count, i) * allowed**i * (1 - allowed) ** (count - i) for i in range(rank))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors alone."""
-        return {"center": self.center, "spread": self.spread, "ranked": self.ranked}
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Calibration:
-        """The inverse of `state_dict`."""
-        return cls(state["center"], state["spread"], state["ranked"])
+class Ordinary:
+    """The scores of a domain's own windows, remembered while it learns.
+
+    A text that is read on is judged best by how strange its earlier stretches were when they came: windows
+    that are held out between others which were learned from know too much of their neighbors. So windows are
+    remembered with the scores that they had before anything was fitted to them (Dawid 1984, Present position
+    and potential developments: the prequential approach), those of the later half of what the domain has
+    taken in, since it was a beginner before.
+
+    Args:
+        num_scores: S.
+        most: windows remembered; where more come, every other one is let go.
+    """
+
+    def __init__(self, num_scores: int, most: int):
+        self.most = most
+        self._scores = torch.empty(0, num_scores, dtype=torch.float64)
+        self._ages = torch.empty(0, dtype=torch.int64)
+        self._seen, self._stride, self._beginning = 0, 1, 0
+        self.calibration = Calibration.of(self._scores)
+
+    def remember(self, strangeness: Tensor) -> None:
+        """Scores (B, S) of windows that came together, in the order of the text."""
+        if not len(strangeness):
+            return
+        kept = (torch.arange(self._seen, self._seen + len(strangeness)) % self._stride) == 0
+        ages = torch.full((int(kept.sum()),), self._seen)  # how much the domain had taken in before
+        self._scores = torch.cat([self._scores, _checked(strangeness)[kept]])
+        self._ages = torch.cat([self._ages, ages])
+        self._beginning = self._seen // 2
+        self._seen += len(strangeness)
+        while len(self._scores) > self.most:
+            self._scores, self._ages, self._stride = self._scores[::2], self._ages[::2], 2 * self._stride
+        self._calibrate()
+
+    def _calibrate(self) -> None:
+        self.calibration = Calibration.of(self._scores[self._ages >= self._beginning])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors."""
+        return {
+            "scores": self._scores,
+            "ages": self._ages,
+            "counts": [self._seen, self._stride, self._beginning],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken."""
+        self._scores, self._ages = state["scores"], state["ages"]
+        self._seen, self._stride, self._beginning = state["counts"]
+        self._calibrate()
 
 
 def _checked(strangeness: Tensor) -> Tensor:

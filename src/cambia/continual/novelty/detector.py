@@ -1,7 +1,7 @@
 """Is this text new, row by row; and when is it certain enough that something new has come?
 
     >>> detector = NoveltyDetector()
-    >>> detector.calibrate("english", readings_of_held_out_english)
+    >>> detector.remember("english", readings_of_held_out_english)
     >>> verdict = detector.judge(readings)         # rows: which are strange to every known domain
     >>> decision = detector.observe(verdict)       # stream: is that enough to act on
     >>> decision.reason
@@ -24,7 +24,7 @@ from annotated_types import Gt, Le, Lt
 from torch import Tensor
 
 from cambia.config import resolve_function
-from cambia.continual.novelty.calibration import Calibration
+from cambia.continual.novelty.calibration import Ordinary
 from cambia.continual.novelty.evidence import Rule, advance, log_bets, log_evidence
 from cambia.continual.novelty.scores import NOVELTY_SCORES, Readings
 from cambia.errors import ConfigError
@@ -42,6 +42,8 @@ class Verdict:
     """(B, K) float64: the conformal p-value against each domain."""
     novel: Tensor
     """(B,) bool: strange to every known domain."""
+    raw: Tensor
+    """(B, K, S) float64: the scores themselves."""
 
     @property
     def scores(self) -> Tensor:
@@ -63,7 +65,8 @@ class Verdict:
 
     def rows(self, chosen: slice | Tensor) -> Verdict:
         """What some of the rows are."""
-        return Verdict(self.domains, self.strangeness[chosen], self.p_values[chosen], self.novel[chosen])
+        parts = (self.strangeness, self.p_values, self.novel, self.raw)
+        return Verdict(self.domains, *(part[chosen] for part in parts))
 
 
 def _least(values: Tensor, otherwise: float, *, largest: bool) -> Tensor:
@@ -127,6 +130,8 @@ class NoveltyDetector:
     """Windows in a row that may hang together in any way."""
     min_windows: Annotated[int, Gt(0)] = 48
     """Novel windows that there must be before anything is done about them."""
+    remembered_windows: Annotated[int, Gt(3)] = 1024
+    """Windows of each domain that new ones are compared with, at most; a few numbers each."""
     cooldown_windows: Annotated[int, Gt(0)] = 256
     """Windows after a growth, or after an alarm that was turned down, in which there is no alarm."""
 
@@ -137,7 +142,7 @@ class NoveltyDetector:
                 "between 0 and 1"
             )
         self._scores = [_score(name) for name in self.scores]
-        self._known: dict[str, Calibration] = {}
+        self._known: dict[str, Ordinary] = {}
         self._quiet = 0  # windows of the cool-down that are left
         self._begin()
 
@@ -154,18 +159,21 @@ class NoveltyDetector:
         """The known domains."""
         return tuple(self._known)
 
-    def calibrate(self, domain: str, readings: Readings) -> None:
-        """Take in what a domain's own held-out windows look like to it; again whenever it has learned more.
+    def remember(self, domain: str, found: Readings | Verdict) -> None:
+        """Take in what windows of a domain look like to it before it learns from them; it is known from then.
 
-        Windows should come from all over its text, some in a row here and there, and nothing may have been
-        fitted to them. With few of them little is novel: a p-value is never below one in their number.
+        While a domain learns, its rows are remembered batch by batch. Of one that was learned elsewhere,
+        held-out windows are remembered at once, from all over its text. With few windows little is novel: a
+        p-value is never below one in their number.
 
         Args:
-            domain: a column of the readings.
-            readings: of its held-out windows, in the order of the text.
+            domain: one of the columns.
+            found: readings or verdict of windows of this domain, in the order of the text.
         """
-        column = readings.domains.index(domain)
-        self._known[domain] = Calibration.of(self._raw(readings)[:, column])
+        raw = found.raw if isinstance(found, Verdict) else self._raw(found)
+        column = found.domains.index(domain)
+        known = self._known.setdefault(domain, Ordinary(len(self.scores), self.remembered_windows))
+        known.remember(raw[:, column])
 
     def forget(self, domain: str) -> None:
         """A domain that is no longer known, for example since its Part was merged into another."""
@@ -180,17 +188,17 @@ class NoveltyDetector:
         if set(readings.domains) != set(self._known):
             raise ConfigError(
                 f"these readings are of the domains {list(readings.domains)}, known are {list(self._known)}: "
-                "calibrate() each domain that is read, and forget() those that are gone"
+                "remember() each domain that is read, and forget() those that are gone"
             )
         raw = self._raw(readings)  # (B, K, S)
-        known = [self._known[domain] for domain in readings.domains]
+        known = [self._known[domain].calibration for domain in readings.domains]
         strangeness = raw.new_empty(raw.shape[:2])
         p_values = torch.empty_like(strangeness)
         for i, calibration in enumerate(known):
             strangeness[:, i] = calibration.combined(raw[:, i])
             p_values[:, i] = calibration.p_values(strangeness[:, i])
         novel = _least(p_values, 0.0, largest=True) <= self.row_level
-        return Verdict(readings.domains, strangeness, p_values, novel)
+        return Verdict(readings.domains, strangeness, p_values, novel, raw)
 
     def _raw(self, readings: Readings) -> Tensor:
         """(B, K, S) float64."""
@@ -228,6 +236,11 @@ class NoveltyDetector:
             self._novel += int(novel.sum())
 
     @property
+    def is_suspicious(self) -> bool:
+        """Whether there is any evidence at present: whatever is doubtful should wait for what comes of it."""
+        return bool((self._rise > 0).any())
+
+    @property
     def allowed(self) -> list[float]:
         """The share of a known domain's windows that may be strange, for each level."""
         return [level**self.drift for level in self.levels]
@@ -242,8 +255,8 @@ class NoveltyDetector:
     def risk(self) -> dict[str, float]:
         """By domain: how likely it was to hold out windows that make the guarantee void."""
         return {
-            name: min(1.0, sum(map(calibration.risk, self.levels, self.allowed)))
-            for name, calibration in self._known.items()
+            name: min(1.0, sum(map(known.calibration.risk, self.levels, self.allowed)))
+            for name, known in self._known.items()
         }
 
     def reset(self) -> None:
@@ -256,7 +269,7 @@ class NoveltyDetector:
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors."""
         return {
-            "known": {name: calibration.state_dict() for name, calibration in self._known.items()},
+            "known": {name: known.state_dict() for name, known in self._known.items()},
             "wealth": self._wealth.clone(),
             "rise": self._rise.clone(),
             "counts": [self._groups, self._windows, self._novel, self._quiet],
@@ -264,7 +277,10 @@ class NoveltyDetector:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken."""
-        self._known = {name: Calibration.from_state(saved) for name, saved in state["known"].items()}
+        self._known = {}
+        for name, saved in state["known"].items():
+            self._known[name] = Ordinary(len(self.scores), self.remembered_windows)
+            self._known[name].load_state_dict(saved)
         self._wealth, self._rise = state["wealth"].clone(), state["rise"].clone()
         self._groups, self._windows, self._novel, self._quiet = state["counts"]
 

@@ -58,6 +58,7 @@ class LoraExperts(nn.Module):
         """First tokens of a sequence from which is decided who answers it."""
         self.feature_layer = -1
         """Of the model, whose outputs a router reads; 0 are the embeddings."""
+        self._answers: str | None = _WHO_KNOWS
         self.parts = nn.ModuleDict()
         self._routed = Routed(model, self)
         places_of(model, self.shape.targets)  # says now what could not be adapted later
@@ -268,8 +269,20 @@ class LoraExperts(nn.Module):
             attention_mask: (B, T), 0 where a row is padded, on either side.
             settings: of the model's forward pass.
         """
+        if self._answers is not _WHO_KNOWS:
+            with self.using(self._answers):
+                return self.model(input_ids=input_ids, attention_mask=attention_mask, **settings)
         names = self.route(input_ids, attention_mask)
         return routed_logits(self, names, input_ids, attention_mask, self.prefix_tokens, **settings)
+
+    @contextmanager
+    def answered_by(self, name: str | None) -> Generator[None]:
+        """Inside the block nothing is routed: this expert, or the model alone, answers all of every row."""
+        before, self._answers = self._answers, name
+        try:
+            yield
+        finally:
+            self._answers = before
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Any:
@@ -282,7 +295,9 @@ class LoraExperts(nn.Module):
         """
         names = self.route(input_ids, attention_mask, tokens=input_ids.shape[1])
         with self.routed(names):
-            return self.model.generate(input_ids, attention_mask=attention_mask, **settings)
+            return self.model.generate(  # ty: ignore[not-callable]
+                input_ids, attention_mask=attention_mask, **settings
+            )
 
     @property
     def device(self) -> torch.device:
@@ -302,6 +317,9 @@ class LoraExperts(nn.Module):
             )
         with self._routed.using(Everywhere(name)):
             yield part
+
+
+_WHO_KNOWS = "."  # no expert's name: who answers is decided sequence by sequence
 
 
 def _by_row(names: Sequence[str | None]) -> Use | None:

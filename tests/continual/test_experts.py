@@ -1,0 +1,94 @@
+"""The lifecycle without labels: experts are born where something new comes, and only there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cambia.errors import ConfigError
+from cambia.evaluation import task_matrix
+from cambia.experiment.build import train_in
+from cambia.experiment.reopen import reopen
+from cambia.experiment.tree import experiment_from
+from cambia.rundir import RunReader
+
+RULE = {"when": {"type": "novelty"}, "then": {"type": "add_lora_expert"}}
+
+
+def learned(folder: Path, order: list[str], *, steps: int = 40, **changes: Any) -> RunReader:
+    """A run on a stream of generated text that does not say where one kind ends."""
+    tasks = [
+        {"name": name, "source": {"type": "generated", "task": name, "size_bytes": 60_000}}
+        for name in dict.fromkeys(order)
+    ]
+    tree: dict[str, Any] = {
+        "data": {"tasks": tasks, "stream": {"type": "sequence", "order": order, "boundaries": False}},
+        "model": {
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+        },
+        "optimizer": {"type": "adamw", "learning_rate": 0.02},
+        "training": {"steps": steps, "batch_size": 16, "sequence_length": 32},
+        "methods": [
+            {
+                "type": "experts",
+                "course": {"consolidation_steps": 4},
+                "background_rows": 16,
+                "prefix_tokens": 16,
+            }
+        ],
+        "growth": {"rules": [RULE]},
+        "evaluation": {"every_steps": None, "max_bytes": 600, "context_tokens": 16},
+        "checkpoint": {"every_steps": None, "keep_tasks": False},
+        "threads": 1,
+        **changes,
+    }  # fmt: skip
+    train_in(folder, experiment_from(tree, source="test", flags={}))
+    return RunReader(folder)
+
+
+def opened(run: RunReader) -> Any:
+    return reopen(run.folder / "latest", run.config()).method
+
+
+@pytest.fixture(scope="module")
+def recurring(tmp_path_factory: pytest.TempPathFactory) -> RunReader:
+    return learned(tmp_path_factory.mktemp("runs") / "run", ["counting", "brackets", "counting"])
+
+
+def test_each_kind_of_text_has_one_expert_also_where_it_comes_again(recurring: RunReader) -> None:
+    experts = opened(recurring).experts
+    assert experts.names == experts.sealed == ["expert_0", "expert_1"]
+    events = [event for event in recurring.growth() if event["done"]]
+    assert [event["operators"][0]["type"] for event in events] == ["add_lora_expert"] * 2
+    assert all(event["logit_error"] == 0 for event in events)
+
+
+def test_what_is_sealed_is_answered_as_before_by_the_right_route(recurring: RunReader) -> None:
+    matrix = task_matrix(recurring.rows("eval.csv"), split="test", route="oracle")
+    first = matrix.tasks.index("counting")
+    untrained, _, sealed, last = (row[first] for row in matrix.rows)
+    assert sealed < untrained - 0.5
+    assert last == sealed, "not one bit may change"
+
+
+def test_the_stream_is_watched(recurring: RunReader) -> None:
+    rows = recurring.rows("metrics.csv")
+    fresh = [row for row in rows if row["novelty"] is not None]
+    assert len(fresh) == 3 * 40
+    assert sum(row["novelty"] >= 1 for row in fresh) == 2
+    assert fresh[0]["novel_rows"] == 1, "nothing is known at first"
+    # The third stage is the first kind of text again: most of it is known, and what is known trains nobody.
+    known = [row["known_rows"] for row in fresh[-30:]]
+    assert sum(known) / len(known) > 0.8
+
+
+def test_growth_that_is_not_done_leaves_the_text_unlearned(tmp_path: Path) -> None:
+    run = learned(tmp_path / "run", ["counting", "brackets"], growth={"rules": [{**RULE, "max_events": 1}]})
+    assert opened(run).experts.names == ["expert_0"]
+
+
+def test_without_a_rule_there_is_nothing_to_learn_with(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="growth"):
+        learned(tmp_path / "run", ["counting", "brackets"], growth={"enabled": False})

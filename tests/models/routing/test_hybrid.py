@@ -1,4 +1,4 @@
-"""The trained router: dense for the young, sparse for the mature, and what it knew stays when one is added."""
+"""The trained router: dense for the young, sparse for the mature, and a newcomer changes no old row."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ def router(parts: int, *, mature: int = 0, **settings: float | int) -> DynamicHy
 
 
 def accuracy(made: DynamicHybridRouter, parts: int) -> list[float]:
-    return [
-        (made.logits(text(n, 200, seed=9)).argmax(-1) == n).float().mean().item() for n in range(parts)
-    ]
+    return [(made.logits(text(n, 200, seed=9)).argmax(-1) == n).float().mean().item() for n in range(parts)]
 
 
 def test_it_learns_whose_a_text_is_and_rehearsal_keeps_the_old() -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from cambia.errors import ConfigError
 from cambia.models.routing import prefixes as module
-from cambia.models.routing.prefixes import PrefixReader, Prefixes
+from cambia.models.routing.prefixes import Prefixes, PrefixReader
 
 
 class Asked:

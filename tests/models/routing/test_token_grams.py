@@ -20,8 +20,8 @@ V = 7
 texts = st.lists(st.lists(st.integers(0, V - 1), min_size=12, max_size=12), min_size=1, max_size=12)
 
 
-def fitted(rows: Tensor, *, order: int = 3, max_grams: int = 1000, discount: float = 0.75) -> TokenGrams:
-    grams = TokenGrams(V, order=order, max_grams=max_grams, discount=discount)
+def fitted(rows: Tensor, *, order: int = 3, max_grams: int = 1000) -> TokenGrams:
+    grams = TokenGrams(V, order=order, max_grams=max_grams)
     grams.observe(rows)
     grams.seal()
     return grams
@@ -31,10 +31,13 @@ def losses(grams: TokenGrams, rows: Tensor, lengths: Tensor | None = None) -> np
     return grams.token_losses(GramKeys.of(rows, lengths, order=grams.order))
 
 
-def by_hand(rows: list[list[int]], text: list[int], order: int, discount: float) -> list[float]:
+def by_hand(rows: list[list[int]], text: list[int], order: int) -> list[float]:
     """The same likelihood, token by token and out of dictionaries."""
     found = Counter(
-        tuple(row[end - n : end]) for row in rows for n in range(1, order + 1) for end in range(n, len(row) + 1)
+        tuple(row[end - n : end])
+        for row in rows
+        for n in range(1, order + 1)
+        for end in range(n, len(row) + 1)
     )
     told = []
     for end in range(1, len(text) + 1):
@@ -44,22 +47,20 @@ def by_hand(rows: list[list[int]], text: list[int], order: int, discount: float)
             followers = {gram: c for gram, c in found.items() if len(gram) == n and gram[:-1] == context}
             if not followers:
                 break
-            total = max(sum(followers.values()), found[context] if context else 0)
-            share = {gram: (c - discount) / total for gram, c in followers.items()}
+            total = max(sum(followers.values()), found[context] if context else 0) + len(followers)
+            share = {gram: c / total for gram, c in followers.items()}
             left = 1 - sum(share.values())
             probability = share.get((*context, text[end - 1]), 0) + left * probability
         told.append(-math.log(probability))
     return told
 
 
-@given(texts, st.integers(1, 4), st.sampled_from([0.3, 0.75]))
-def test_the_likelihood_is_that_of_absolute_discounting(
-    rows: list[list[int]], order: int, discount: float
-) -> None:
+@given(texts, st.integers(1, 4))
+def test_the_likelihood_is_that_of_witten_and_bell(rows: list[list[int]], order: int) -> None:
     text = rows[-1][3:] + rows[0][:3]
-    grams = fitted(torch.tensor(rows), order=order, discount=discount)
+    grams = fitted(torch.tensor(rows), order=order)
     told = losses(grams, torch.tensor([text]))[0]
-    np.testing.assert_allclose(told, by_hand(rows, text, order, discount), rtol=1e-5)
+    np.testing.assert_allclose(told, by_hand(rows, text, order), rtol=1e-5)
 
 
 @given(texts, st.integers(1, 4), st.integers(1, 60))
@@ -146,7 +147,7 @@ def test_a_restored_one_goes_on_to_the_bit(rows: list[list[int]], sealed: bool, 
 
 
 def test_what_cannot_be_is_refused() -> None:
-    for settings in ({"order": 0}, {"max_grams": 0}, {"discount": 1.0}):
+    for settings in ({"order": 0}, {"max_grams": 0}):
         with pytest.raises(ConfigError, match="expected at least 1"):
             TokenGrams(V, **settings)
     grams = TokenGrams(V)

@@ -212,7 +212,7 @@ class NoveltyDetector:
             group = slice(rows, rows + self.group_windows)
             self._gather(verdict.p_value[group], verdict.novel[group])
         evidence = log_evidence(self._wealth).item() / self._threshold
-        certain = evidence >= 1 and self._novel >= self.min_windows and not self._quiet
+        certain = evidence >= 1 and self._novel >= self.min_windows
         reason = None
         if certain:
             known = ", ".join(verdict.domains) or "everything"
@@ -221,8 +221,10 @@ class NoveltyDetector:
 
     def _gather(self, p_values: Tensor, novel: Tensor) -> None:
         """One group of windows."""
+        if self._quiet:
+            self._quiet = max(0, self._quiet - len(novel))
+            return
         self._groups += 1
-        self._quiet = max(0, self._quiet - len(novel))
         levels = torch.tensor(self.levels, dtype=torch.float64)
         shares = (p_values[:, None] <= levels).double().mean(0)
         bets = log_bets(shares, self.allowed, _STAKE)

@@ -498,7 +498,7 @@ def test_lora_equals_peft(tasks):
 
 def test_a_method_that_needs_boundaries_is_refused_without(tasks, tmp_path):
     with pytest.raises(
-        ConfigError, match=r"ewc must be told .* no boundaries \(naive, joint, replay, derpp, lora\)"
+        ConfigError, match=r"ewc must be told .* no boundaries \(naive, joint, replay, derpp, lora, experts\)"
     ):
         trained(EWC(), tasks, tmp_path / "run", boundaries=False)
 

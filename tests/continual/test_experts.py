@@ -12,7 +12,9 @@ from cambia.evaluation import task_matrix
 from cambia.experiment.build import train_in
 from cambia.experiment.reopen import reopen
 from cambia.experiment.tree import experiment_from
+from cambia.models import LoraExperts
 from cambia.rundir import RunReader
+from cambia.training.checkpoint import load_model
 
 RULE = {"when": {"type": "novelty"}, "then": {"type": "add_lora_expert"}}
 
@@ -71,6 +73,14 @@ def test_what_is_sealed_is_answered_as_before_by_the_right_route(recurring: RunR
     untrained, _, sealed, last = (row[first] for row in matrix.rows)
     assert sealed < untrained - 0.5
     assert last == sealed, "not one bit may change"
+
+
+def test_a_checkpoint_holds_the_experts_for_anybody_to_load(recurring: RunReader) -> None:
+    latest = recurring.folder / "latest"
+    experts = LoraExperts.from_pretrained(latest / "experts", load_model(latest))
+    before = opened(recurring).experts
+    assert experts.names == before.names
+    assert [experts[name].sha256 for name in experts.names] == [before[n].sha256 for n in before.names]
 
 
 def test_the_stream_is_watched(recurring: RunReader) -> None:

@@ -14,7 +14,7 @@ Only safetensors and JSON: opening a checkpoint runs no code.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None = None,
     average: WeightAverage | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write a checkpoint atomically.
 
@@ -56,6 +57,7 @@ def save_checkpoint(
         state: nested dictionaries and lists of tensors and plain values.
         average: of the model's weights; the averaged model is written into a folder of its own.
         weights: what is written in place of the model's own weights.
+        beside: writes what stands beside the model into the checkpoint's folder.
     """
     tensors: dict[str, Tensor] = {}
     plain = _take_out_tensors(state, "", tensors)
@@ -65,6 +67,7 @@ def save_checkpoint(
         if average is not None:
             with average.applied():
                 _save_model(model, tokenizer, temporary / AVERAGED)
+        beside(temporary)
         save_file(tensors, temporary / STATE_TENSORS)
         files.write_json(temporary / STATE_JSON, plain)
 

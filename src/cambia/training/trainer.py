@@ -395,6 +395,7 @@ class Trainer:
             tokenizer=self.tokenizer,
             average=self.average,
             weights=self.method.saved_weights(),
+            beside=self.method.write_beside,
         )
 
     def state_dict(self) -> dict[str, Any]:

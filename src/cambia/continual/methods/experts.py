@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -33,6 +34,9 @@ from cambia.models.parts.optimizing import let_go, take_up
 from cambia.models.routing.gaussians import FeatureGaussian
 from cambia.models.routing.prefixes import PrefixReader
 from cambia.records import Allocator
+
+EXPERTS_FOLDER = "experts"
+"""In a checkpoint: ``LoraExperts.from_pretrained("RUN/latest/experts", cambia.load("RUN"))``."""
 
 
 @dataclass
@@ -191,6 +195,10 @@ class Experts(Method):
             for key, parameter in self.experts[name].named_parameters()
         }
         return {**base, **parts}
+
+    def write_beside(self, folder: Path) -> None:
+        if self.experts.names:
+            self.experts.save_pretrained(folder / EXPERTS_FOLDER)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -243,6 +244,9 @@ class Method:
     def saved_weights(self) -> Mapping[str, Tensor] | None:
         """The weights of the model as others should load it; None where they are the model's own."""
         return None
+
+    def write_beside(self, folder: Path) -> None:
+        """Write what stands beside the model, for others to load, into a checkpoint's folder."""
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart: tensors and plain values."""

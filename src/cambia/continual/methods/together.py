@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,6 +144,10 @@ class Methods(Method):
 
     def saved_weights(self) -> Mapping[str, Tensor] | None:
         return next((w for m in self.members if (w := m.saved_weights()) is not None), None)
+
+    def write_beside(self, folder: Path) -> None:
+        for member in self.members:
+            member.write_beside(folder)
 
     def state_dict(self) -> dict[str, Any]:
         return {"members": [member.state_dict() for member in self.members]}

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-Added = Callable[[Tensor, Tensor], Tensor]
-"""(a module's input, its output) -> what is added to the output."""
+Adding = Callable[[Tensor, Tensor], Tensor]
+"""(a module's input, its output) -> the output with what is added to it."""
 LARGEST_STACK = 1 << 20
 """Entries up to which whole matrices of all rows are stacked; larger ones are used one row at a time."""
 
@@ -45,14 +45,15 @@ class Delta(nn.Module, ABC):
         """
 
     @abstractmethod
-    def by_row(self, rows: Sequence[Delta | None]) -> Added:
-        """What is added where each row takes its own.
+    def by_row(self, rows: Sequence[Delta | None]) -> Adding:
+        """Adds where each row takes its own.
 
         Args:
             rows: for each row a delta of this kind, or None for nothing.
 
         Returns:
-            A function of the module's input, (N, T, I) or token ids (N, T), and its output, (N, T, O).
+            A function of the module's input, (N, T, I) or token ids (N, T), and its output, (N, T, O). Rows
+            of None come out as they were, to the bit.
         """
 
 
@@ -99,14 +100,17 @@ class LowRank(Matrix):
         low = linear(given.to(self.A.dtype), self.A)
         return (linear(low, self.B) * self.scale).to(said.dtype)
 
-    def by_row(self, rows: Sequence[Delta | None]) -> Added:
+    def by_row(self, rows: Sequence[Delta | None]) -> Adding:
         reads, writes = self._stacked(rows)
         reads, writes = reads.transpose(1, 2), writes.transpose(1, 2)  # (N, I, R), (N, R, O)
 
-        def added(given: Tensor, said: Tensor) -> Tensor:
-            return torch.bmm(torch.bmm(given.to(reads.dtype), reads), writes).to(said.dtype)
+        def adding(given: Tensor, said: Tensor) -> Tensor:
+            low = torch.bmm(given.to(reads.dtype), reads)
+            if said.dtype == writes.dtype:
+                return torch.baddbmm(said, low, writes)  # product and sum in one
+            return said + torch.bmm(low, writes).to(said.dtype)
 
-        return added
+        return adding
 
     def entries(self, ids: Tensor) -> Tensor:
         return embedding(ids, self.B) @ self.A * self.scale
@@ -139,12 +143,12 @@ class Whole(Matrix):
     def forward(self, given: Tensor, said: Tensor) -> Tensor:
         return linear(given.to(self.D.dtype), self.D).to(said.dtype)
 
-    def by_row(self, rows: Sequence[Delta | None]) -> Added:
+    def by_row(self, rows: Sequence[Delta | None]) -> Adding:
         each = self._each(rows)
         if self.D.numel() > LARGEST_STACK:
-            return lambda given, said: _each(linear, given.to(self.D.dtype), each).to(said.dtype)
+            return lambda given, said: said + _each(linear, given.to(self.D.dtype), each).to(said.dtype)
         stack = torch.stack(each).transpose(1, 2)  # (N, I, O)
-        return lambda given, said: torch.bmm(given.to(stack.dtype), stack).to(said.dtype)
+        return lambda given, said: said + torch.bmm(given.to(stack.dtype), stack).to(said.dtype)
 
     def entries(self, ids: Tensor) -> Tensor:
         return embedding(ids, self.D)
@@ -176,9 +180,9 @@ class Lookup(Delta):
     def forward(self, given: Tensor, said: Tensor) -> Tensor:
         return self._scaled(self.matrix.entries(given)).to(said.dtype)
 
-    def by_row(self, rows: Sequence[Delta | None]) -> Added:
+    def by_row(self, rows: Sequence[Delta | None]) -> Adding:
         looked_up = self.matrix.entries_by_row([r.matrix if isinstance(r, Lookup) else None for r in rows])
-        return lambda given, said: self._scaled(looked_up(given)).to(said.dtype)
+        return lambda given, said: said + self._scaled(looked_up(given)).to(said.dtype)
 
     def _scaled(self, entries: Tensor) -> Tensor:
         return entries if self.scale == 1.0 else entries * self.scale
@@ -199,7 +203,7 @@ class Gain(Delta):
     def forward(self, given: Tensor, said: Tensor) -> Tensor:
         return _louder(said, self.g, self.shift)
 
-    def by_row(self, rows: Sequence[Delta | None]) -> Added:
+    def by_row(self, rows: Sequence[Delta | None]) -> Adding:
         each = [row if isinstance(row, Gain) else Gain(len(self.g), self.g) for row in rows]
         g = torch.stack([gain.g for gain in each])  # (N, C)
         shift = None
@@ -208,12 +212,12 @@ class Gain(Delta):
                 [torch.zeros_like(gain.g) if gain.shift is None else gain.shift for gain in each]
             )
 
-        def added(given: Tensor, said: Tensor) -> Tensor:
+        def adding(given: Tensor, said: Tensor) -> Tensor:
             # The norm may be one of heads, and its output (N, T, H, C).
             shape = (len(g), *[1] * (said.dim() - 2), g.shape[1])
-            return _louder(said, g.view(shape), None if shift is None else shift.view(shape))
+            return said + _louder(said, g.view(shape), None if shift is None else shift.view(shape))
 
-        return added
+        return adding
 
 
 def _louder(said: Tensor, g: Tensor, shift: Tensor | None) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from cambia.errors import ConfigError
-from cambia.nn.deltas import Added, Delta
+from cambia.nn.deltas import Adding, Delta
 
 _TAKEN = "_cambia_routed"
 """Marks a model to which deltas are added."""
@@ -71,21 +71,21 @@ class ByRow(Use):
 
     parts: Sequence[str | None]
     """For each row a Part, or None for the model alone."""
-    _made: dict[tuple[str, int], list[Added]] = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[tuple[str, int], list[Adding]] = field(default_factory=dict, repr=False, compare=False)
 
     def apply(self, module: str, deltas: Deltas, given: Tensor, said: Tensor) -> Tensor:
-        flat = said.dim() == 2
-        given, said = _in_rows(module, given, len(self.parts)), _in_rows(module, said, len(self.parts))
-        times = len(said) // len(self.parts)  # in a beam search those of one row stand together
-        key = (module, times)
-        if key not in self._made:
-            self._made[key] = self._by_kind(deltas, times)
-        total = said
-        for added in self._made[key]:
-            total = total + added(given, said)
-        return total.flatten(0, 1) if flat else total
+        rows, flat = len(self.parts), said.dim() == 2
+        if flat or len(said) != rows:
+            given, said = _in_rows(module, given, rows), _in_rows(module, said, rows)
+        times = len(said) // rows  # in a beam search those of one row stand together
+        made = self._made.get((module, times))
+        if made is None:
+            made = self._made[module, times] = self._by_kind(deltas, times)
+        for adding in made:  # a row has a delta of one kind, and is left alone by all others
+            said = adding(given, said)
+        return said.flatten(0, 1) if flat else said
 
-    def _by_kind(self, deltas: Deltas, times: int) -> list[Added]:
+    def _by_kind(self, deltas: Deltas, times: int) -> list[Adding]:
         """One function for each kind of delta that some row has."""
         rows = [None if part is None else deltas.get(part) for part in self.parts for _ in range(times)]
         kinds = {delta.kind: delta for delta in rows if delta is not None}

@@ -28,6 +28,7 @@ from cambia.growth import (
     LossSpikeTrigger,
     Majority,
     Operator,
+    NoveltyTrigger,
     PerplexityTrigger,
     PlateauTrigger,
     ScheduleTrigger,
@@ -53,6 +54,7 @@ EVERY_TRIGGER: dict[str, Callable[[], Trigger]] = {
     "gradient_norm": lambda: GradientNormTrigger(below=0.9999, above=1.0001, window_steps=3, settle_steps=2),
     "loss_spike": lambda: LossSpikeTrigger(metric="weather", window=4, patience=2, ratio=1.2),
     "slice_spike": lambda: SliceSpikeTrigger(slice="s", patience=2, window=2, ratio=1.2),
+    "novelty": lambda: NoveltyTrigger(metric="validation_loss", threshold=0.01),
     "any": lambda: AnyOf([ScheduleTrigger(at_steps=[14]), PlateauTrigger(patience=3, min_improvement=9.0)]),
     "all": lambda: AllOf(
         [ScheduleTrigger(at_steps=[7, 14]), PlateauTrigger(patience=2, min_improvement=9.0)]

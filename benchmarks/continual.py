@@ -1,6 +1,6 @@
 """What continual-learning methods learn and what they forget, on far and on near domains.
 
-    cambia bench continual --preset headline
+    cambia bench continual --preset headline [--parts FOLDER]
 
 A small model that has read general text learns one domain after another: far ones (an encyclopedia, a
 Spanish novel, SQL, German law) and near ones (an English novel, English speeches, the same encyclopedia,
@@ -9,7 +9,9 @@ text; its settings are chosen on other domains, each from as many trials. Seed s
 domains stand at different places. The rate re-warms and decays within each domain. What joint training learns
 and forgets domain by domain means nothing, since all of them train at once.
 
-Everything is a sweep of runs: a stopped benchmark goes on where it was. The corpora are found by CAMBIA_DATA.
+Everything is a sweep of runs: a stopped benchmark goes on where it was. Whole parts, the tuning and each
+stream, are kept in the folder of --parts too, so that another machine can go on. The corpora are found by
+CAMBIA_DATA.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any
 
 from forgetting.figures import draw
 from forgetting.rows import REFERENCE, ROWS, Settings
-from harness import arguments, keep, table
+from harness import Parts, PathOption, arguments, keep, table
 
 from cambia import rundir
 from cambia.evaluation import task_matrix, transfer_metrics
@@ -66,7 +68,7 @@ class Preset:
     streams: tuple[str, ...] = ("far", "near")
     steps: int = 200
     """Steps on each domain."""
-    tuning_steps: int = 120
+    tuning_steps: int = 80
     """Steps on each domain of tuning."""
     rows: int = 16
     """Sequences of 128 bytes in each step."""
@@ -329,22 +331,32 @@ def headlines(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    options = arguments(__doc__, PRESETS, clocked=False)
+    options = arguments(
+        __doc__, PRESETS, {"--parts": PathOption("where whole parts are kept", "FOLDER")}, clocked=False
+    )
     if "CAMBIA_DATA" not in os.environ:
         sys.exit("the corpora of this benchmark are found by CAMBIA_DATA, which is not set")
     data, preset = Path(os.environ["CAMBIA_DATA"]), PRESETS[options.preset]
     name = f"bench-continual-{options.preset}"
+    parts = Parts(options.parts, asdict(replace(preset, workers=None)))
     base = base_model(preset, rundir.run_folder(f"{name}-base"))
     shared = {
         "far": experiment(preset, FAR, data, base, plain=False),
         "near": experiment(preset, NEAR, data, base, plain=True),
     }
     other = experiment(replace(preset, steps=preset.tuning_steps), OTHER, data, base, plain=False)
-    methods, tried = chosen(f"{name}-tuning", preset, other)
+    methods, tried = parts.once("tuning", lambda: chosen(f"{name}-tuning", preset, other))
     streams = {}
     for stream in preset.streams:
-        runs = sweep(f"{name}-{stream}", shared[stream], methods, preset.seeds, preset.workers)
-        streams[stream] = {method: [measured(run) for run in runs[method]] for method in methods}
+        streams[stream] = parts.once(
+            stream,
+            lambda stream=stream: {
+                method: [measured(run) for run in runs]
+                for method, runs in sweep(
+                    f"{name}-{stream}", shared[stream], methods, preset.seeds, preset.workers
+                ).items()
+            },
+        )
         if options.preset != "quick":
             labels = {method: ROWS[method].label for method in methods}
             columns = functools.partial(columns_of, streams[stream])

@@ -9,9 +9,9 @@ text; its settings are chosen on other domains, each from as many trials. Seed s
 domains stand at different places. The rate re-warms and decays within each domain. What joint training learns
 and forgets domain by domain means nothing, since all of them train at once.
 
-Everything is a sweep of runs: a stopped benchmark goes on where it was. Whole parts, the tuning and each
-stream, are kept in the folder of --parts too, so that another machine can go on. The corpora are found by
-CAMBIA_DATA.
+Everything is a sweep of runs: a stopped benchmark goes on where it was. Whole parts (the tuning,
+each seed of a stream) are kept in the folder of --parts too, so that another machine can go on. The corpora
+are found by CAMBIA_DATA.
 """
 
 from __future__ import annotations
@@ -155,13 +155,13 @@ def base_model(preset: Preset, folder: Path) -> Path:
 
 
 def sweep(
-    name: str, shared: Mapping[str, Any], methods: Mapping[str, Settings], seeds: int, workers: int | None
-) -> dict[str, list[RunReader]]:
-    """One run for each method and seed; returns them by method, in the order of seeds."""
+    name: str, shared: Mapping[str, Any], methods: Mapping[str, Settings], seed: int, workers: int | None
+) -> dict[str, RunReader]:
+    """One run for each method; returns them by method."""
     grid = {
         "base": dict(shared),
         "axes": {"method": dict(methods)},
-        "seeds": seeds,
+        "seeds": [seed],
         "keep_checkpoints": False,
         "attempts": 10,
     }
@@ -171,14 +171,8 @@ def sweep(
     failed = [result for result in results.values() if result.status != "finished"]
     if failed:
         raise SystemExit(f"{failed[0].cell} failed: {failed[0].error}; `cambia report {name}` shows more")
-    found: dict[str, list[tuple[int, RunReader]]] = {}
-    for cell in reader.cells():
-        found.setdefault(str(cell.choice["method"]), []).append(
-            (cell.choice["seed"], RunReader(reader.folder / cell.name))
-        )
-    return {
-        method: [run for _, run in sorted(runs, key=lambda pair: pair[0])] for method, runs in found.items()
-    }
+    runs = {str(cell.choice["method"]): RunReader(reader.folder / cell.name) for cell in reader.cells()}
+    return {method: runs[method] for method in methods}
 
 
 def chosen(
@@ -191,10 +185,8 @@ def chosen(
     names = {
         f"{method} {i}": s for method, row in rows.items() for i, s in enumerate(row.trials[: preset.trials])
     }
-    ran = sweep(name, shared, names, 1, preset.workers)
-    losses = {
-        trial: (runs[0].summary() or {})["results"]["test_bits_per_byte"] for trial, runs in ran.items()
-    }
+    ran = sweep(name, shared, names, 0, preset.workers)
+    losses = {trial: (run.summary() or {})["results"]["test_bits_per_byte"] for trial, run in ran.items()}
     best, tried = {}, []
     for method, row in rows.items():
         mine = [losses[f"{method} {i}"] for i in range(len(row.trials[: preset.trials]))]
@@ -348,15 +340,12 @@ def main() -> None:
     methods, tried = parts.once("tuning", lambda: chosen(f"{name}-tuning", preset, other))
     streams = {}
     for stream in preset.streams:
-        streams[stream] = parts.once(
-            stream,
-            lambda stream=stream: {
-                method: [measured(run) for run in runs]
-                for method, runs in sweep(
-                    f"{name}-{stream}", shared[stream], methods, preset.seeds, preset.workers
-                ).items()
-            },
-        )
+        by_seed = []
+        for seed in range(preset.seeds):
+            part = f"{stream}-{seed}"
+            run = functools.partial(sweep, f"{name}-{part}", shared[stream], methods, seed, preset.workers)
+            by_seed.append(parts.once(part, lambda run=run: {m: measured(r) for m, r in run().items()}))
+        streams[stream] = {method: [cells[method] for cells in by_seed] for method in methods}
         if options.preset != "quick":
             labels = {method: ROWS[method].label for method in methods}
             columns = functools.partial(columns_of, streams[stream])

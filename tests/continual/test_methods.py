@@ -136,6 +136,15 @@ def test_masks_of_ones_are_naive_bit_by_bit(tasks, naive, tmp_path):
     assert equal(trained(method, tasks, tmp_path / "run"), naive)
 
 
+def test_masked_weights_count_as_stored_and_not_as_trained(tasks, tmp_path):
+    method = ElementMasks(share=0.5)
+    trained(method, tasks, tmp_path / "run")
+    counted = method.parameters()
+    frozen = sum(int((tensor != 0).sum()) for tensor in method.promised().values())
+    assert frozen > counted.stored / 2
+    assert counted.trained == counted.stored - frozen
+
+
 @pytest.mark.parametrize("on_top", [False, True])
 def test_derpp_without_logits_is_replay(on_top, tasks, naive, tmp_path):
     settings: dict[str, Any] = {"fraction": 0.3, "capacity": 20, "on_top": on_top}

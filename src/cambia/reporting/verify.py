@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from cambia import files, rundir, sweepdir
+from cambia.continual.methods.together import name_of
 from cambia.errors import CheckpointError, ConfigError, RunError
 from cambia.experiment.build import find_device, is_finished, provenance
 from cambia.experiment.reopen import reopen
@@ -185,7 +186,7 @@ def verify_run(run: str | Path) -> Audit:
         name=reader.name,
         folder=reader.folder,
         status=status,
-        method=" + ".join(type(method).__name__ for method in experiment.methods) or "Naive",
+        method=" + ".join(map(name_of, experiment.methods)) or "naive",
         keeps_answers=contract.keeps_answers,
         ended=newest.ended if newest else 0,
         checkpoints=tuple(_checked(one, lines) for one in in_time),

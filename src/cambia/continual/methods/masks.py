@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Le
 from torch import Tensor, nn
 
-from cambia.continual.methods.method import AnyStream, Backward, Contract, Method, Situation
+from cambia.continual.methods.method import (
+    AnyStream,
+    Backward,
+    Contract,
+    Method,
+    Parameters,
+    Situation,
+)
 
 FREE = 32_767
 """In place of a stage: this weight trains."""
@@ -81,6 +88,11 @@ class ElementMasks(Method):
             masks[name] = torch.ones_like(free).flatten().index_fill(0, chosen, False).view_as(free)
         self._begun = {}
         self.set_masks(masks)
+
+    def parameters(self) -> Parameters:
+        plain = super().parameters()
+        frozen = sum(int((since != FREE).sum()) for since in self._since.values())
+        return replace(plain, trained=plain.trained - frozen)
 
     def promised(self) -> Mapping[str, Tensor]:
         # More freeze later: what each stage has frozen is a promise of its own.

@@ -17,7 +17,7 @@ LIMIT = {"english": 1_000_000}  # enough to reach the docstrings behind the lang
 
 
 def source(domain):
-    return EmbeddedSource(domain, limit_bytes=LIMIT.get(domain, 600_000))
+    return EmbeddedSource(domain, limit_bytes=LIMIT.get(domain, 300_000))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_a_domain_is_text_of_its_kind_and_the_same_each_time(domain, documents):
     assert found == [*source(domain).documents()]
     assert source(domain).describe()["fallback"] is None
     total = sum(len(document.text.encode()) for document in found)
-    assert 100_000 < total <= LIMIT.get(domain, 600_000)
+    assert 100_000 < total <= LIMIT.get(domain, 300_000)
     assert len({document.key for document in found}) == len(found) > 20
     text = " ".join(document.text for document in found)
     typical = {"english": r"\bthe\b", "python": r"\bdef ", "cpp": r"#include", "legal": r"(?i)\bwarrant"}

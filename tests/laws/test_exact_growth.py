@@ -151,7 +151,7 @@ def after(operator: Any, family: str, now: dict[str, int]) -> dict[str, int]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(sizes=shapes(), data=st.data())
 def test_any_operators_in_a_row_are_exact(
     family: str, dtype: torch.dtype, sizes: dict[str, Any], data: st.DataObject

@@ -149,8 +149,13 @@ def test_no_trigger_is_left_out() -> None:
     assert EVERY_TRIGGER.keys() == TRIGGERS.keys()
 
 
-CASES = [
-    (trigger, list(EVERY_RULE)[(i + j) % len(EVERY_RULE)], optimizer)
+CASES = [  # every trigger, rule and optimizer; every trigger with every optimizer is slow
+    pytest.param(
+        trigger,
+        list(EVERY_RULE)[(i + j) % len(EVERY_RULE)],
+        optimizer,
+        marks=[pytest.mark.slow] if (i + i // len(EVERY_OPTIMIZER) - j) % len(EVERY_OPTIMIZER) else [],
+    )
     for i, trigger in enumerate(EVERY_TRIGGER)
     for j, optimizer in enumerate(EVERY_OPTIMIZER)
 ]

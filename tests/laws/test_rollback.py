@@ -164,8 +164,14 @@ def cases(family: str) -> list[tuple[int, tuple[Operator, ...]]]:
     return [(1, (operator,)) for operator in kinds] + [(2, several)]
 
 
-CASES = [
-    pytest.param(family, depth, operators, id=f"{family}-{' '.join(type(o).__name__ for o in operators)}")
+CASES = [  # operators one by one are slow where another family has them
+    pytest.param(
+        family,
+        depth,
+        operators,
+        id=f"{family}-{' '.join(type(o).__name__ for o in operators)}",
+        marks=[pytest.mark.slow] if family == "gpt2" and len(operators) == 1 else [],
+    )
     for family in HERE
     for depth, operators in cases(family)
 ]

@@ -137,9 +137,8 @@ def test_a_models_logits_and_gradients_come_back_bit_for_bit(
     Weights that lie in the file's memory begin where the file put them, and matrix kernels round
     otherwise when that is no multiple of 64 bytes.
     """
-    for i, sizes in enumerate(
-        [{}, {"intermediate_size": 33}, {"hidden_size": 40}, {"tie_word_embeddings": True}]
-    ):
+    odd: list[dict[str, Any]] = [{"intermediate_size": 33, "hidden_size": 40}, {"tie_word_embeddings": True}]
+    for i, sizes in enumerate(odd if dtype == torch.float32 else odd[:1]):
         model = tiny(family, dtype, **sizes)
         grow(model, AddLayers(add=1), WidenFFN(add=3))
         save_checkpoint(tmp_path / f"{i}", model=model, state={})

@@ -27,31 +27,17 @@ from typing import Any
 
 from forgetting.figures import draw
 from forgetting.rows import REFERENCE, ROWS, Settings
+from forgetting.runs import NATIVE, pretrained, source, sweep
 from harness import Parts, PathOption, arguments, keep, table
 
 from cambia import rundir
 from cambia.evaluation import task_matrix, transfer_metrics
-from cambia.experiment.build import train_in
-from cambia.experiment.tree import experiment_from
 from cambia.reporting.units import plural
 from cambia.rundir import RunReader
-from cambia.sweepdir import SweepReader
-from cambia.sweeps import run_grid
 
 FAR = ("wikitext", "spanish", "sql", "german-law")
 NEAR = ("novel", "speeches", "wikitext")
 OTHER = ("biomedicine", "arithmetic", "plays")
-FILES = {
-    "wikitext": ("wikitext-2/wiki.{}.tokens.gz", "train", "valid", "test"),
-    "spanish": ("domains/novel-es/{}.txt.gz", "train", "valid", "test"),
-    "sql": ("domains/sql/{}.txt.gz", "train", "valid", "test"),
-    "german-law": ("domains/law-de/{}.txt.gz", "train", "valid", "test"),
-    "novel": ("domains/novel-en/{}.txt.gz", "train", "valid", "test"),
-    "speeches": ("domains/speech-en/{}.txt.gz", "train", "valid", "test"),
-    "biomedicine": ("domains/biomed-en/{}.txt.gz", "train", "valid", "test"),
-}
-
-
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 BY_DOMAIN = ("forgetting", "learned", "intransigence")
 DRAWN = {
@@ -93,18 +79,6 @@ PRESETS = {
 # ---- the runs ------------------------------------------------------------------------------------
 
 
-def source(domain: str, data: Path, *, plain: bool) -> dict[str, Any]:
-    """Where a domain's text is."""
-    if domain == "plays":
-        return {"type": "files", "path": str(data / "tiny-shakespeare/input.txt.gz")}
-    if domain == "arithmetic":
-        path = data / "domains/math-en/gsm8k_train.jsonl.gz"
-        return {"type": "files", "path": str(path), "field": "answer"}
-    pattern, *splits = FILES[domain]
-    train, valid, test = (str(data / pattern.format(split)) for split in splits)
-    return {"type": "files", "path": train, "valid_path": valid, "test_path": test, "plain": plain}
-
-
 def experiment(
     preset: Preset, domains: Sequence[str], data: Path, base: Path, *, plain: bool
 ) -> dict[str, Any]:
@@ -125,54 +99,8 @@ def experiment(
 def base_model(preset: Preset, folder: Path) -> Path:
     """A model of a million parameters that has read prose, code and law: what every method begins with."""
     kinds = ("english", "python", "cpp", "legal")
-    tree = {
-        "data": {
-            "tasks": [
-                {
-                    "name": "general",
-                    "source": {
-                        "type": "mixture",
-                        "sources": [{"type": "embedded", "domain": kind} for kind in kinds],
-                    },
-                }
-            ]
-        },
-        "model": {
-            "hidden_size": 128,
-            "intermediate_size": 448,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "zero_init_residual": True,
-            "initializer_range": 0.06,
-        },
-        "optimizer": {"type": "adamw", "learning_rate": 0.003},
-        "training": {"steps": preset.base_steps, "batch_size": preset.rows, "sequence_length": 128},
-        "methods": [],
-        "evaluation": {"every_steps": 200, "max_bytes": 32_768},
-    }
-    train_in(folder, experiment_from(tree, source="base", flags={}))
-    return folder / rundir.LATEST
-
-
-def sweep(
-    name: str, shared: Mapping[str, Any], methods: Mapping[str, Settings], seed: int, workers: int | None
-) -> dict[str, RunReader]:
-    """One run for each method; returns them by method."""
-    grid = {
-        "base": dict(shared),
-        "axes": {"method": dict(methods)},
-        "seeds": [seed],
-        "keep_checkpoints": False,
-        "attempts": 10,
-    }
-    folder = run_grid(grid, name=name, workers=workers)
-    reader = SweepReader(folder)
-    results = reader.results()
-    failed = [result for result in results.values() if result.status != "finished"]
-    if failed:
-        raise SystemExit(f"{failed[0].cell} failed: {failed[0].error}; `cambia report {name}` shows more")
-    runs = {str(cell.choice["method"]): RunReader(reader.folder / cell.name) for cell in reader.cells()}
-    return {method: runs[method] for method in methods}
+    text = {"type": "mixture", "sources": [{"type": "embedded", "domain": kind} for kind in kinds]}
+    return pretrained(folder, text, NATIVE, steps=preset.base_steps, rows=preset.rows)
 
 
 def chosen(

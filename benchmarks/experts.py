@@ -1,0 +1,327 @@
+"""LoRA experts that nobody tells where a domain ends or whose a text is, beside what people use today.
+
+    cambia bench experts --preset headline [--parts FOLDER]
+
+A small model that has read an encyclopedia learns other domains. Experts see a stream without boundaries and
+route each text by its first 64 bytes; the other methods are told where domains end, and some of them whose a
+text is. Only what follows the first 64 bytes of a row is scored, for all of them. Their settings are those
+that `continual --preset headline` has chosen; experts have one configuration for all streams and bases, the
+recipe `learn`. Streams:
+
+    far, near      as in `continual`
+    recurring      A, B, A, C, B of the far domains: three of them, five stages
+    gradual        far domains that pass over into each other
+    stationary     one text for very long: what grows after the first expert is a false alarm
+
+Everything is a sweep of runs: a stopped benchmark goes on where it was. Whole parts (each seed of a stream)
+are kept in the folder of --parts too. The corpora are found by CAMBIA_DATA.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from forgetting.rows import RATE, ROWS, Settings
+from forgetting.runs import NATIVE, pretrained, source, sweep
+from harness import Parts, PathOption, arguments, keep, table
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from cambia import bench, rundir
+from cambia.evaluation import run_metrics
+from cambia.experiment.tree import read_tree
+from cambia.reporting.units import plural
+from cambia.rundir import RunReader
+
+FAR = ("wikitext", "spanish", "sql", "german-law")
+NEAR = ("novel", "speeches", "wikitext")
+AGAIN = ("spanish", "sql", "german-law")
+RECURRING = (0, 1, 0, 2, 1)
+BASELINES = ("naive", "replay", "lora", "lora_per_task", "full_per_task", "joint")
+"""Rows of the continual benchmark, with the settings that it has chosen."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much is measured."""
+
+    streams: tuple[str, ...] = ("far", "near", "recurring", "gradual")
+    bases: tuple[str, ...] = ("llama", "gpt2")
+    """The first one carries all rows on all streams, others the experts on far domains."""
+    steps: int = 200
+    """Steps of new text on each domain."""
+    rows: int = 16
+    """Sequences of 128 bytes in each step."""
+    base_steps: int = 800
+    seeds: int = 3
+    stationary_steps: int = 2000
+    scored_bytes: int = 16_384
+    workers: int | None = None
+
+
+PRESETS = {
+    "quick": Preset(
+        ("far",), ("llama",), steps=60, base_steps=100, seeds=1, stationary_steps=0, scored_bytes=8192
+    ),
+    "headline": Preset(),
+    "full": Preset(seeds=9),
+    "gpu": Preset(seeds=9, rows=160, workers=8),
+}
+
+
+# ---- the runs ------------------------------------------------------------------------------------
+
+
+def base_model(kind: str, preset: Preset, data: Path, folder: Path) -> Path:
+    """A model of a million parameters that has read WikiText-2."""
+    model: dict[str, Any] = dict(NATIVE)
+    if kind == "gpt2":
+        # With Cambia's tokens: 256 bytes and what it marks.
+        torch.manual_seed(0)
+        config = GPT2Config(
+            vocab_size=264,
+            n_positions=256,
+            n_embd=128,
+            n_layer=4,
+            n_head=4,
+            bos_token_id=256,
+            eos_token_id=256,
+        )
+        random = folder.with_name(f"{folder.name}-random")
+        if not random.exists():
+            GPT2LMHeadModel(config).save_pretrained(random)
+        model = {"type": "pretrained", "path": str(random)}
+    text = source("wikitext", data, plain=False)
+    return pretrained(folder, text, model, steps=preset.base_steps, rows=preset.rows)
+
+
+def turned(domains: Sequence[str], by: int) -> list[str]:
+    """The same, beginning elsewhere: over as many seeds as domains, each stands once at each place."""
+    by %= len(domains)
+    return [*domains[by:], *domains[:by]]
+
+
+def experiment(preset: Preset, stream: str, seed: int, data: Path, base: Path) -> dict[str, Any]:
+    """The settings that all methods share."""
+    domains = {"near": NEAR, "recurring": AGAIN, "stationary": ("wikitext",)}.get(stream, FAR)
+    names = turned(domains, seed)
+    layout: dict[str, Any] = {"type": "sequence"}
+    if stream == "recurring":
+        layout["order"] = [names[i] for i in RECURRING]
+    elif stream == "gradual":
+        layout = {"type": "gradual", "overlap": 0.5}
+    steps = preset.stationary_steps if stream == "stationary" else preset.steps
+    return {
+        "data": {
+            "tasks": [{"name": name, "source": source(name, data, plain=stream == "near")} for name in names],
+            "stream": layout,
+        },
+        "model": {"type": "pretrained", "path": str(base)},
+        "training": {"steps": steps, "batch_size": preset.rows, "sequence_length": 128},
+        "evaluation": {
+            "every_steps": None,
+            "max_bytes": preset.scored_bytes,
+            "batch_size": 32,
+            "context_tokens": 64,
+        },
+        "checkpoint": {"every_steps": None, "keep_tasks": False},
+        "growth": {"enabled": False},
+    }
+
+
+def ours(**method: Any) -> Settings:
+    """Experts, as the recipe `learn` has them."""
+    recipe, _ = read_tree("learn")
+    return {
+        RATE: recipe["optimizer"]["learning_rate"],
+        "optimizer.weight_decay": recipe["optimizer"]["weight_decay"],
+        "methods": [{**recipe["methods"][0], **method}],
+        "growth": {"enabled": True, "rules": recipe["growth"]["rules"]},
+        "data.stream.boundaries": False,
+    }
+
+
+EXPERTS = {"experts": ours(), "experts, first claim": ours(routing="first_claim")}
+
+
+def baselines() -> dict[str, Settings]:
+    """What the continual benchmark has chosen, and replay of a twentieth."""
+    chosen = (bench.find("continual", "headline").result("headline") or {}).get("settings")
+    if chosen is None:
+        sys.exit("the settings of the baselines come from `cambia bench continual --preset headline`: run it")
+    (replay,) = chosen["replay"]["methods"]
+    little = {**chosen["replay"], "methods": [{**replay, "fraction": 0.05}]}
+    return {**{name: chosen[name] for name in BASELINES}, "replay of 5 %": little}
+
+
+def rows_of(stream: str, kind: str) -> dict[str, Settings]:
+    """Who learns a stream, on a base of a kind."""
+    if stream == "gradual" or kind != "llama":
+        return EXPERTS
+    return {**EXPERTS, **baselines()}
+
+
+# ---- what came out -------------------------------------------------------------------------------
+
+
+def measured(run: RunReader) -> dict[str, Any]:
+    """One cell: what it learned and lost, what grew and when, what it cost."""
+    summary = run.summary() or {}
+    found = run_metrics(run.rows(rundir.EVAL))
+    assert found is not None
+    results = summary["results"]
+    return {
+        "final": found.final_mean,
+        "forgetting": found.forgetting,
+        "learned": found.learning_loss,
+        "lost_by_weights": found.forgetting_by_weights,
+        "lost_by_routes": found.forgetting_by_routes,
+        "regret": found.regret_to_oracle,
+        "grew_at": [event["step"] for event in run.growth() if event["done"]],
+        "begins": begins(run.rows(rundir.METRICS)),
+        **{f"{kind}_parameters": results[f"{kind}_parameters"] for kind in ("trained", "stored", "active")},
+        "flops": results["flops"],
+        "ms_per_token": summary["scoring_ms_per_token"],
+        "wall_seconds": summary["wall_seconds"],
+    }
+
+
+def begins(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Domain -> the first step that read it."""
+    found: dict[str, int] = {}
+    for row in rows:
+        found.setdefault(str(row["task"]), int(row["step"]))
+    return found
+
+
+def delays(cell: Mapping[str, Any]) -> list[int]:
+    """Batches from a domain's first one until an expert came; of domains that got one."""
+    found = []
+    starts = sorted(cell["begins"].values())
+    for begin, end in zip(starts, [*starts[1:], sys.maxsize], strict=True):
+        came = [step for step in cell["grew_at"] if begin <= step < end]
+        found += [came[0] - begin + 1] if came else []
+    return found
+
+
+def spread(values: Sequence[float | None], digits: int = 3) -> str:
+    """Mean and standard deviation over seeds."""
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values):
+        return ""
+    mean = f"{statistics.fmean(numbers):.{digits}f}"
+    return mean if len(numbers) < 2 else f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
+
+
+def stream_table(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """One stream, best final average first."""
+    head = [
+        "method", "final average", "behind right routes", "forgetting", "lost by weights", "lost by routes",
+        "learning", "experts", "batches until one came", "trained / stored / active (M)", "TFLOP",
+    ]  # fmt: skip
+    found = []
+    for method, runs in cells.items():
+        counts = (runs[-1][f"{kind}_parameters"] / 1e6 for kind in ("trained", "stored", "active"))
+        mine = method in EXPERTS
+        late = [delay for run in runs for delay in delays(run)]
+        found.append(
+            (
+                statistics.fmean(run["final"] for run in runs),
+                [
+                    ROWS[method].label if method in ROWS else method,
+                    spread([run["final"] for run in runs]),
+                    spread([run["regret"] for run in runs]),
+                    *("" if method == "joint" else spread([r[k] for r in runs]) for k in ("forgetting",)),
+                    *(spread([r[f"lost_by_{kind}"] for r in runs]) for kind in ("weights", "routes")),
+                    "" if method == "joint" else spread([run["learned"] for run in runs]),
+                    ", ".join(str(len(run["grew_at"])) for run in runs) if mine else "",
+                    f"{statistics.median(late):.0f} (at most {max(late)})" if mine and late else "",
+                    " / ".join(f"{count:.2f}" for count in counts),
+                    f"{statistics.fmean(run['flops'] for run in runs) / 1e12:.1f}",
+                ],
+            )
+        )
+    return table(head, [row for _, row in sorted(found, key=lambda pair: pair[0])])
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """A table for each stream and base, and what grew where nothing new came."""
+    parts = []
+    for name, cells in result["streams"].items():
+        count = len(next(iter(cells.values())))
+        what = f"**{name}**, {result['preset']['steps']} steps of {result['preset']['rows'] * 128:,} bytes"
+        parts += [
+            f"{what} a stage; {plural(count, 'seed')}, bits per byte of test text behind the first 64 bytes "
+            "of each row, mean ± standard deviation:",
+            stream_table(cells),
+        ]
+    for order, cell in result["stationary"].items():
+        false = max(0, len(cell["grew_at"]) - 1)
+        steps = result["preset"]["stationary_steps"]
+        bound = f"; the rate is below {3 / steps:.4f} a batch with 95 %" if not false else ""
+        parts.append(f"**stationary**, {order}: {plural(false, 'false growth')} in {steps:,} batches{bound}.")
+    return "\n\n".join(parts)
+
+
+def headlines(result: Mapping[str, Any]) -> dict[str, str]:
+    """README's rows: what is forgotten, and the end beside replay's."""
+    found = {}
+    for name, cells in result["streams"].items():
+        if "naive" in cells:
+            shown = ("naive", "replay of 5 %", "experts", "full_per_task")
+            what = f"{name} domains, bits per byte at the end: naive, 5 % replay, experts, specialists"
+            found[what] = ", ".join(spread([run["final"] for run in cells[one]], 2) for one in shown)
+    return found
+
+
+def main() -> None:
+    options = arguments(
+        __doc__, PRESETS, {"--parts": PathOption("where whole parts are kept", "FOLDER")}, clocked=False
+    )
+    if "CAMBIA_DATA" not in os.environ:
+        sys.exit("the corpora of this benchmark are found by CAMBIA_DATA, which is not set")
+    data, preset = Path(os.environ["CAMBIA_DATA"]), PRESETS[options.preset]
+    name = f"bench-experts-{options.preset}"
+    parts = Parts(options.parts, asdict(replace(preset, workers=None)))
+    bases = {
+        kind: base_model(kind, preset, data, rundir.run_folder(f"{name}-{kind}")) for kind in preset.bases
+    }
+
+    def cells(part: str, rows: Mapping[str, Settings], shared: dict[str, Any], seed: int) -> dict[str, Any]:
+        runs = sweep(f"{name}-{part}", shared, rows, seed, preset.workers)
+        return {method: measured(run) for method, run in runs.items()}
+
+    first, *others = preset.bases
+    streams: dict[str, dict[str, list[Any]]] = {}
+    for stream, kind in [*((stream, first) for stream in preset.streams), *(("far", one) for one in others)]:
+        rows, by_seed = rows_of(stream, kind), []
+        for seed in range(preset.seeds):
+            part, shared = f"{kind}-{stream}-{seed}", experiment(preset, stream, seed, data, bases[kind])
+            by_seed.append(parts.once(part, functools.partial(cells, part, rows, shared, seed)))
+        shown = stream if kind == first else f"{stream}, {kind}"
+        streams[shown] = {method: [found[method] for found in by_seed] for method in rows}
+    stationary = {}
+    for order in ("contiguous", "shuffled") if preset.stationary_steps else ():
+        shared = experiment(preset, "stationary", 0, data, bases[first])
+        shared["data"]["stream"] = {"type": "stationary", "stages": 1, "order": order}
+        part, rows = f"stationary-{order}", {"experts": EXPERTS["experts"]}
+        stationary[order] = parts.once(part, functools.partial(cells, part, rows, shared, 0))["experts"]
+    result = {
+        "name": f"experts_{options.preset}",
+        "preset": asdict(preset),
+        "streams": streams,
+        "stationary": stationary,
+    }
+    print(markdown(result))
+    keep(__file__, options, result)
+
+
+if __name__ == "__main__":
+    main()

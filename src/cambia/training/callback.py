@@ -197,7 +197,8 @@ class ExpertsCallback(TrainerCallback):
         """Tell the rules what was measured."""
         assert self._manager is not None
         self._step += 1
-        self._manager.step(**allocation.measured)
+        measured: dict[str, float | None] = {**allocation.measured}
+        self._manager.step(None, **measured)
         self.method._meet_newcomer()
 
     # ---- lessons ---------------------------------------------------------------------------------

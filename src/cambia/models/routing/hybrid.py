@@ -143,6 +143,10 @@ class DynamicHybridRouter:
         known.is_mature = known.is_mature or self.maturity.reached(known.losses)
         return known.is_mature
 
+    def settle(self, name: str) -> None:
+        """A Part counts as mature from now on, for example since it is sealed."""
+        self._part(name).is_mature = True
+
     def is_mature(self, name: str) -> bool:
         """Whether a Part's validation loss has stopped to fall."""
         return self._part(name).is_mature

@@ -1,7 +1,8 @@
 """The ways to choose who answers, all told by name: ``experts.routing = "compete"``.
 
-* ``compete``, ``first_claim``: the closed-form router (`cambia.models.routing.router`). Experts of which it has
-  no statistics (adapters made elsewhere) answer what they foretell better than whom it names, under ``compete``; `LoraExperts.calibrate` lets it know them.
+* ``compete``, ``first_claim``: the closed-form router (`cambia.models.routing.router`). Experts of which it
+  has no statistics (adapters made elsewhere) answer what they foretell better than whom it names, under
+  ``compete``; `LoraExperts.calibrate` lets it know them.
 * ``likelihood``: whoever foretells the prefix best. Every expert reads it.
 * ``hybrid``: a router that is trained, by the router's distributions of features; texts of experts that are
   still taught are answered by a mixture of all.
@@ -45,9 +46,7 @@ def check_routing(name: str) -> str:
         ConfigError: it is none.
     """
     if name not in ROUTINGS:
-        raise ConfigError(
-            f"there is no routing {name!r}; {did_you_mean(name, ROUTINGS)}there are {', '.join(ROUTINGS)}"
-        )
+        raise ConfigError(f"there is no routing {name!r}{did_you_mean(name, ROUTINGS)}")
     return name
 
 
@@ -107,13 +106,16 @@ def hybrid_of(experts: LoraExperts) -> DynamicHybridRouter | None:
     known = [d for d in experts.router.domains.values() if d.answers == d.name]
     if not known:
         return None
-    router = DynamicHybridRouter(len(known[0].gaussian.mean), seed=experts.seed)
-    for domain in known:
-        router.add_expert(domain.name, domain.gaussian)
-        if domain.is_sealed:
-            router.settle(domain.name)
-    router.fit()
-    return router
+    key = ("hybrid", *((d.name, id(d.gaussian), d.is_sealed) for d in known))
+    if experts.made_router is None or experts.made_router[0] != key:
+        router = DynamicHybridRouter(len(known[0].gaussian.mean), seed=experts.seed)
+        for domain in known:
+            router.add_expert(domain.name, domain.gaussian)
+            if domain.is_sealed:
+                router.settle(domain.name)
+        router.fit()
+        experts.made_router = key, router
+    return experts.made_router[1]
 
 
 def _by_weight(experts: LoraExperts, prefixes: Prefixes) -> Routes:
@@ -133,9 +135,13 @@ def by_arrow(experts: LoraExperts) -> AbstractContextManager[Any]:
     Raises:
         ConfigError: an expert has deltas that have no direction.
     """
-    arrow = ArrowRouter()
-    for name in experts.names:
-        arrow.add(name, _low_rank(experts[name]))
+    key = ("arrow", *((name, experts[name].state) for name in experts.names))
+    if experts.made_router is None or experts.made_router[0] != key or experts.sealed != experts.names:
+        arrow = ArrowRouter()
+        for name in experts.names:
+            arrow.add(name, _low_rank(experts[name]))
+        experts.made_router = key, arrow
+    arrow = experts.made_router[1]
     places = {name: i for i, name in enumerate(experts.names)}
 
     def weights(module: str, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ class LoraExperts(nn.Module):
         self._routing, self._prefix_tokens = "compete", 64
         self.router = Router(model.config.vocab_size)
         """What is known of the experts' domains, and who answers by it."""
+        self.made_router: tuple[Any, Any] | None = None
+        """The hybrid or the Arrow router, and of what it was made."""
         self.feature_layer = -1
         """Of the model, whose outputs a router reads; 0 are the embeddings."""
         self._answers: str | None = _WHO_KNOWS
@@ -110,7 +113,10 @@ class LoraExperts(nn.Module):
         Raises:
             ConfigError: the name is taken, or unfit to be a folder's.
         """
-        name = f"expert_{len(self.parts)}" if name is None else name
+        if name is None:
+            # Nor the name of one that was dropped, whose domain is known by it.
+            taken = {*self.names, *self.router.domains}
+            name = next(n for i in count(len(self.parts)) if (n := f"expert_{i}") not in taken)
         self._check_new(name)
         if like is not None:
             part = self[like].copied(name)

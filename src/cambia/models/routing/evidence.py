@@ -1,8 +1,9 @@
 """What speaks for a Part, and what is strange to it, in some prefixes.
 
 Three log likelihoods speak for a Part: of its n-grams and of the Part itself, in nats per token, and of its
-distribution of features, in nats. Four numbers say how strange a prefix is to it; the same prefix may be hard
-in itself (names, numbers), so what the base makes of it is taken off where that can be done.
+distribution of features, in nats. Three numbers say how strange a prefix is to it: how badly its n-grams
+foretell it, the same against the base, since a text may be hard in itself, and how badly the Part does
+against the base.
 
 Each is worked out when it is first asked for. The Part itself costs a forward pass of the model and is asked
 last, for the rows that need it.
@@ -19,7 +20,7 @@ from cambia.models.routing.gaussians import FeatureGaussian
 from cambia.models.routing.prefixes import Prefixes
 from cambia.models.routing.token_grams import GramKeys, TokenGrams
 
-NUM_CHEAP = 3
+NUM_CHEAP = 2
 """Kinds of strangeness that need no pass of a Part; they come first."""
 
 
@@ -37,12 +38,16 @@ class Evidence:
         self._keys: GramKeys | None = None
         self._counts = (prefixes.lengths - 1).clamp_min(1)
 
-    def cheap(self, grams: TokenGrams, gaussian: FeatureGaussian) -> Tensor:
-        """(B, 2) float64: log likelihoods by n-grams, a token's, and by features, the prefix's."""
+    def grams(self, grams: TokenGrams) -> Tensor:
+        """(B,) float64: the log likelihood of a token by n-grams."""
         if self._keys is None or len(self._keys.keys) < grams.order:
             self._keys = GramKeys.of(self.prefixes.input_ids, self.prefixes.lengths, order=grams.order)
-        losses = torch.from_numpy(grams.token_losses(self._keys))[:, 1:].sum(1) / self._counts
-        return torch.stack([-losses, gaussian.log_density(self.prefixes.features())], 1)
+        losses = torch.from_numpy(grams.token_losses(self._keys))[:, 1:].sum(1)
+        return -losses / self._counts
+
+    def features(self, gaussian: FeatureGaussian) -> Tensor:
+        """(B,) float64: the log likelihood of the prefix's features."""
+        return gaussian.log_density(self.prefixes.features())
 
     def own(self, answers: str | None, rows: Tensor | None = None) -> Tensor:
         """(R,) float64: the log likelihood of a token by the Part that answers, for some rows or all."""
@@ -50,15 +55,15 @@ class Evidence:
             self.passes += len(self.prefixes) if rows is None else len(rows)
         return -self.prefixes.losses(answers, rows)
 
-    def strangeness(self, cheap: Tensor, own: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-        """(R, 3), or (R, 4) with `own`: how strange rows are to the Part of which these likelihoods are.
+    def strangeness(self, grams: Tensor, own: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """(R, 2), or (R, 3) with `own`: how strange rows are to the Part of which these likelihoods are.
 
         Args:
-            cheap: (R, 2).
+            grams: (R,).
             own: (R,).
             rows: which of the prefixes these are; all by default.
         """
         base = self.prefixes.losses(None)
         base = base if rows is None else base[rows]
-        kinds = [-cheap[:, 0], -cheap[:, 0] - base, -cheap[:, 1]]
-        return torch.stack([*kinds, *([] if own is None else [-own - base])], 1)
+        kinds = [-grams, -grams - base, *([] if own is None else [-own - base])]
+        return torch.stack(kinds, 1)

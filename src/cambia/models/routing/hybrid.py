@@ -167,6 +167,7 @@ class DynamicHybridRouter:
         mature = torch.tensor([known.is_mature for known in self._known.values()], device=logits.device)
         return torch.where(mature[best.indices[..., :1]], sparse, dense)
 
+    @torch.enable_grad()
     def step(
         self, features: Tensor | None = None, owners: Sequence[str] = (), *, rehearsed: int = 16
     ) -> float:

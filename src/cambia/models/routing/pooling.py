@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 _STEPS = 25
+_PULL = 0.1
+"""Of the regression towards zero, where kinds of evidence have the size 1."""
 
 
 def pooled_weights(margins: Tensor) -> Tensor:
     """(M, S) by how much each kind speaks for the right Part -> (S,), none of them negative.
 
-    The regression is pulled towards zero as by one observation of each kind, so that margins which all speak
-    for the right one, as far domains' do, give finite weights. A kind that speaks against is left out.
+    The regression is pulled a little towards zero, so that margins which all speak for the right one, as far
+    domains' do, give finite weights. A kind that speaks against is left out.
     """
     weights = torch.zeros(margins.shape[1], dtype=torch.float64)
     scale = margins.square().mean(0).sqrt()
@@ -37,17 +39,17 @@ def pooled_weights(margins: Tensor) -> Tensor:
 
 
 def _newton(x: Tensor) -> Tensor:
-    """The w of least sum log(1 + exp(-x w)) + |w|^2 / 2: (M, S) -> (S,)."""
-    eye = torch.eye(x.shape[1], dtype=torch.float64)
+    """The w of least sum log(1 + exp(-x w)) + pull |w|^2 / 2: (M, S) -> (S,)."""
+    pull = _PULL * torch.eye(x.shape[1], dtype=torch.float64)
     w = torch.zeros(x.shape[1], dtype=torch.float64)
 
     def loss(w: Tensor) -> Tensor:
-        return torch.nn.functional.softplus(-x @ w).sum() + w.square().sum() / 2
+        return torch.nn.functional.softplus(-x @ w).sum() + w @ pull @ w / 2
 
     for _ in range(_STEPS):
         wrong = torch.sigmoid(-x @ w)
-        gradient = w - x.T @ wrong
-        step = torch.linalg.solve(x.T @ (x * (wrong * (1 - wrong))[:, None]) + eye, gradient)
+        gradient = pull @ w - x.T @ wrong
+        step = torch.linalg.solve(x.T @ (x * (wrong * (1 - wrong))[:, None]) + pull, gradient)
         size = 1.0
         while loss(w - size * step) > loss(w) and size > 1e-6:
             size /= 2

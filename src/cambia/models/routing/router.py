@@ -37,14 +37,12 @@ from cambia.models.routing.gaussians import FeatureGaussian
 from cambia.models.routing.pooling import pooled_weights
 from cambia.models.routing.prefixes import Prefixes
 from cambia.models.routing.routes import Routes
-from cambia.models.routing.strangeness import Strangeness, between, lengths_within
+from cambia.models.routing.strangeness import LEAST_ROWS, Strangeness, between, lengths_within
 from cambia.models.routing.token_grams import TokenGrams
 
 Rule = Literal["compete", "first_claim"]
 ITSELF = "."
 """No Part's name: a domain is answered by the Part that is called like it."""
-LEAST_ROWS = 8
-"""Held-out rows without which nothing can be said of what is ordinary."""
 
 
 @dataclass(eq=False)
@@ -59,7 +57,7 @@ class KnownDomain:
     gaussian: FeatureGaussian
     """Sealed."""
     cheap: Strangeness
-    """By n-grams, by n-grams against the base, and by features."""
+    """By n-grams, and by n-grams against the base."""
     full: Strangeness
     """By those, and by the Part against the base."""
     margins: Tensor
@@ -75,7 +73,9 @@ class Router:
     Args:
         vocab_size: how many tokens there are.
         routing: ``compete`` or ``first_claim``.
-        accept: the share of a domain's own prefixes that its Part is to accept.
+        bound: how many standard deviations stranger than its own text a prefix may be to a Part that accepts
+            it; by default 3 under ``first_claim``, which leaves room for later Parts, and 5 under
+            ``compete``, where the base and the other Parts compete as well.
         doubt: Parts less probable than this by cheap evidence are not asked.
         most_asked: Parts that read one prefix at most, under ``compete``.
         switch_odds: how many times likelier another Part has to be than the one that a text has already.
@@ -86,18 +86,18 @@ class Router:
         vocab_size: int,
         *,
         routing: Rule = "compete",
-        accept: float = 0.99,
-        doubt: float = 0.01,
+        bound: float | None = None,
+        doubt: float = 0.02,
         most_asked: int = 4,
         switch_odds: float = 10.0,
     ):
-        if not (0.5 <= accept < 1 and 0 < doubt < 1 and most_asked >= 1 and switch_odds >= 1):
+        if not ((bound is None or bound > 0) and 0 < doubt < 1 and most_asked >= 1 and switch_odds >= 1):
             raise ConfigError(
-                f"a router with accept {accept}, doubt {doubt}, most_asked {most_asked} and switch_odds "
-                f"{switch_odds}: expected shares (accept from 0.5 on), and numbers from 1 on"
+                f"a router with bound {bound}, doubt {doubt}, most_asked {most_asked} and switch_odds "
+                f"{switch_odds}: expected a bound above 0, a share, and numbers from 1 on"
             )
         self.vocab_size, self.routing = vocab_size, routing
-        self.accept, self.doubt, self.most_asked, self.switch_odds = accept, doubt, most_asked, switch_odds
+        self.bound, self.doubt, self.most_asked, self.switch_odds = bound, doubt, most_asked, switch_odds
         self.domains: dict[str, KnownDomain] = {}
         """In order of birth."""
         self._weights: tuple[tuple[int, ...], Tensor, Tensor] | None = None
@@ -135,12 +135,9 @@ class Router:
         strangeness, margins = [], []
         for length in lengths:
             read = Evidence(held.first(length))
-            cheap, own = read.cheap(grams, gaussian), read.own(part)
-            strangeness.append(read.strangeness(cheap, own))
-            mine = torch.cat([cheap, own[:, None]], 1)
-            others = [
-                torch.cat([read.cheap(r.grams, r.gaussian), read.own(r.answers)[:, None]], 1) for r in rivals
-            ]
+            mine = _likelihoods(read, grams, gaussian, part)
+            others = [_likelihoods(read, r.grams, r.gaussian, r.answers) for r in rivals]
+            strangeness.append(read.strangeness(mine[:, 0], mine[:, 2]))
             margins.append(torch.cat([mine - other for other in others]) if others else mine.new_empty(0, 3))
         found = torch.stack(strangeness)
         self.domains[name] = KnownDomain(
@@ -159,7 +156,7 @@ class Router:
         """The domains of other Parts that n-grams take held-out rows for most easily."""
         read = Evidence(held)
         others = [d for known, d in self.domains.items() if known != name and d.answers != part]
-        means = {d.name: float(read.cheap(d.grams, d.gaussian)[:, 0].mean()) for d in others}
+        means = {d.name: float(read.grams(d.grams).mean()) for d in others}
         return sorted(others, key=lambda d: -means[d.name])[:_RIVALS]
 
     def _check_new(self, name: str, grams: TokenGrams, gaussian: FeatureGaussian, held: Prefixes) -> None:
@@ -221,7 +218,7 @@ class Router:
         Args:
             before: who answered the texts so far, where this is not the first time that they are routed. Each
                 stays with the Part that it has, unless another is `switch_odds` times likelier
-                (``first_claim``: unless its Part refuses it by that much, or an earlier one accepts by it).
+                (``first_claim``: unless its Part clearly refuses it, or an earlier one clearly accepts it).
 
         Raises:
             ConfigError: tokens that the router's vocabulary does not have.
@@ -240,89 +237,79 @@ class Router:
         return rule(Evidence(prefixes), had)
 
     def _first_claim(self, read: Evidence, had: tuple[str | None, ...]) -> Routes:
-        rows = torch.arange(len(had))
         names: list[str | None] = [None] * len(had)
         inside = torch.full((len(had),), -math.inf, dtype=torch.float64)  # how far, in standard deviations
         free = read.prefixes.lengths >= 2
         for domain in self.domains.values():
-            cheap = read.cheap(domain.grams, domain.gaussian)
-            near = domain.cheap.inside(read.strangeness(cheap), read.prefixes.lengths, self._share(_FAR))
-            asked = rows[free & (near >= 0)]
-            inside[free] = inside[free].maximum(near[free].clamp(max=0))
-            if not len(asked):
-                continue
-            strange = read.strangeness(cheap[asked], read.own(domain.answers, asked), asked)
-            lengths = read.prefixes.lengths[asked]
-            found = domain.full.inside(strange, lengths, self.accept)
-            held = torch.tensor([had[i] == domain.answers for i in asked.tolist()])
-            taken = torch.tensor([had[i] not in (None, domain.answers) for i in asked.tolist()])
-            for rule, share in (
-                (held, self._share(1 / self.switch_odds)),
-                (taken, self._share(self.switch_odds)),
-            ):
-                if bool(rule.any()):
-                    found[rule] = domain.full.inside(strange[rule], lengths[rule], share)
-            inside[asked] = torch.where(found >= 0, found, inside[asked].maximum(found))
-            for i in asked[found >= 0].tolist():
-                names[i] = domain.answers
-            free[asked[found >= 0]] = False
-        confidence = _normal(inside.abs())
-        return Routes(
-            tuple(names), confidence, _entropy(torch.stack([confidence, 1 - confidence])), read.passes
-        )
+            grams = read.grams(domain.grams)
+            slack = torch.tensor([self._slack(name, domain.answers) for name in had])
+            near = self._bound + slack.clamp_min(0) + _SLACK
+            near = near - domain.cheap.units(read.strangeness(grams), read.prefixes.lengths)
+            asked = (free & (near >= 0)).nonzero()[:, 0]
+            if len(asked):
+                near[asked], _ = self._asked(read, domain, grams[asked], asked, slack[asked])
+            inside[free] = inside[free].maximum(near[free])
+            for i in (free & (near >= 0)).nonzero()[:, 0].tolist():
+                names[i], free[i] = domain.answers, False
+        sure = _normal(inside.abs())
+        return Routes(tuple(names), sure, _entropy(torch.stack([sure, 1 - sure])), read.passes)
 
-    def _share(self, odds: float) -> float:
-        """A share of a domain's own prefixes: as `accept`, with the rest so many times as large."""
-        return max(0.5, 1 - (1 - self.accept) * odds)
+    @property
+    def _bound(self) -> float:
+        return self.bound if self.bound is not None else _BOUNDS[self.routing]
+
+    def _slack(self, had: str | None, answers: str | None) -> float:
+        """How much stranger than otherwise a prefix may be to a Part, for a text that has one already."""
+        return 0.0 if had is None else _SLACK if had == answers else -_SLACK
+
+    def _asked(
+        self, read: Evidence, domain: KnownDomain, grams: Tensor, rows: Tensor, slack: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What comes of it when a Part reads prefixes itself.
+
+        One that foretells a prefix worse than the base does refuses it.
+
+        Args:
+            grams: (R,) likelihoods by its n-grams.
+            rows: (R,) which of the prefixes.
+            slack: (R,) how much stranger than otherwise they may be.
+
+        Returns:
+            How far (R,) inside of what it accepts they lie, and its likelihoods (R,).
+        """
+        own, lengths = read.own(domain.answers, rows), read.prefixes.lengths[rows]
+        inside = self._bound + slack - domain.full.units(read.strangeness(grams, own, rows), lengths)
+        better = (own + read.prefixes.losses(None)[rows]) * (lengths - 1)
+        better = better + (slack > 0) * math.log(self.switch_odds)
+        return inside.minimum(better), own
 
     def _compete(self, read: Evidence, had: tuple[str | None, ...]) -> Routes:
         domains, lengths = list(self.domains.values()), read.prefixes.lengths
-        stays = torch.tensor(
-            [[name is not None and name == d.answers for name in had] for d in domains]
-        )  # (K, B)
-        bonus = stays.double() * math.log(self.switch_odds)
+        stays = torch.tensor([[name is not None and name == d.answers for name in had] for d in domains])
+        bonus = stays.double() * math.log(self.switch_odds)  # (K, B)
         grid, cheap_weights, full_weights = self._evidence_weights()
-        cheap = torch.stack([read.cheap(d.grams, d.gaussian) for d in domains])  # (K, B, 2)
-        strange = [read.strangeness(cheap[k]) for k in range(len(domains))]
-        near = self._insides([d.cheap for d in domains], strange, lengths, _FAR, stays)
+        cheap = torch.stack(
+            [torch.stack([read.grams(d.grams), read.features(d.gaussian)], 1) for d in domains]
+        )
+        strange = [read.strangeness(each[:, 0]) for each in cheap]  # of (K, B, 2)
+        units = torch.stack([d.cheap.units(s, lengths) for d, s in zip(domains, strange, strict=True)])
+        near = self._bound + _SLACK + stays * _SLACK - units
         open_to = (near >= 0) & (lengths >= 2)
         scores = (cheap * between(grid, cheap_weights, lengths)).sum(2) + bonus
         shares = _shares(scores, open_to)
         rank = (-shares).argsort(0).argsort(0)
         candidates = open_to & (shares >= self.doubt) & (rank < self.most_asked)
-        at_home = self._insides([d.cheap for d in domains], strange, lengths, _HOME, None) >= 0
-        asked = candidates & ~((candidates.sum(0) == 1) & (candidates & at_home).any(0))
+        asked = candidates & ~((candidates.sum(0) == 1) & (candidates & (units <= _HOME)).any(0))
         weights = between(grid, full_weights, lengths)  # (B, 3)
         for k, domain in enumerate(domains):
             rows = asked[k].nonzero()[:, 0]
-            if not len(rows):
-                continue
-            own = read.own(domain.answers, rows)
-            scores[k, rows] = (torch.cat([cheap[k, rows], own[:, None]], 1) * weights[rows]).sum(1) + bonus[
-                k, rows
-            ]
-            found = [read.strangeness(cheap[k, rows], own, rows)]
-            near[k, rows] = self._insides([domain.full], found, lengths[rows], 1.0, stays[k : k + 1, rows])[0]
+            if len(rows):
+                slack = stays[k, rows] * _SLACK
+                near[k, rows], own = self._asked(read, domain, cheap[k, rows, 0], rows, slack)
+                evidence = torch.cat([cheap[k, rows], own[:, None]], 1)
+                scores[k, rows] = (evidence * weights[rows]).sum(1) + bonus[k, rows]
         candidates &= near >= 0
         return self._likeliest(domains, scores, candidates, near, read.passes)
-
-    def _insides(
-        self,
-        known: list[Strangeness],
-        found: list[Tensor],
-        lengths: Tensor,
-        odds: float,
-        stays: Tensor | None,
-    ) -> Tensor:
-        """(K, B): how far inside of what each domain accepts prefixes are, and further where they stay."""
-        near = torch.stack(
-            [k.inside(f, lengths, self._share(odds)) for k, f in zip(known, found, strict=True)]
-        )
-        if stays is None or not bool(stays.any()):
-            return near
-        share = self._share(odds / self.switch_odds)
-        wide = torch.stack([k.inside(f, lengths, share) for k, f in zip(known, found, strict=True)])
-        return torch.where(stays, wide, near)
 
     def _likeliest(
         self, domains: list[KnownDomain], scores: Tensor, candidates: Tensor, near: Tensor, passes: int
@@ -354,13 +341,8 @@ class Router:
 
     # ---- what must survive a restart ---------------------------------------------------------------
 
-    def state_dict(self, *, with_statistics: bool = True) -> dict[str, Any]:
-        """Plain values and tensors.
-
-        Args:
-            with_statistics: the n-grams and distributions too; without them they have to be given to
-                `load_state_dict`, by whoever keeps them.
-        """
+    def state_dict(self, *, sealed_only: bool = False) -> dict[str, Any]:
+        """Plain values and tensors, of all domains or of those alone that stay as they are."""
         return {
             "routing": self.routing,
             "domains": [
@@ -372,32 +354,22 @@ class Router:
                     "margins": d.margins.clone(),
                     "sealed": d.is_sealed,
                     "order": d.grams.order,
-                    "grams": d.grams.state_dict() if with_statistics else None,
-                    "gaussian": d.gaussian.state_dict() if with_statistics else None,
+                    "grams": d.grams.state_dict(),
+                    "gaussian": d.gaussian.state_dict(),
                 }
                 for d in self.domains.values()
+                if d.is_sealed or not sealed_only
             ],
         }
 
-    def load_state_dict(
-        self,
-        state: Mapping[str, Any],
-        statistics: Mapping[str, tuple[TokenGrams, FeatureGaussian]] | None = None,
-    ) -> None:
-        """Go on exactly where `state_dict` was taken.
-
-        Args:
-            statistics: by domain, where the state was taken without them.
-        """
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken."""
         self.routing, self.domains, self._weights = state["routing"], {}, None
         for saved in state["domains"]:
-            if statistics is not None:
-                grams, gaussian = statistics[saved["name"]]
-            else:
-                grams = TokenGrams(self.vocab_size, order=saved["order"])
-                gaussian = FeatureGaussian(len(saved["gaussian"]["mean"]))
-                grams.load_state_dict(saved["grams"])
-                gaussian.load_state_dict(saved["gaussian"])
+            grams = TokenGrams(self.vocab_size, order=saved["order"])
+            gaussian = FeatureGaussian(len(saved["gaussian"]["mean"]))
+            grams.load_state_dict(saved["grams"])
+            gaussian.load_state_dict(saved["gaussian"])
             self.domains[saved["name"]] = KnownDomain(
                 saved["name"],
                 saved["answers"],
@@ -412,9 +384,17 @@ class Router:
 
 _RIVALS = 2
 """Domains against which a new one is measured, the nearest ones."""
-_FAR, _HOME = 0.1, 30.0
-"""How many times as many of a domain's own prefixes as a Part refuses may lie so far out that nobody asks
-it; and further out than where nobody needs to."""
+_BOUNDS = {"compete": 5.0, "first_claim": 3.0}
+_SLACK = 1.0
+"""Standard deviations that a text may be stranger to the Part that it has already, that it has to be less
+strange to take it from another, and that it may be by cheap evidence alone."""
+_HOME = 0.5
+"""Standard deviations up to which a prefix that nobody else accepts is so ordinary that nobody is asked."""
+
+
+def _likelihoods(read: Evidence, grams: TokenGrams, gaussian: FeatureGaussian, answers: str | None) -> Tensor:
+    """(B, 3): by n-grams, by features, and by the Part itself."""
+    return torch.stack([read.grams(grams), read.features(gaussian), read.own(answers)], 1)
 
 
 def _shares(scores: Tensor, allowed: Tensor) -> Tensor:

@@ -22,11 +22,15 @@ from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt
+from torch import Tensor
 
 from cambia.continual.domains import Domain, ReadRows, read_by
 from cambia.continual.novelty.detector import NoveltyDetector, Verdict
 from cambia.data.batches import Batch
 from cambia.models.routing.gaussians import FeatureGaussian
+from cambia.models.routing.prefixes import Prefixes
+from cambia.models.routing.router import Router
+from cambia.models.routing.strangeness import LEAST_ROWS
 from cambia.records import Allocation, Signals
 
 Phase = Literal["seeding", "consolidating"]
@@ -44,6 +48,9 @@ class Course:
     """Rows of its text that are kept until it is sealed, the latest ones."""
     held_rows: Annotated[int, Ge(0)] = 16
     """Of its first rows so many are not trained on, to see what it has learned; at most a third."""
+    calibration_rows: Annotated[int, Ge(0)] = 48
+    """Later every eighth row waits too, up to so many in all; the oldest are learned from as newer ones come.
+    They tell the router what is ordinary."""
 
 
 class StreamAllocator:
@@ -59,6 +66,8 @@ class StreamAllocator:
             do not, nothing grows.
         at_end: called when a Part has been taught, with its name and the rows that were held back; answers
             with the Part that its domain is to be answered by, itself or another one, or None for the base.
+        router: is told what is known of each domain, when its Part is sealed.
+        prefixes: rows (N, T) for it to read.
         seed: of the rows that are read again.
     """
 
@@ -72,10 +81,13 @@ class StreamAllocator:
         vocab_size: int,
         is_one: Callable[[ReadRows, Sequence[Domain]], bool],
         at_end: Callable[[str, ReadRows], str | None],
+        router: Router,
+        prefixes: Callable[[Tensor], Prefixes],
         seed: int = 0,
     ):
         self.read, self.background, self.detector, self.course = read, background, detector, course
         self.vocab_size, self.is_one, self.at_end = vocab_size, is_one, at_end
+        self.router, self.prefixes = router, prefixes
         self.domains: dict[str, Domain] = {}
         self.open: str | None = None
         """The Part that is being taught."""
@@ -84,6 +96,7 @@ class StreamAllocator:
         """Of the open Part, in its phase."""
         self._next: str | None = None  # the Part that is waiting until the open one is sealed
         self._asked = False
+        self._arrived = 0  # rows of the open Part's domain, since it was opened
         self._refresh_at = 0.0
         self._generator = torch.Generator().manual_seed(seed)
         nothing = ReadRows.none(1, 1)
@@ -108,10 +121,12 @@ class StreamAllocator:
         nearest = _least_strange(verdict)
         strange = verdict.novel.nonzero()[:, 0].tolist()
         mine = [i for i, name in enumerate(verdict.nearest) if name is not None and name == self.open]
+        learned = mine
         if self.open is not None and mine:
             # First how strange they were, then what is in them: so it is seen what is ordinary for new rows.
             self.detector.remember(self.open, verdict.rows(torch.tensor(mine)))
-            self._learn(rows.take(mine))
+            learned = self._hold(mine, rows)
+            self._learn(rows.take(learned))
         self._quarantine = _joined(self._quarantine, rows.take(strange))
         self._nearest += [nearest[i] for i in strange]
         self._sources += [batch.source] * len(strange)
@@ -126,11 +141,11 @@ class StreamAllocator:
             "novel_rows": len(strange) / max(1, len(rows)),
             "known_rows": (len(rows) - len(strange) - len(mine)) / max(1, len(rows)),
         }
-        if not mine:
+        if not learned:
             return Allocation(train=False, measured=measured)
         assert self.open is not None
-        self._count(self.open, [batch.source] * len(mine))
-        return Allocation(rows=tuple(mine), parts=(self.open,), rate=self._rate(), measured=measured)
+        self._count(self.open, [batch.source] * len(learned))
+        return Allocation(rows=tuple(learned), parts=(self.open,), rate=self._rate(), measured=measured)
 
     def lesson(self, batch_size: int) -> Batch | None:
         """What is to be read out of memory before the stream goes on; None: nothing."""
@@ -198,17 +213,17 @@ class StreamAllocator:
         rows = self._quarantine
         domain = Domain(name, self.vocab_size, rows.features.shape[1])
         self.domains[name] = domain
-        self.open, self.phase, self.steps, self._next = name, "seeding", 0, None
+        self.open, self.phase, self.steps, self._next, self._arrived = name, "seeding", 0, None, 0
+        kept = len(rows) - min(self.course.held_rows, len(rows) // 3)
+        self._due, self._held = rows.take(range(kept)), rows.take(range(kept, len(rows)))
         # One half says what is ordinary to the other. Rows that follow each other are alike, so by stretches.
         stretch = max(1, min(_STRETCH, len(rows) // 4))
         halves = [[i for i in range(len(rows)) if i // stretch % 2 == half] for half in (0, 1)]
-        domain.observe(rows.take(halves[0]))
+        domain.observe(rows.take([i for i in halves[0] if i < kept]))
         domain.refresh()
         self.detector.remember(name, read_by([domain], rows.take(halves[1]), self.background))
-        domain.observe(rows.take(halves[1]))
+        domain.observe(rows.take([i for i in halves[1] if i < kept]))
         self._refresh()
-        kept = len(rows) - min(self.course.held_rows, len(rows) // 3)
-        self._due, self._held = rows.take(range(kept)), rows.take(range(kept, len(rows)))
         self._memory = rows.take([])
         self._count(name, self._sources)
         self._forget_quarantine()
@@ -223,6 +238,21 @@ class StreamAllocator:
         counts = {name: taught.get(source, 0) for name, taught in self.taught.items()}
         best = max(counts, key=counts.__getitem__, default=None)
         return None if best is None or not counts[best] else self.domains[best].answers
+
+    def _hold(self, mine: list[int], rows: ReadRows) -> list[int]:
+        """Keep some of the open domain's rows back, and say which are left; what is too much is due now."""
+        places = range(self._arrived, self._arrived + len(mine))
+        self._arrived += len(mine)
+        if not self.course.calibration_rows:
+            return mine
+        held = [i for i, place in zip(mine, places, strict=True) if place % _HELD == _HELD - 1]
+        waiting = _joined(self._held, rows.take(held))
+        over = max(0, len(waiting) - max(self.course.held_rows, self.course.calibration_rows))
+        if over and self.open is not None:
+            self.domains[self.open].observe(waiting.take(range(over)))
+            self._due = _joined(self._due, waiting.take(range(over)))
+        self._held = waiting.take(range(over, len(waiting)))
+        return [i for i in mine if i not in held]
 
     def _learn(self, rows: ReadRows) -> None:
         """Rows of the domain that is being learned."""
@@ -247,12 +277,29 @@ class StreamAllocator:
         assert self.open is not None
         self._refresh()
         domain = self.domains[self.open]
+        if self.open in self.router.domains:
+            self.router.forget(self.open)
         domain.answers = self.at_end(self.open, self._held)
         domain.seal()
+        self._introduce(domain, sealed=True)
         self.open, self.steps = None, 0
         self._memory = self._held = self._due = self._memory.take([])
         if self._next is not None:
             self._open(self._next)
+
+    def introduce(self) -> None:
+        """Let the router know the open Part as it is now."""
+        if self.open is not None:
+            self._introduce(self.domains[self.open], sealed=False)
+
+    def _introduce(self, domain: Domain, *, sealed: bool) -> None:
+        rows = self._held
+        if sealed and len(rows) < LEAST_ROWS:  # too few came: better by rows that were learned from than not
+            rows = _joined(self._memory, rows).take(range(-min(LEAST_ROWS, len(rows) + len(self._memory)), 0))
+        if len(rows) >= LEAST_ROWS:
+            known = domain.densities_so_far
+            held = self.prefixes(rows.input_ids)
+            self.router.add(domain.name, *known, held, answers=domain.answers, sealed=sealed)
 
     # ---- quarantine --------------------------------------------------------------------------------
 
@@ -279,7 +326,10 @@ class StreamAllocator:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "domains": [domain.state_dict() for domain in self.domains.values()],
+            "domains": [
+                domain.state_dict(kept_elsewhere=name != self.open and name in self.router.domains)
+                for name, domain in self.domains.items()
+            ],
             "detector": self.detector.state_dict(),
             "generator": self._generator.get_state(),
             "plain": {name: getattr(self, name) for name in _PLAIN},
@@ -289,7 +339,7 @@ class StreamAllocator:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.domains = {}
         for saved in state["domains"]:
-            self.domains[saved["name"]] = Domain.from_state(saved, self.vocab_size)
+            self.domains[saved["name"]] = Domain.from_state(saved, self.vocab_size, self.router)
         self.detector.load_state_dict(state["detector"])
         self._generator.set_state(state["generator"])
         for name in _PLAIN:
@@ -304,6 +354,7 @@ _PLAIN = (
     "steps",
     "_next",
     "_asked",
+    "_arrived",
     "_refresh_at",
     "_nearest",
     "_sources",
@@ -314,6 +365,8 @@ _UNCERTAIN = 0.999
 """The novelty of what could still be chance: a rule acts at 1."""
 _STRETCH = 8
 """Rows of the quarantine that are held back, or counted, together."""
+_HELD = 8
+"""One in so many rows of the open domain waits."""
 _REFRESH = 1.25
 """Densities are worked out anew when so much more text has been seen."""
 

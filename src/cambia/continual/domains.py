@@ -20,6 +20,7 @@ from torch import Tensor
 from cambia.continual.novelty.scores import Readings
 from cambia.data.batches import Batch
 from cambia.models.routing.gaussians import FeatureGaussian
+from cambia.models.routing.router import Router
 from cambia.models.routing.token_grams import GramKeys, TokenGrams
 
 
@@ -136,20 +137,40 @@ class Domain:
         assert self._read is not None, "refresh() first"
         return self._read
 
-    def state_dict(self) -> dict[str, Any]:
+    @property
+    def densities_so_far(self) -> tuple[TokenGrams, FeatureGaussian]:
+        """Its n-grams and its features, worked out when it was refreshed last."""
+        return self._densities
+
+    def state_dict(self, *, kept_elsewhere: bool = False) -> dict[str, Any]:
+        """What must survive a restart.
+
+        Args:
+            kept_elsewhere: leave out the tables of a sealed one, since a router keeps the same.
+        """
+        state = {"name": self.name, "answers": self.answers, "rows": self.rows}
+        if kept_elsewhere:
+            return {**state, "grams": None, "dimensions": len(self.gaussian.mean)}
         read = None if self._read is None else [density.state_dict() for density in self._read]
         return {
-            "name": self.name,
-            "answers": self.answers,
-            "rows": self.rows,
+            **state,
             "grams": self.grams.state_dict(),
             "gaussian": self.gaussian.state_dict(),
             "read": None if self.grams.is_sealed else read,
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], vocab_size: int) -> Domain:
-        """The inverse of `state_dict`."""
+    def from_state(cls, state: Mapping[str, Any], vocab_size: int, kept: Router) -> Domain:
+        """The inverse of `state_dict`.
+
+        Args:
+            kept: who keeps what was left out.
+        """
+        if state["grams"] is None:
+            domain, known = cls(state["name"], vocab_size, state["dimensions"]), kept.domains[state["name"]]
+            domain.answers, domain.rows = state["answers"], state["rows"]
+            domain._read = domain.grams, domain.gaussian = known.grams, known.gaussian
+            return domain
         domain = cls(state["name"], vocab_size, len(state["gaussian"]["mean"]))
         domain.answers, domain.rows = state["answers"], state["rows"]
         domain.grams.load_state_dict(state["grams"])

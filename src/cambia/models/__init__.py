@@ -16,6 +16,8 @@ _HOME = {
     "CambiaForCausalLM": "cambia.models.causal_lm",
     "LoraExperts": "cambia.models.parts.lora_experts",
     "LoraShape": "cambia.models.parts.lora_shape",
+    "Router": "cambia.models.routing.router",
+    "Routes": "cambia.models.routing.routes",
     "to_llama": "cambia.models.export",
 }
 

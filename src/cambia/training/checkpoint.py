@@ -13,7 +13,6 @@ Only safetensors and JSON: opening a checkpoint runs no code.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,10 +33,10 @@ from transformers.utils import logging as transformers_logging
 from cambia import files
 from cambia.errors import CheckpointError
 from cambia.models.causal_lm import align_memory  # its module registers the native model as well
+from cambia.models.nested_state import put_in_tensors, take_out_tensors
 from cambia.training.averaging import WeightAverage
 
 STATE_JSON, STATE_TENSORS, AVERAGED = "state.json", "state.safetensors", "averaged"
-_TENSOR, _FLOAT = "__tensor__", "__float__"
 
 
 def save_checkpoint(
@@ -60,7 +59,7 @@ def save_checkpoint(
         beside: writes what stands beside the model into the checkpoint's folder.
     """
     tensors: dict[str, Tensor] = {}
-    plain = _take_out_tensors(state, "", tensors)
+    plain = take_out_tensors(state, tensors)
     transformers_logging.disable_progress_bar()
     with files.atomic_folder(folder) as temporary:
         _save_model(model, tokenizer, temporary, weights)
@@ -91,7 +90,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     """
     files.verified(folder)
     tensors = load_file(folder / STATE_TENSORS)
-    return _put_in_tensors(files.read_json(folder / STATE_JSON), tensors)
+    return put_in_tensors(files.read_json(folder / STATE_JSON), tensors)
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -160,35 +159,3 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _take_out_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        # A copy of its own: safetensors refuses tensors that share memory.
-        tensors[path] = value.detach().cpu().clone().contiguous()
-        return {_TENSOR: path}
-    if isinstance(value, float) and not math.isfinite(value):
-        return {_FLOAT: repr(value)}  # JSON has no word for it
-    if isinstance(value, Mapping):
-        return {
-            str(key): _take_out_tensors(item, f"{path}/{_escaped(str(key))}", tensors)
-            for key, item in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [_take_out_tensors(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
-    return value
-
-
-def _escaped(key: str) -> str:
-    """A key as one part of a path (JSON Pointer, RFC 6901), so that no two places share a name."""
-    return key.replace("~", "~0").replace("/", "~1")
-
-
-def _put_in_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, dict):
-        if _TENSOR in value:
-            return tensors[value[_TENSOR]].clone()  # aligned, as `align_memory` says
-        if _FLOAT in value:
-            return float(value[_FLOAT])
-        return {key: _put_in_tensors(item, tensors) for key, item in value.items()}
-    return [_put_in_tensors(item, tensors) for item in value] if isinstance(value, list) else value

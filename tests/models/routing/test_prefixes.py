@@ -131,7 +131,7 @@ def test_a_large_vocabulary_is_read_a_few_rows_at_a_time(
     ids = torch.randint(31, (5, 8))
     whole = reader(model).read(ids).losses(None)
     seen = []
-    monkeypatch.setattr(module, "_MOST_LOGITS", 2 * 8 * 31)
+    monkeypatch.setattr(module, "_MOST_HELD", 2 * 8 * 31)
     model.register_forward_pre_hook(lambda m, a, k: seen.append(len(k["input_ids"])), with_kwargs=True)
     torch.testing.assert_close(reader(model).read(ids).losses(None), whole)
     assert seen == [2, 2, 1]

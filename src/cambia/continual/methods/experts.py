@@ -13,7 +13,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt
@@ -56,7 +56,10 @@ class Experts(Method):
     keep_margin: Annotated[float, Ge(0)] = 0.01
     """An expert stays only if it gives held-out rows of its domain so many nats per token less than the best
     of the others does."""
-    prefix_tokens: Annotated[int, Gt(0)] = 64
+    routing: Literal["compete", "first_claim", "likelihood"] = "compete"
+    """Who answers a text: of the experts to which its beginning is not strange the likeliest, or the oldest
+    (what that answers once, it answers for good); or whoever foretells the beginning best."""
+    prefix_tokens: Annotated[int, Ge(2)] = 64
     """First tokens of a text from which is decided who answers it; until then the base answers."""
     feature_layer: int = -1
     """The hidden layer of the base whose outputs are the features: 0 are the embeddings."""
@@ -65,6 +68,7 @@ class Experts(Method):
 
     def prepare(self, model: PreTrainedModel) -> nn.Module:
         self.experts = LoraExperts(model, self.shape)
+        self.experts.routing = self.routing
         self.experts.prefix_tokens, self.experts.feature_layer = self.prefix_tokens, self.feature_layer
         return self.experts
 
@@ -81,6 +85,8 @@ class Experts(Method):
             vocab_size=model.config.vocab_size,
             is_one=lambda rows, domains: True,
             at_end=self._ended,
+            router=self.experts.router,
+            prefixes=self.reader.read,
             seed=situation.seed,
         )
 
@@ -166,6 +172,7 @@ class Experts(Method):
     # ---- who answers -------------------------------------------------------------------------------
 
     def answerer(self, model: PreTrainedModel) -> Any:
+        self._allocator.introduce()
         return self.experts
 
     @contextmanager
@@ -198,6 +205,7 @@ class Experts(Method):
 
     def write_beside(self, folder: Path) -> None:
         if self.experts.names:
+            self._allocator.introduce()
             self.experts.save_pretrained(folder / EXPERTS_FOLDER)
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,7 +219,9 @@ class Experts(Method):
                     "tensors": {key: p.detach() for key, p in self.experts[name].named_parameters()},
                 }
                 for name in self.experts.names
-            ]
+            ],
+            # The open one is measured anew when it is asked for.
+            "router": self.experts.router.state_dict(sealed_only=True),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -228,6 +238,7 @@ class Experts(Method):
             else:
                 take_up(optimizer, part)
             self.experts.hang(part)
+        self.experts.router.load_state_dict(state["router"])
 
 
 _BACKGROUND_TOKENS = 64

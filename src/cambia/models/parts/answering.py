@@ -15,7 +15,10 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cambia.errors import ConfigError
+from cambia.models.parts.deciding import Answer
+from cambia.models.routing.gaussians import FeatureGaussian
 from cambia.models.routing.prefixes import Prefixes, PrefixReader
+from cambia.models.routing.token_grams import TokenGrams
 
 if TYPE_CHECKING:
     from cambia.models.parts.lora_experts import LoraExperts
@@ -41,19 +44,32 @@ def prefixes_of(
     return reader.read(rows, lengths.clamp(max=width))
 
 
+def measured(experts: LoraExperts, input_ids: Tensor) -> tuple[TokenGrams, FeatureGaussian, PrefixReader]:
+    """Sealed statistics of rows (N, T), and what can read more of them."""
+    model = experts.model
+    reader = PrefixReader(model, experts.using, layer=experts.feature_layer)
+    features = reader.read(input_ids).features()
+    grams, gaussian = TokenGrams(model.config.vocab_size), FeatureGaussian(features.shape[1])
+    grams.observe(input_ids)
+    gaussian.observe(features)
+    grams.seal()
+    gaussian.seal()
+    return grams, gaussian, reader
+
+
 def routed_logits(
     experts: LoraExperts,
-    names: list[str | None],
+    answer: Answer,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     tokens: int,
     **settings: Any,
 ) -> CausalLMOutputWithPast:
-    """Each row answered by its expert from its `tokens`-th token on, and by the model alone before."""
+    """Each row answered as was decided from its `tokens`-th token on, and by the model alone before."""
     model = experts.model
-    with experts.routed(names):
+    with answer.block():
         outputs = model(input_ids=input_ids, attention_mask=attention_mask, **settings)
-    if all(name is None for name in names):
+    if answer.is_base:
         return outputs
     with experts.using(None):
         first = slice(0, tokens - 1 + _padding(attention_mask))

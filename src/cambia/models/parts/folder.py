@@ -1,6 +1,7 @@
 """LoRA experts on the disk: a stock adapter of PEFT for each, and what they are together.
 
     experts.json            of which model they are, their order, states, parents and hashes
+    router.safetensors      what the router knows of their domains, where it knows any
     adapters/NAME/          see `cambia.models.parts.peft_format`
     base/                   the model itself, where it was asked for
     manifest.json           the SHA-256 of every file
@@ -11,22 +12,28 @@ of the files, of the model that the experts are to stand beside, and of each exp
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from cambia import files
 from cambia.errors import CheckpointError, ConfigError
 from cambia.models.hashing import fingerprint
+from cambia.models.nested_state import put_in_tensors, take_out_tensors
 from cambia.models.parts.lora_shape import LoraShape
 from cambia.models.parts.peft_format import read_adapter, write_adapter
+from cambia.models.routing.router import Router
 
 if TYPE_CHECKING:
     from cambia.models.parts.lora_experts import LoraExperts
 
-EXPERTS, ADAPTERS, BASE = "experts.json", "adapters", "base"
+EXPERTS, ROUTER, ADAPTERS, BASE = "experts.json", "router.safetensors", "adapters", "base"
 
 
 def write_experts(
@@ -38,7 +45,7 @@ def write_experts(
 ) -> Path:
     """Write all experts; a folder that is there is replaced once the new one is whole."""
     model = experts.model
-    about = {
+    about: dict[str, Any] = {
         "base": {
             "class": type(model).__name__,
             "name_or_path": model.config.name_or_path or None,
@@ -46,6 +53,9 @@ def write_experts(
         },
         "shape": asdict(experts.shape),
         "seed": experts.seed,
+        "routing": experts.routing,
+        "prefix_tokens": experts.prefix_tokens,
+        "feature_layer": experts.feature_layer,
         "experts": [
             {
                 "name": name,
@@ -64,8 +74,29 @@ def write_experts(
             model.save_pretrained(temporary / BASE)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary / BASE)
+        if experts.router.domains:
+            about["router"] = _write_router(temporary / ROUTER, experts.router)
         files.write_json(temporary / EXPERTS, about)
     return Path(folder)
+
+
+def _write_router(path: Path, router: Router) -> dict[str, str]:
+    tensors: dict[str, Tensor] = {}
+    plain = take_out_tensors(router.state_dict(), tensors)
+    save_file(tensors, path, metadata={"state": json.dumps(plain, sort_keys=True)})
+    return {"sha256": files.sha256_file(path)}
+
+
+def _read_router(path: Path, router: Router, sha256: str) -> None:
+    if not path.is_file() or files.sha256_file(path) != sha256:
+        raise CheckpointError(
+            f"{path} is not the router that was written with these LoRA experts (its SHA-256 differs): use "
+            "another copy"
+        )
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        plain = json.loads(file.metadata()["state"])
+    router.load_state_dict(put_in_tensors(plain, tensors))
 
 
 def read_base(folder: str | Path) -> PreTrainedModel:
@@ -113,6 +144,12 @@ def read_experts(folder: str | Path, experts: LoraExperts, about: dict[str, Any]
         part.state = line["state"]
         part.requires_grad_(part.state != "sealed")
         experts.hang(part)
+    # Folders of before have none of these.
+    experts.routing = about.get("routing", experts.routing)
+    experts.prefix_tokens = about.get("prefix_tokens", experts.prefix_tokens)
+    experts.feature_layer = about.get("feature_layer", experts.feature_layer)
+    if "router" in about:
+        _read_router(Path(folder) / ROUTER, experts.router, about["router"]["sha256"])
 
 
 def opened(folder: str | Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cambia.errors import ConfigError
-from cambia.models.parts.answering import prefixes_of, routed_logits
+from cambia.models.parts.answering import measured, prefixes_of, routed_logits
+from cambia.models.parts.deciding import Answer, answer_to, by_arrow, check_routing, decided
 from cambia.models.parts.folder import opened, read_base, read_experts, shape_of, write_experts
 from cambia.models.parts.lora_expert import LoraExpert
 from cambia.models.parts.lora_shape import LoraShape, new_deltas, places_of
 from cambia.models.parts.merging import merged
 from cambia.models.parts.peft_format import read_adapter, write_adapter
+from cambia.models.routing.router import Router
+from cambia.models.routing.routes import Routes
 from cambia.nn.routed import ByRow, Everywhere, Mixed, Routed, Use
 
 
@@ -54,8 +58,11 @@ class LoraExperts(nn.Module):
         self.model = model.requires_grad_(False)
         self.shape = shape or LoraShape()
         self.seed = seed
-        self.prefix_tokens = 64
-        """First tokens of a sequence from which is decided who answers it."""
+        self._routing, self._prefix_tokens = "compete", 64
+        self.router = Router(model.config.vocab_size)
+        """What is known of the experts' domains, and who answers by it."""
+        self.made_router: tuple[Any, Any] | None = None
+        """The hybrid or the Arrow router, and of what it was made."""
         self.feature_layer = -1
         """Of the model, whose outputs a router reads; 0 are the embeddings."""
         self._answers: str | None = _WHO_KNOWS
@@ -106,7 +113,10 @@ class LoraExperts(nn.Module):
         Raises:
             ConfigError: the name is taken, or unfit to be a folder's.
         """
-        name = f"expert_{len(self.parts)}" if name is None else name
+        if name is None:
+            # Nor the name of one that was dropped, whose domain is known by it.
+            taken = {*self.names, *self.router.domains}
+            name = next(n for i in count(len(self.parts)) if (n := f"expert_{i}") not in taken)
         self._check_new(name)
         if like is not None:
             part = self[like].copied(name)
@@ -138,10 +148,14 @@ class LoraExperts(nn.Module):
             raise ConfigError(f"{name!r} is sealed or not the newest LoRA expert, so it stays")
         del self.parts[name]
         self._routed.drop(name)
+        if name in self.router.domains:
+            self.router.forget(name)
 
     def seal(self, name: str) -> None:
         """It never changes again."""
         self[name].seal()
+        if name in self.router.domains:
+            self.router.seal(name)
 
     def remove(self) -> None:
         """Leave the model as it was found."""
@@ -214,6 +228,47 @@ class LoraExperts(nn.Module):
 
     # ---- who answers -------------------------------------------------------------------------------
 
+    @property
+    def routing(self) -> str:
+        """How is decided who answers: compete, first_claim, likelihood, hybrid or arrow."""
+        return self._routing
+
+    @routing.setter
+    def routing(self, name: str) -> None:
+        self._routing = check_routing(name)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """First tokens of a sequence from which is decided who answers it."""
+        return self._prefix_tokens
+
+    @prefix_tokens.setter
+    def prefix_tokens(self, tokens: int) -> None:
+        if tokens < 2:
+            raise ConfigError(f"prefix_tokens is {tokens}: nothing can be told from less than 2 tokens")
+        self._prefix_tokens = tokens
+
+    def calibrate(self, name: str, input_ids: Tensor, held: Tensor | None = None) -> None:
+        """Let the router know an expert by some of its text; the text itself is not kept.
+
+        Args:
+            name: of the expert, as it is now: to be done when it has been taught. Of one that is not sealed
+                it can be done again.
+            input_ids: (N, T) rows of its text, in their order.
+            held: (M, T) rows that it did not learn from; by default the last quarter of `input_ids`, which
+                should be such then.
+
+        Raises:
+            ConfigError: there are too few rows, or tokens that the model does not have.
+        """
+        part, rest = self[name], input_ids
+        if held is None:
+            most = len(input_ids) - len(input_ids) // 4
+            rest, held = input_ids[:most], input_ids[most:]
+        grams, gaussian, reader = measured(self, rest)
+        sealed = part.state == "sealed"
+        self.router.add(name, grams, gaussian, reader.read(held), sealed=sealed)
+
     def using(self, name: str | None) -> Any:
         """Inside the block this expert answers every row; None: the model alone."""
         return self.routed(None if name is None else [name])
@@ -254,10 +309,24 @@ class LoraExperts(nn.Module):
             attention_mask: (B, T), 0 where a row is padded, on either side.
             tokens: decide from at most so many; `prefix_tokens` by default.
         """
+        return list(self.decide(input_ids, attention_mask, tokens=tokens).names)
+
+    def decide(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        tokens: int | None = None,
+        before: Sequence[str | None] | None = None,
+    ) -> Routes:
+        """As `route`, with how certain it is.
+
+        Args:
+            before: who answered these texts so far, where they have been routed already: each stays with its
+                expert unless the evidence for another is clear.
+        """
         prefixes = prefixes_of(self, input_ids, attention_mask, tokens or self.prefix_tokens)
-        names: list[str | None] = [None, *self.names]
-        losses = torch.stack([prefixes.losses(name) for name in names])  # (E + 1, B)
-        return [names[i] for i in losses.argmin(0).tolist()]
+        return decided(self, prefixes, before)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any
@@ -272,8 +341,11 @@ class LoraExperts(nn.Module):
         if self._answers is not _WHO_KNOWS:
             with self.using(self._answers):
                 return self.model(input_ids=input_ids, attention_mask=attention_mask, **settings)
-        names = self.route(input_ids, attention_mask)
-        return routed_logits(self, names, input_ids, attention_mask, self.prefix_tokens, **settings)
+        if self.routing == "arrow":
+            with by_arrow(self):
+                return self.model(input_ids=input_ids, attention_mask=attention_mask, **settings)
+        answer = answer_to(self, prefixes_of(self, input_ids, attention_mask, self.prefix_tokens))
+        return routed_logits(self, answer, input_ids, attention_mask, self.prefix_tokens, **settings)
 
     @contextmanager
     def answered_by(self, name: str | None) -> Generator[None]:
@@ -293,8 +365,11 @@ class LoraExperts(nn.Module):
             attention_mask: (B, T).
             settings: of `model.generate`.
         """
-        names = self.route(input_ids, attention_mask, tokens=input_ids.shape[1])
-        with self.routed(names):
+        if self.routing == "arrow":
+            answer = Answer(lambda: by_arrow(self))
+        else:
+            answer = answer_to(self, prefixes_of(self, input_ids, attention_mask, input_ids.shape[1]))
+        with answer.block():
             return self.model.generate(  # ty: ignore[not-callable]
                 input_ids, attention_mask=attention_mask, **settings
             )

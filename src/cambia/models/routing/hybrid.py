@@ -143,6 +143,10 @@ class DynamicHybridRouter:
         known.is_mature = known.is_mature or self.maturity.reached(known.losses)
         return known.is_mature
 
+    def settle(self, name: str) -> None:
+        """A Part counts as mature from now on, for example since it is sealed."""
+        self._part(name).is_mature = True
+
     def is_mature(self, name: str) -> bool:
         """Whether a Part's validation loss has stopped to fall."""
         return self._part(name).is_mature
@@ -163,6 +167,7 @@ class DynamicHybridRouter:
         mature = torch.tensor([known.is_mature for known in self._known.values()], device=logits.device)
         return torch.where(mature[best.indices[..., :1]], sparse, dense)
 
+    @torch.enable_grad()
     def step(
         self, features: Tensor | None = None, owners: Sequence[str] = (), *, rehearsed: int = 16
     ) -> float:

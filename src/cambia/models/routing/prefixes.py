@@ -31,8 +31,8 @@ FeaturesOf = Callable[[Tensor, Tensor], Tensor]
 LossesOf = Callable[[str | None, Tensor, Tensor], Tensor]
 """A Part's id, or None for the base; ids (B, P) and which of them count (B, P) -> nats per token (B,)"""
 
-_MOST_LOGITS = 1 << 24
-"""Numbers that a pass may hold as logits at once: rows are taken in turn where the vocabulary is large."""
+_MOST_HELD = 1 << 24
+"""Numbers that a pass may hold at once, logits or hidden states: of more, rows are taken in turn."""
 
 
 class Prefixes:
@@ -134,10 +134,18 @@ class PrefixReader:
     @torch.no_grad()
     def features(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, P) -> (B, D) float32, of the base; a row without tokens has zeros."""
+        config = self.model.config
+        held = max(1, ids.shape[1] * config.hidden_size * (config.num_hidden_layers + 1))
+        rows = max(1, _MOST_HELD // held)
         with self.using(None), _evaluating(self.model):
-            # The trunk alone: a head would cost as much again where the vocabulary is large.
-            trunk = self.model.base_model
-            outputs = trunk(ids.to(self.model.device), use_cache=False, output_hidden_states=True)
+            return torch.cat(
+                [self._features(i, m) for i, m in zip(ids.split(rows), mask.split(rows), strict=True)]
+            )
+
+    def _features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        # The trunk alone: a head would cost as much again where the vocabulary is large.
+        trunk = self.model.base_model
+        outputs = trunk(ids.to(self.model.device), use_cache=False, output_hidden_states=True)
         hidden = outputs.hidden_states[self.layer].float()  # (B, P, D)
         counted = mask.to(hidden.device)[..., None]
         return hidden.masked_fill(~counted, 0).sum(1) / counted.sum(1).clamp_min(1)
@@ -147,7 +155,7 @@ class PrefixReader:
         """(B, P) -> (B,) float64, nats per token from the second on."""
         if ids.shape[1] < 2:
             return torch.zeros(len(ids), dtype=torch.float64)
-        rows = max(1, _MOST_LOGITS // max(1, ids.shape[1] * self.model.config.vocab_size))
+        rows = max(1, _MOST_HELD // max(1, ids.shape[1] * self.model.config.vocab_size))
         with self.using(name), _evaluating(self.model):
             return torch.cat(
                 [self._losses(i, m) for i, m in zip(ids.split(rows), mask.split(rows), strict=True)]

@@ -176,6 +176,9 @@ class PretrainedModel(StartModel):
     float32: small updates count, 16 bytes a parameter with AdamW; training.precision bfloat16 still computes
     in bfloat16 · bfloat16: 8 bytes a parameter, and updates below about 1/256 of a weight are lost to
     rounding · auto: as the checkpoint says, and float32 for one in float16, where second moments vanish."""
+    keep_experts: bool = True
+    """Of a checkpoint that learned with the method `experts`, when a run with that method begins: go on with
+    its experts and with what is known of their texts. false: begin with the model alone."""
 
     def __post_init__(self) -> None:
         if not self.path:

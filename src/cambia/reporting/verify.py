@@ -27,7 +27,8 @@ from torch import Tensor
 
 from cambia import files, rundir, sweepdir
 from cambia.errors import CheckpointError, ConfigError, RunError
-from cambia.experiment.build import find_device, is_finished, provenance
+from cambia.experiment.build import is_finished
+from cambia.experiment.machine import find_device, provenance
 from cambia.experiment.reopen import reopen
 from cambia.experiment.tree import Experiment, experiment_from
 from cambia.models.hashing import sha256

@@ -170,9 +170,23 @@ class Experts(Method):
 
     @contextmanager
     def answering(self, task: int) -> Generator[None]:
-        right = self._allocator.right(self.situation.stream.names[task])
-        with self.experts.answered_by(right):
+        with self.experts.answered_by(self.right(self.situation.stream.names[task])):
             yield
+
+    def right(self, source: str) -> str | None:
+        """The expert that was taught most of a source; None: the base."""
+        return self._allocator.right(source)
+
+    def taught(self) -> Mapping[str, Mapping[str, int]]:
+        """For each expert, how many rows of which source it was taught."""
+        found: dict[str, dict[str, int]] = {}
+        for name, rows in self._allocator.taught.items():
+            answers = self._allocator.domains[name].answers
+            if answers is not None:
+                counts = found.setdefault(answers, {})
+                for source, count in rows.items():
+                    counts[source] = counts.get(source, 0) + count
+        return found
 
     # ---- what it costs and keeps -------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from cambia.errors import ConfigError, DataError
 from cambia.experiment.starts import PretrainedModel
 from cambia.experiment.tree import Experiment, read_tree
 from cambia.models.parts.folder import EXPERTS
+from cambia.training.checkpoint import STATE_JSON
 
 RECIPE = "learn"
 _WIDTH = 128
@@ -74,17 +75,18 @@ def learning(
 
 
 def _checkpoint(model: str) -> str:
-    """The model to start from; of a folder of experts it is the checkpoint in which it lies."""
+    """The model to start from; of a folder of experts it is the checkpoint in which they lie."""
     folder = Path(model).expanduser()
     if not (folder / EXPERTS).is_file():
         return model
     files.verified(folder)
-    if not (folder.parent / "state.json").is_file():
+    around = folder.resolve().parent
+    if not (around / STATE_JSON).is_file():
         raise ConfigError(
-            f"{model} holds experts without what was known of their texts, so that nothing can be told from "
-            "them: name the run or the checkpoint that they come from"
+            f"{model} holds experts without what was known of their texts, so that nobody could say what is "
+            "new: name the run or the checkpoint that they come from"
         )
-    return str(folder.parent)
+    return str(around)
 
 
 def _earlier(place: str) -> dict[str, Any] | None:

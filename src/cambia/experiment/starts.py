@@ -20,11 +20,14 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from cambia import files, rundir
 from cambia.config import FieldError
+from cambia.continual.methods.experts import EXPERTS_FOLDER
 from cambia.data.tokenizers import BpeTokenizer, BytesTokenizer, ModelTokenizer, Tokenizer, TokenizerConfig
 from cambia.errors import ConfigError, RunError
 from cambia.models.architectures import ARCHITECTURES
 from cambia.models.causal_lm import CambiaForCausalLM
 from cambia.models.config import CambiaConfig
+from cambia.models.parts.folder import EXPERTS, base_folder
+from cambia.models.parts.lora_experts import LoraExperts
 from cambia.rundir import RunReader
 from cambia.training.checkpoint import AVERAGED, load_model
 
@@ -311,13 +314,16 @@ def _end_with(model: PreTrainedModel, eos_id: int) -> None:
 def model_folder(path: str | Path) -> Path:
     """The folder that holds the model of a run, a checkpoint (also RUN/ckpt_step200), or of Hugging Face.
 
-    Of a run that averages its weights it is the averaged model.
+    Of a run that averages its weights it is the averaged model, and of a folder of experts the model that
+    they stand beside.
 
     Raises:
         RunError: there is none.
     """
     path = Path(path)
     for folder in (path, rundir.runs_root() / path):
+        if (folder / EXPERTS).is_file():
+            return base_folder(folder)
         if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
             return averaged_folder(folder)
     reader = RunReader(path)
@@ -325,6 +331,21 @@ def model_folder(path: str | Path) -> Path:
     if not saved:
         raise RunError(f"the run {reader.name!r} has no checkpoint yet; wait until it saved one")
     return averaged_folder(saved[0])
+
+
+def experts_beside(path: str | Path, model: PreTrainedModel) -> LoraExperts | None:
+    """The experts of a run, a checkpoint or a folder of experts, beside its model; None where there are none.
+
+    Args:
+        model: loaded from `model_folder` of the same.
+
+    Raises:
+        CheckpointError: a file or an expert is not what was written, or the model is another one.
+    """
+    path = Path(path)
+    given = next((p for p in (path, rundir.runs_root() / path) if (p / EXPERTS).is_file()), None)
+    folder = given or model_folder(path) / EXPERTS_FOLDER
+    return LoraExperts.from_pretrained(folder, model) if (folder / EXPERTS).is_file() else None
 
 
 def averaged_folder(checkpoint: Path) -> Path:

@@ -173,6 +173,18 @@ class Experts(Method):
         with self.experts.answered_by(self.right(self.situation.stream.names[task])):
             yield
 
+    @contextmanager
+    def answered_by(self, part: str | None) -> Generator[None]:
+        with self.experts.answered_by(part):
+            yield
+
+    def routes(self, input_ids: Tensor) -> list[str | None]:
+        return self.experts.route(input_ids)
+
+    def answerers_for_good(self, task: int) -> list[str | None]:
+        right = self.right(self.situation.stream.names[task])
+        return [right] if right is None or right in self.experts.sealed else []
+
     def right(self, source: str) -> str | None:
         """The expert that was taught most of a source; None: the base."""
         return self._allocator.right(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from cambia.cli.app import Settings, app, console
@@ -17,6 +18,9 @@ def learn(
     boundaries: bool = False,
     name: str | None = None,
     resume: str | None = None,
+    watch: Path | None = None,
+    once: bool = False,
+    idle_seconds: float | None = None,
 ) -> int:
     """Teach a model one text after another, lose nothing, and give no labels: `cambia learn MODEL DATA...`.
 
@@ -33,11 +37,21 @@ def learn(
         boundaries: tell the learner where a text begins and ends.
         name: of the run directory under runs/.
         resume: go on with this run.
+        watch: learn from the files of this folder as they arrive, each in a run of its own under runs/NAME/.
+            Stop it or kill it at any time: the same command goes on.
+        once: with --watch: stop when all that is there is learned.
+        idle_seconds: with --watch: stop when nothing has arrived for so long.
     """
     from cambia.experiment import learning, train
     from cambia.reporting import load_run, print_summary, write_report
 
     model, data, flags = _read(words)
+    if watch is not None:
+        if model is None or data or resume or boundaries:
+            raise ConfigError("--watch takes a model and no texts: cambia learn MODEL --watch FOLDER")
+        return _watch(model, watch, name or RECIPE, steps, flags, 0.0 if once else idle_seconds)
+    if once or idle_seconds is not None:
+        raise ConfigError("--once and --idle-seconds say when watching ends: give --watch FOLDER")
     if resume is not None:
         if model or name or steps or boundaries:
             raise ConfigError("--resume goes on with a run as it is: leave out model, texts and --name")
@@ -54,6 +68,32 @@ def learn(
 
 
 RECIPE = "learn"
+
+
+def _watch(
+    model: str,
+    inbox: Path,
+    name: str,
+    steps: int | None,
+    flags: dict[str, Any],
+    idle_seconds: float | None,
+) -> int:
+    from cambia import rundir
+    from cambia.experiment.watch import NEWEST, Watcher
+    from cambia.reporting import load_run, print_summary, write_report
+
+    out = console()
+    home = rundir.run_folder(name)
+    watcher = Watcher(model, inbox, home, steps, flags, say=lambda line: out.print(line, markup=False))
+    if not watcher.watch(idle_seconds=idle_seconds):
+        return 130
+    if not (home / NEWEST).exists():
+        out.print(f"nothing has arrived in {inbox}", markup=False)
+        return 0
+    newest = load_run(home / NEWEST)
+    write_report(newest)
+    print_summary(newest, out)
+    return 0
 
 
 def _read(words: tuple[str, ...]) -> tuple[str | None, list[str], dict[str, Any]]:

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 
 from cambia import rundir
 from cambia.config import resolve_function, to_yaml
+from cambia.data.batches import refuse_short
 from cambia.data.corpus import special_ids
 from cambia.data.prepare import prepare, train_texts
-from cambia.data.sources import Splits
+from cambia.data.sources import TEST, VALID, Splits
 from cambia.data.streams import Stream, Task
 from cambia.data.tokenizers import Tokenizer, build_tokenizer
 from cambia.errors import ConfigError, OutOfMemoryError
-from cambia.experiment.continued import go_on
+from cambia.experiment.continued import go_on, refuse_few
 from cambia.experiment.learned import learned, totals
 from cambia.experiment.machine import find_device, provenance
 from cambia.experiment.results import results_of
@@ -233,13 +234,16 @@ def assemble(experiment: Experiment, run: RunWriter) -> Assembly:
         stream.load_state_dict(state["stream"])
     else:
         run.cut_logs(dict.fromkeys(rundir.LOGS, 0))
-        go_on(trainer, experiment.model, experiment.training.sequence_length)
+        if not go_on(trainer, experiment.model, experiment.training.sequence_length):
+            refuse_few(trainer, sum(stage_steps(experiment, stream)) * stream.batch_size)
     return Assembly(tokenizer, stream, stage_steps(experiment, stream), trainer, resumed)
 
 
 def open_stream(experiment: Experiment) -> tuple[Tokenizer, Stream]:
     """Tokenizer and prepared tasks; what is prepared already is only opened."""
     chosen = experiment.model.ready(experiment.tokenizer)
+    if experiment.growth.in_place:
+        experiment.model.can_grow()
     data = experiment.data
     texts = data.texts()
     splits = Splits(valid_fraction=data.valid_fraction, test_fraction=data.test_fraction)
@@ -257,6 +261,8 @@ def open_stream(experiment: Experiment) -> tuple[Tokenizer, Stream]:
                 splits=splits,
                 drop_duplicates=data.drop_duplicates,
             )
+        for split in (VALID, TEST):
+            refuse_short(corpus.splits[split], experiment.evaluation.context_tokens, f"{text.name} ({split})")
         tasks.append(Task(text.name, corpus, special_ids=special_ids(tokenizer)))
     tasks, stages = data.stream.lay_out(tasks, experiment.seed)
     stream = Stream(

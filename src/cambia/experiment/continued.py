@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cambia.continual.methods.experts import EXPERTS_FOLDER, Experts
-from cambia.errors import CheckpointError, ConfigError
+from cambia.errors import CheckpointError, ConfigError, DataError
 from cambia.experiment.starts import PretrainedModel, StartModel
 from cambia.models.hashing import fingerprint
 from cambia.models.parts.folder import opened
@@ -15,12 +15,15 @@ from cambia.training import Trainer
 from cambia.training.checkpoint import STATE_JSON, load_state
 
 
-def go_on(trainer: Trainer, start: StartModel, sequence_length: int) -> None:
-    """Take the experts of the checkpoint that a new run starts from into it, where there are any.
+def go_on(trainer: Trainer, start: StartModel, sequence_length: int) -> bool:
+    """Take the experts of the checkpoint that a new run starts from into it.
 
     Args:
         trainer: that has its stream, and has not begun.
         sequence_length: tokens of a row.
+
+    Returns:
+        Whether there were any.
 
     Raises:
         CheckpointError: the checkpoint was altered, or its experts stand beside another model.
@@ -28,10 +31,10 @@ def go_on(trainer: Trainer, start: StartModel, sequence_length: int) -> None:
     """
     method = trainer.method
     if not isinstance(start, PretrainedModel) or not start.keep_experts or not isinstance(method, Experts):
-        return
+        return False
     checkpoint = start.folder()
     if not (checkpoint / EXPERTS_FOLDER).is_dir() or not (checkpoint / STATE_JSON).is_file():
-        return
+        return False
     state = load_state(checkpoint)
     _same_base(trainer, checkpoint)
     _same_rows(state["allocator"], sequence_length, checkpoint)
@@ -43,6 +46,22 @@ def go_on(trainer: Trainer, start: StartModel, sequence_length: int) -> None:
             f"the experts in {checkpoint} do not fit the settings of the method ({error}): leave "
             "--methods as they were, or begin with the model alone, --model.keep_experts false"
         ) from None
+    return True
+
+
+def refuse_few(trainer: Trainer, rows: int) -> None:
+    """Refuse a stream that is over before an expert can be born.
+
+    Raises:
+        DataError: with what repairs it.
+    """
+    method = trainer.method
+    if isinstance(method, Experts) and rows < method.detector.min_windows:
+        raise DataError(
+            f"there are {rows} windows to learn from, and an expert is born after "
+            f"{method.detector.min_windows} strange ones: give more text, a smaller "
+            "--training.sequence_length, or read it several times, --training.epochs"
+        )
 
 
 def _same_base(trainer: Trainer, checkpoint: Path) -> None:

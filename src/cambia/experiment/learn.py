@@ -10,6 +10,7 @@ and what is known of their texts, are taken along, and the earlier texts are sco
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,12 +106,13 @@ def _earlier(place: str) -> dict[str, Any] | None:
 def _fitted(place: str) -> dict[str, Any]:
     """What the recipe's settings become for this model."""
     tree = read_tree(RECIPE)[0]
+    start = PretrainedModel(path=place)
     try:
-        config = PretrainedModel(path=place).config()
+        width, longest = start.config().hidden_size, start.longest()
     except FieldError as error:
         raise ConfigError(error.problem) from None
-    length = min(tree["training"]["sequence_length"], config.max_position_embeddings)
-    rate = tree["optimizer"]["learning_rate"] * min(1.0, _WIDTH / config.hidden_size)
+    length = min(tree["training"]["sequence_length"], longest or math.inf)
+    rate = tree["optimizer"]["learning_rate"] * min(1.0, _WIDTH / width)
     return {
         "training": {"sequence_length": length},
         "optimizer": {"learning_rate": float(f"{rate:.3g}")},

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Lt
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from cambia import files, rundir
 from cambia.config import FieldError
@@ -65,6 +65,14 @@ class StartModel(ABC):
 
         Raises:
             FieldError: what is wrong, with its place in the tree.
+        """
+
+    @abstractmethod
+    def can_grow(self) -> None:
+        """Refuse a model whose own shape cannot change, where rules would change it.
+
+        Raises:
+            FieldError: with the families that can grow.
         """
 
     @abstractmethod
@@ -138,6 +146,9 @@ class NativeModel(StartModel):
     def ready(self, tokenizer: TokenizerConfig | None) -> TokenizerConfig:
         return self.read_by(tokenizer)
 
+    def can_grow(self) -> None:
+        """It can."""
+
     def fit(self, tokenizer: Tokenizer) -> None:
         """It is made to the tokenizer's measure."""
 
@@ -192,8 +203,8 @@ class PretrainedModel(StartModel):
         # anywhere, and a run be read whose first checkpoint has moved.
         if self._place() is None:
             return
-        longest = self.config().max_position_embeddings
-        if sequence_length > longest:
+        longest = self.longest()
+        if longest is not None and sequence_length > longest:
             raise FieldError(
                 ["training", "sequence_length"],
                 f"{sequence_length} is longer than the {longest} positions of the model {self.path}: give "
@@ -213,6 +224,14 @@ class PretrainedModel(StartModel):
         self.config()
         chosen = self.read_by(tokenizer)
         return chosen.of(self.folder()) if isinstance(chosen, ModelTokenizer) else chosen
+
+    def can_grow(self) -> None:
+        family = self.config().model_type
+        if family not in ARCHITECTURES:
+            raise self._wrong(
+                f"holds a model of type {family!r}; those that can grow are {', '.join(ARCHITECTURES)}: "
+                "leave out the growth rules, or let them add LoRA experts (cambia learn)"
+            )
 
     def fit(self, tokenizer: Tokenizer) -> None:
         rows = self.config().vocab_size
@@ -257,15 +276,13 @@ class PretrainedModel(StartModel):
         """The checkpoint's config.
 
         Raises:
-            FieldError: it is of a family that cannot grow, or quantised.
+            FieldError: it is of a family that transformers does not know, or quantised.
         """
         folder = self.folder()
         plain = files.read_json(folder / "config.json")
         family = plain.get("model_type") if isinstance(plain, dict) else None
-        if family not in ARCHITECTURES:
-            raise self._wrong(
-                f"holds a model of type {family!r}; those that can grow are {', '.join(ARCHITECTURES)}"
-            )
+        if family not in CONFIG_MAPPING:
+            raise self._wrong(f"holds a model of type {family!r}, which this transformers does not know")
         if plain.get("quantization_config"):
             kind = plain["quantization_config"].get("quant_method", "quantised")
             raise self._wrong(
@@ -273,6 +290,10 @@ class PretrainedModel(StartModel):
                 "write model.dequantize() with save_pretrained"
             )
         return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+    def longest(self) -> int | None:
+        """The positions of the model; None where they have no end (ALiBi)."""
+        return getattr(self.config(), "max_position_embeddings", None)
 
     def _place(self) -> Path | None:
         """The model's folder, whether or not a model is in it; None where there is none."""

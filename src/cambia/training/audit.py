@@ -74,7 +74,7 @@ def record_stage(
         batch = next(iter(stream.evaluation(task, "valid", 65_536, _PASSAGES)), None)
         if batch is None:
             continue
-        input_ids = batch.input_ids[:_ROWS, :_TOKENS].contiguous()
+        input_ids = batch.input_ids[:_ROWS, :_TOKENS].clone()  # no memory of the passages'
         with method.answering(task):
             kept[f"{task}.logits"] = _logits(method.answerer(model), input_ids)
         kept[f"{task}.input_ids"] = input_ids

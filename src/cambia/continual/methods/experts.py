@@ -228,6 +228,7 @@ class Experts(Method):
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "born": self.experts.born,
             "experts": [
                 {
                     "name": name,
@@ -237,7 +238,7 @@ class Experts(Method):
                     "tensors": {key: p.detach() for key, p in self.experts[name].named_parameters()},
                 }
                 for name in self.experts.names
-            ]
+            ],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -254,6 +255,7 @@ class Experts(Method):
             else:
                 take_up(optimizer, part)
             self.experts.hang(part)
+        self.experts.born = state["born"]
 
 
 _BACKGROUND_TOKENS = 64

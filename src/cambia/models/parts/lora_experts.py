@@ -58,6 +58,8 @@ class LoraExperts(nn.Module):
         """First tokens of a sequence from which is decided who answers it."""
         self.feature_layer = -1
         """Of the model, whose outputs a router reads; 0 are the embeddings."""
+        self.born = 0
+        """How many there have been, so that the name of one that was dropped is not given again."""
         self._answers: str | None = _WHO_KNOWS
         self.parts = nn.ModuleDict()
         self._routed = Routed(model, self)
@@ -106,13 +108,13 @@ class LoraExperts(nn.Module):
         Raises:
             ConfigError: the name is taken, or unfit to be a folder's.
         """
-        name = f"expert_{len(self.parts)}" if name is None else name
+        name = f"expert_{self.born}" if name is None else name
         self._check_new(name)
         if like is not None:
             part = self[like].copied(name)
         else:
             part = LoraExpert(name, new_deltas(self.model, shape or self.shape))
-            part.reset(self.seed + len(self.parts))
+            part.reset(self.seed + self.born)
         self.hang(part)
         return part
 
@@ -126,6 +128,7 @@ class LoraExperts(nn.Module):
     def hang(self, part: LoraExpert) -> None:
         """Take in an expert that exists."""
         self.parts[part.name] = part
+        self.born += 1
         self._routed.add(part.name, part.by_module)
 
     def drop(self, name: str) -> None:

@@ -56,6 +56,7 @@ def summary(run: Path) -> dict[str, Any]:
 def test_it_ends_with_what_each_expert_learned(learned: tuple[Path, Said]) -> None:
     folder, said = learned
     assert said.code == 0, said.err
+    assert said.out.startswith("3 texts, 24 steps on each, batches of 16 x 32 tokens, learning rate 0.02\n")
     found = summary(folder / "runs/two")
     assert [expert["state"] for expert in found["experts"]] == ["sealed", "sealed"]
     assert [expert["learned_from"][0] for expert in found["experts"]] == ["counting", "brackets"]
@@ -108,10 +109,18 @@ def test_an_altered_expert_is_found_and_refused(place: Path, tmp_path: Path) -> 
 # ---- how it goes on ------------------------------------------------------------------------------
 
 
-def test_a_folder_of_experts_goes_on(place: Path) -> None:
-    said = cambia("cambia learn runs/two/latest/experts copy.txt --steps 12 --name three")
-    assert said.code == 0, said.err
-    before, after = summary(place / "runs/two"), summary(place / "runs/three")
+@pytest.fixture(scope="module")
+def further(learned: tuple[Path, Said]) -> Path:
+    """The same model after a third kind of text, from its folder of experts."""
+    with pytest.MonkeyPatch.context() as patch:
+        here(learned[0], patch)
+        said = cambia("cambia learn runs/two/latest/experts copy.txt --steps 12 --name three")
+        assert said.code == 0, said.err
+    return learned[0] / "runs/three"
+
+
+def test_a_folder_of_experts_goes_on(place: Path, further: Path) -> None:
+    before, after = summary(place / "runs/two"), summary(further)
     assert [expert["sha256"] for expert in after["experts"][:2]] == [e["sha256"] for e in before["experts"]]
     assert [expert["learned_from"][0] for expert in after["experts"]] == ["counting", "brackets", "copy"]
     assert [one["name"] for one in after["texts"]] == ["copy", "counting", "brackets"]
@@ -121,20 +130,28 @@ def test_a_folder_of_experts_goes_on(place: Path) -> None:
     assert cambia("cambia verify three").code == 0
 
 
-def test_without_memory_for_the_next_expert_the_earlier_ones_stay(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any) -> None:
-        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+def test_without_memory_for_the_next_expert_nothing_is_lost(place: Path, further: Path) -> None:
+    steps = 0
 
-    monkeypatch.setattr(Stepper, "__call__", full)
-    said = cambia("cambia learn two copy.txt --steps 12 --name full")
+    def full(stepper: Stepper, batch: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return taught(stepper, batch)
+
+    taught = Stepper.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stepper, "__call__", full)
+        said = cambia("cambia learn two copy.txt --steps 12 --name full")
     assert said.code == 2 and said.err.splitlines()[-1].startswith("cambia: out of memory with")
     latest = place / "runs/full/latest"
-    assert LoraExperts.from_pretrained(latest / "experts", load_model(latest)).sealed == [
-        "expert_0",
-        "expert_1",
-    ]
+    experts = LoraExperts.from_pretrained(latest / "experts", load_model(latest))
+    assert experts.sealed == ["expert_0", "expert_1"]
+    # And with memory it ends as if nothing had happened.
+    assert cambia("cambia learn --resume full").code == 0
+    for log in ("metrics.csv", "eval.csv", "growth.jsonl", "promises.jsonl"):
+        assert (place / "runs/full" / log).read_bytes() == (further / log).read_bytes(), log
 
 
 def test_files_are_learned_in_the_order_of_their_arrival(
@@ -185,12 +202,12 @@ def test_files_are_learned_in_the_order_of_their_arrival(
         ("base nowhere.txt", "there is no file or folder 'nowhere.txt'"),
         ("base empty.txt", "is empty"),
         ("base line.txt", "the valid split is empty"),
-        ("base short.txt", "give more text"),
-        ("base few.txt --valid 1", "windows to learn from, and an expert is born after 48"),
+        ("base short.txt", "the valid split is empty"),
+        ("base few.jsonl", "32 windows to learn from, and an expert is born after 48"),
         ("base odd.jsonl", "--data.tasks.0.source.field"),
         ("small counting.txt", "add rows first"),
         ("base counting.txt --methods.0.shape.targets [nope]", "its linear layers: down_proj"),
-        ("base counting.txt --methods.0.tpye experts", "did you mean 'type'"),
+        ("base counting.txt --methods.0.keep_margn 1", "did you mean 'keep_margin'"),
         ("two copy.txt --model.dtype bfloat16", "leave out --model.dtype"),
         ("two copy.txt --methods.0.shape.rank 3 --methods.0.shape.kind full", "do not fit the settings"),
     ],
@@ -199,12 +216,12 @@ def test_what_cannot_be_learned_is_one_line(place: Path, words: str, said: str) 
     (place / "empty.txt").write_text("")
     (place / "line.txt").write_text("one line\n")
     (place / "short.txt").write_text("\n\n".join(f"{i} is a short one" for i in range(30)))
-    (place / "few.txt").write_text("\n\n".join(f"{i} is a number of its own {i * i}" for i in range(60)))
+    rows = [json.dumps({"text": f"root {i}"}) for i in range(100)]
+    (place / "few.jsonl").write_text("\n".join(rows))
     (place / "odd.jsonl").write_text('{"a": "b", "c": 1}\n')
     if not (place / "small").exists():
         checkpoint(place / "small", vocab_size=250, bos_token_id=1, eos_token_id=1, pad_token_id=None)
     quick = [] if words.startswith("two") else QUICK
-    words = words.replace("--valid 1", "--data.valid_fraction 0.2 --data.test_fraction 0.2")
     refused = cambia(f"cambia learn {words} --name refused", *quick)
     assert refused.code == 2 and said in " ".join(refused.err.split()), refused.err
     assert "Traceback" not in refused.out + refused.err

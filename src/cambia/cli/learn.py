@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cambia.cli.app import Settings, app, console
 from cambia.errors import ConfigError
 
-_EXAMPLE = "cambia learn MODEL DATA..."
+if TYPE_CHECKING:
+    from cambia.experiment import Experiment
+
+RECIPE, _EXAMPLE = "learn", "cambia learn MODEL DATA..."
 
 
 @app.command
@@ -60,6 +63,7 @@ def learn(
         raise ConfigError(f"name a model and what it shall learn from: {_EXAMPLE}")
     else:
         experiment = learning(model, data, steps=steps, boundaries=boundaries, flags=flags)
+        console().print(_told(experiment), markup=False)
         folder = train(experiment, name=name)
     finished = load_run(folder)
     write_report(finished)
@@ -67,7 +71,19 @@ def learn(
     return 0 if finished.status == "finished" else 130
 
 
-RECIPE = "learn"
+def _told(experiment: Experiment) -> str:
+    """What is about to be done, of what the user need not have said."""
+    from cambia.reporting.units import plural
+
+    training = experiment.training
+    length = "one pass over each" if training.epochs in (None, 1) else f"{training.epochs:g} passes over each"
+    if training.steps or training.tokens:
+        unit = "step" if training.steps else "token"
+        length = f"{plural(training.steps or training.tokens or 0, unit)} on each"
+    return (
+        f"{plural(len(experiment.data.stream.order), 'text')}, {length}, batches of {training.batch_size} x "
+        f"{training.sequence_length} tokens, learning rate {experiment.optimizer.learning_rate:g}"
+    )
 
 
 def _watch(

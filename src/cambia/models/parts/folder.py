@@ -46,6 +46,8 @@ def write_experts(
         },
         "shape": asdict(experts.shape),
         "seed": experts.seed,
+        "prefix_tokens": experts.prefix_tokens,
+        "feature_layer": experts.feature_layer,
         "experts": [
             {
                 "name": name,

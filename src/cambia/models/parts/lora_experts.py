@@ -179,6 +179,7 @@ class LoraExperts(nn.Module):
         """
         about = opened(folder)
         experts = cls(read_base(folder) if model is None else model, shape_of(about), seed=about["seed"])
+        experts.prefix_tokens, experts.feature_layer = about["prefix_tokens"], about["feature_layer"]
         try:
             read_experts(folder, experts, about)
         except BaseException:

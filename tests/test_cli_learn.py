@@ -106,6 +106,18 @@ def test_an_altered_expert_is_found_and_refused(place: Path, tmp_path: Path) -> 
     assert refused.code == 2 and "is not what was written" in refused.err
 
 
+def test_families_that_cannot_grow_can_learn(place: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    checkpoint(place / "neox", "gpt_neox", **sizes)
+    said = cambia("cambia learn neox counting.txt --steps 6 --name neox", *QUICK)
+    assert said.code == 0, said.err
+    assert [expert["name"] for expert in summary(place / "runs/neox")["experts"]] == ["expert_0"]
+    # One text is enough for a promise: the model itself.
+    assert "F_weight 0" in cambia("cambia verify neox").out
+    refused = cambia("cambia run finetune --model.path neox --data.tasks.0.source.path counting.txt")
+    assert refused.code == 2 and "those that can grow are" in refused.err
+
+
 # ---- how it goes on ------------------------------------------------------------------------------
 
 

@@ -63,7 +63,7 @@ def learn(
         raise ConfigError(f"name a model and what it shall learn from: {_EXAMPLE}")
     else:
         experiment = learning(model, data, steps=steps, boundaries=boundaries, flags=flags)
-        console().print(_told(experiment), markup=False)
+        console().print(_told(experiment, len(data)), markup=False)
         folder = train(experiment, name=name)
     finished = load_run(folder)
     write_report(finished)
@@ -71,7 +71,7 @@ def learn(
     return 0 if finished.status == "finished" else 130
 
 
-def _told(experiment: Experiment) -> str:
+def _told(experiment: Experiment, texts: int) -> str:
     """What is about to be done, of what the user need not have said."""
     from cambia.reporting.units import plural
 
@@ -81,7 +81,7 @@ def _told(experiment: Experiment) -> str:
         unit = "step" if training.steps else "token"
         length = f"{plural(training.steps or training.tokens or 0, unit)} on each"
     return (
-        f"{plural(len(experiment.data.stream.order), 'text')}, {length}, batches of {training.batch_size} x "
+        f"{plural(texts, 'text')}, {length}, batches of {training.batch_size} x "
         f"{training.sequence_length} tokens, learning rate {experiment.optimizer.learning_rate:g}"
     )
 

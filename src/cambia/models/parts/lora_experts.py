@@ -108,6 +108,8 @@ class LoraExperts(nn.Module):
         Raises:
             ConfigError: the name is taken, or unfit to be a folder's.
         """
+        while f"expert_{self.born}" in self.parts:
+            self.born += 1
         name = f"expert_{self.born}" if name is None else name
         self._check_new(name)
         if like is not None:

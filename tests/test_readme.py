@@ -101,6 +101,8 @@ def _shorter(command: str) -> list[str]:
     from cambia.experiment import read_experiment
 
     words = command.split()[1:]
+    if words[0] == "learn":
+        return ["--steps", "4", "--evaluation.max_bytes", "1000", "--methods.0.background_rows", "8"]
     if words[0] != "run" or {"--resume", "--dry-run"} & set(words):
         return []
     words = words[1:]

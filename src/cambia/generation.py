@@ -11,6 +11,7 @@ random state stays as it was; and nothing after the end of a text is decoded.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ def continue_text(
     temperature: float = 0.7,
     top_p: float = 0.9,
     seed: int = 0,
+    writer: Any = None,
 ) -> list[str]:
     """The continuation of each prompt, without the prompt.
 
@@ -38,6 +40,7 @@ def continue_text(
         temperature: divides the logits before sampling; 0 always takes the likeliest token.
         top_p: sample from the likeliest tokens whose probabilities add up to this.
         seed: the same seed, prompts and model give the same texts.
+        writer: whose `generate` writes; the model itself, or what stands around it, as LoRA experts do.
 
     Raises:
         ConfigError: a setting is out of range, or a prompt has no token.
@@ -74,13 +77,25 @@ def continue_text(
                 # outgrows it, its last half is read again as a prompt.
                 room = min(left, max(longest - max(map(len, rows)), longest // 2, 1))
                 settings.max_new_tokens = room
-                new = _continued(model, [row[-max(longest - room, 1) :] for row in rows], settings, padding)
+                new = _continued(
+                    writer or model, [row[-max(longest - room, 1) :] for row in rows], settings, padding
+                )
                 rows = [row + more for row, more in zip(rows, new, strict=True)]
                 left -= room
     finally:
         model.train(was_training)
     texts = [_before_end(row[length:], ends) for row, length in zip(rows, lengths, strict=True)]
     return [str(tokenizer.decode(text, skip_special_tokens=True)) for text in texts]
+
+
+def routes_of(experts: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[str | None]:
+    """Which expert writes behind each prompt; None: the model alone.
+
+    Args:
+        experts: `LoraExperts`.
+    """
+    rows = _token_rows(tokenizer, prompts)
+    return [experts.route(torch.tensor([row]), tokens=len(row))[0] for row in rows]
 
 
 def _token_rows(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[list[int]]:
@@ -92,14 +107,12 @@ def _token_rows(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> l
 
 
 def _continued(
-    model: PreTrainedModel, rows: list[list[int]], settings: GenerationConfig, padding: int
+    model: Any, rows: list[list[int]], settings: GenerationConfig, padding: int
 ) -> list[list[int]]:
     """What the model writes behind each row."""
     input_ids, attention_mask = _left_padded(rows, padding)
-    tokens = model.generate(  # ty: ignore[not-callable]
-        input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
-        generation_config=settings,
+    tokens = model.generate(
+        input_ids.to(model.device), attention_mask=attention_mask.to(model.device), generation_config=settings
     )
     return tokens[:, input_ids.shape[1] :].tolist()
 

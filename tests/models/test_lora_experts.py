@@ -71,6 +71,15 @@ def test_sealed_experts_train_no_more_and_stay() -> None:
         experts.routed(["b"])
 
 
+def test_a_name_is_given_once(tmp_path: Path) -> None:
+    experts = LoraExperts(tiny("llama"))
+    experts.seal(experts.add().name)
+    experts.drop(experts.add().name)
+    assert experts.add().name == "expert_2"
+    again = LoraExperts.from_pretrained(experts.save_pretrained(tmp_path / "experts"), tiny("llama"))
+    assert again.add().name not in ("expert_0", "expert_2")
+
+
 def test_a_dropped_expert_leaves_nothing() -> None:
     experts = beside("llama", "default", "a")
     before = said(experts, ["a", None] * 3)

@@ -20,6 +20,8 @@ def generate(
 ) -> None:
     """Continue text with the model of a run, a checkpoint, or a Hugging Face folder.
 
+    Where it has experts, each prompt is answered by the one whose text it resembles, or by the model alone.
+
     Args:
         model: a run's name, or a folder.
         prompt: text to continue; may be given several times.
@@ -28,23 +30,29 @@ def generate(
         top_p: sample from the likeliest tokens that together have this probability.
         seed: the same seed writes the same text.
     """
-    from cambia.experiment.starts import model_folder
-    from cambia.generation import continue_text
+    from cambia.experiment.starts import experts_beside, model_folder
+    from cambia.generation import continue_text, routes_of
     from cambia.training.checkpoint import load_model, load_tokenizer
 
     folder = model_folder(model)
+    loaded, tokenizer = load_model(folder), load_tokenizer(folder)
+    experts = experts_beside(model, loaded)
     texts = continue_text(
-        load_model(folder),
-        load_tokenizer(folder),
+        loaded,
+        tokenizer,
         prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        writer=experts,
     )
+    routes = routes_of(experts, tokenizer, prompt) if experts is not None else [None] * len(prompt)
     out = console()
-    for given, text in zip(prompt, texts, strict=True):
+    for given, text, route in zip(prompt, texts, routes, strict=True):
         out.print(f"[bold]{_escape(given)}[/bold]{_escape(text)}\n", soft_wrap=True)  # as it was written
+        if experts is not None:
+            out.print(f"[dim]answered by {_escape(route or 'the model alone')}[/dim]\n", soft_wrap=True)
 
 
 def _escape(text: str) -> str:
@@ -132,15 +140,19 @@ def compare(*names: str, metric: str | None = None, out: Path = Path("comparison
 def export(model: str, out: Path, *, to: str | None = None) -> None:
     """Write a model as a stock Hugging Face class with the same logits, without the state of training.
 
+    Experts are written into its folder `experts`, each as a stock adapter of PEFT.
+
     Args:
         model: a run's name, or a folder with a model.
         out: the folder to write; must not exist.
         to: the class: llama for a native model (uneven layers are padded with zeros), its own for another.
     """
-    from cambia.experiment.starts import model_folder
+    from cambia.continual.methods.experts import EXPERTS_FOLDER
+    from cambia.experiment.starts import experts_beside, model_folder
     from cambia.files import atomic_folder
     from cambia.models.causal_lm import CambiaForCausalLM
     from cambia.models.export import to_llama
+    from cambia.reporting.units import plural
     from cambia.training.checkpoint import load_model, load_tokenizer
 
     if to not in (None, "llama"):
@@ -151,8 +163,17 @@ def export(model: str, out: Path, *, to: str | None = None) -> None:
     grown = load_model(folder)
     if to not in (None, grown.config.model_type) and not isinstance(grown, CambiaForCausalLM):
         raise ConfigError(f"{folder} holds a {type(grown).__name__}, a stock class: leave out --to {to}")
+    experts = experts_beside(model, grown)
+    if experts is not None and isinstance(grown, CambiaForCausalLM):
+        raise ConfigError(
+            f"{folder} has experts beside a native model, and they would not know an exported one again: "
+            f"open them where they are, LoraExperts.from_pretrained({str(folder / EXPERTS_FOLDER)!r})"
+        )
     exported = to_llama(grown) if isinstance(grown, CambiaForCausalLM) else grown
     with atomic_folder(out) as temporary:
         exported.save_pretrained(temporary)
         load_tokenizer(folder).save_pretrained(temporary)
-    console().print(f"{out}: {type(exported).__name__}, {exported.num_parameters():,} parameters")
+        if experts is not None:
+            experts.save_pretrained(temporary / EXPERTS_FOLDER)
+    beside = f", and {plural(len(experts.names), 'expert')} beside it" if experts is not None else ""
+    console().print(f"{out}: {type(exported).__name__}, {exported.num_parameters():,} parameters{beside}")

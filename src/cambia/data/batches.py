@@ -175,12 +175,8 @@ def evaluation_batches(
         )
     if not token_file.num_documents:
         raise DataError("there is no text to evaluate on: the split is empty (its fraction is 0)")
+    refuse_short(token_file, context, source)
     if token_file.mask is None:
-        if token_file.num_tokens <= context + 1:
-            raise DataError(
-                f"the text to evaluate on has {token_file.num_tokens} tokens, too few for a context of "
-                f"{context} (--evaluation.context_tokens)"
-            )
         starts = np.arange(0, token_file.num_tokens - 1 - context, sequence_length - context)
         windows = Windows(starts, np.minimum(starts + sequence_length + 1, token_file.num_tokens))
     else:
@@ -189,6 +185,19 @@ def evaluation_batches(
         rows = slice(first, first + batch_size)
         some = Windows(windows.starts[rows], windows.stops[rows])
         yield _read(token_file, some, sequence_length, source, context)
+
+
+def refuse_short(token_file: TokenFile, context: int, name: str = "") -> None:
+    """Refuse text of which nothing is left to be scored behind a context.
+
+    Raises:
+        DataError: with what repairs it.
+    """
+    if token_file.mask is None and token_file.num_documents and token_file.num_tokens <= context + 1:
+        raise DataError(
+            f"the text to evaluate on{f', {name},' if name else ''} has {token_file.num_tokens} tokens, too "
+            f"few for a context of {context}: give more text, or lower --evaluation.context_tokens"
+        )
 
 
 def _check_geometry(batch_size: int, sequence_length: int) -> None:

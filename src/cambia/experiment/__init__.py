@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from cambia.experiment.build import load, train
 from cambia.experiment.estimate import Estimate, estimate
+from cambia.experiment.learn import learning
 from cambia.experiment.tree import Experiment, read_experiment
 
-__all__ = ["Estimate", "Experiment", "estimate", "load", "read_experiment", "train"]
+__all__ = ["Estimate", "Experiment", "estimate", "learning", "load", "read_experiment", "train"]

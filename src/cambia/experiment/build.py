@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import platform
-import re
-import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,18 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from cambia import __version__, files, rundir
+from cambia import rundir
 from cambia.config import resolve_function, to_yaml
+from cambia.data.batches import refuse_short
 from cambia.data.corpus import special_ids
 from cambia.data.prepare import prepare, train_texts
-from cambia.data.sources import Splits
+from cambia.data.sources import TEST, VALID, Splits
 from cambia.data.streams import Stream, Task
 from cambia.data.tokenizers import Tokenizer, build_tokenizer
 from cambia.errors import ConfigError, OutOfMemoryError
+from cambia.experiment.continued import go_on, refuse_few
+from cambia.experiment.learned import learned, totals
+from cambia.experiment.machine import find_device, provenance
 from cambia.experiment.results import results_of
 from cambia.experiment.starts import model_folder
 from cambia.experiment.tree import Experiment, experiment_from, plain_tree, read_experiment
@@ -151,10 +150,12 @@ def _train(experiment: Experiment, run: RunWriter) -> None:
         **_data_summary(parts.stream),
     }
     finished = parts.trainer.train(parts.stream, run=run, stage_steps=parts.stage_steps)
-    progress = parts.trainer.progress
+    progress, reader = parts.trainer.progress, RunReader(run.folder)
+    experts = learned(parts.trainer, parts.stream, reader) if finished else {}
     run.write_summary(
         {
             **base,
+            **experts,
             "status": "finished" if finished else "interrupted",
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "wall_seconds": round(before.get("wall_seconds", 0.0) + time.perf_counter() - began, 2),
@@ -165,7 +166,7 @@ def _train(experiment: Experiment, run: RunWriter) -> None:
             "skipped_steps": progress.skipped,
             "optimizer_covers_all_parameters": _covers(parts.trainer),
             **_cost(parts.trainer),
-            "results": {**results_of(RunReader(run.folder)), **_kept(parts.trainer)} if finished else {},
+            "results": {**results_of(reader), **_kept(parts.trainer), **totals(experts)} if finished else {},
         }
     )
 
@@ -233,12 +234,16 @@ def assemble(experiment: Experiment, run: RunWriter) -> Assembly:
         stream.load_state_dict(state["stream"])
     else:
         run.cut_logs(dict.fromkeys(rundir.LOGS, 0))
+        if not go_on(trainer, experiment.model, experiment.training.sequence_length):
+            refuse_few(trainer, sum(stage_steps(experiment, stream)) * stream.batch_size)
     return Assembly(tokenizer, stream, stage_steps(experiment, stream), trainer, resumed)
 
 
 def open_stream(experiment: Experiment) -> tuple[Tokenizer, Stream]:
     """Tokenizer and prepared tasks; what is prepared already is only opened."""
     chosen = experiment.model.ready(experiment.tokenizer)
+    if experiment.growth.in_place:
+        experiment.model.can_grow()
     data = experiment.data
     texts = data.texts()
     splits = Splits(valid_fraction=data.valid_fraction, test_fraction=data.test_fraction)
@@ -256,6 +261,8 @@ def open_stream(experiment: Experiment) -> tuple[Tokenizer, Stream]:
                 splits=splits,
                 drop_duplicates=data.drop_duplicates,
             )
+        for split in (VALID, TEST):
+            refuse_short(corpus.splits[split], experiment.evaluation.context_tokens, f"{text.name} ({split})")
         tasks.append(Task(text.name, corpus, special_ids=special_ids(tokenizer)))
     tasks, stages = data.stream.lay_out(tasks, experiment.seed)
     stream = Stream(
@@ -282,27 +289,6 @@ def stage_steps(experiment: Experiment, stream: Stream) -> list[int]:
         steps or experiment.training.steps_of(num_tokens, stream.tokens_per_batch, share=share)
         for (steps, share), num_tokens in zip(lengths, stream.lengths, strict=True)
     ]
-
-
-def find_device(name: str) -> torch.device:
-    """The device behind `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-
-    Raises:
-        ConfigError: it is not on this machine.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise ConfigError(f"--device {name!r}: expected auto, cpu, cuda, cuda:N or mps")
-    device = torch.device(name)
-    there = {
-        "cpu": True,
-        "mps": torch.backends.mps.is_available(),
-        "cuda": (device.index or 0) < torch.cuda.device_count(),
-    }
-    if not there[device.type]:
-        raise ConfigError(f"--device {name}: there is none on this machine; `cambia doctor` lists devices")
-    return device
 
 
 def _check_batch(stream: Stream, sequence_length: int) -> torch.Tensor:
@@ -384,37 +370,3 @@ def _described(task: Task) -> str:
     source = task.corpus.summary["configuration"]["source"]
     known = ("type", "domain", "task", "dataset", "path")
     return " ".join(str(source[key]) for key in known if isinstance(source.get(key), str))
-
-
-def provenance(experiment: Experiment) -> dict[str, Any]:
-    """With which software and on which machine a run is made."""
-    return {
-        "cambia_version": __version__,
-        "format_version": files.FORMAT_VERSION,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "machine": {
-            "cpu": _cpu_name(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": str(find_device(experiment.device)),
-            "platform": platform.platform(),
-        },
-        "command": " ".join([_program(), *sys.argv[1:]]),
-    }
-
-
-def _program() -> str:
-    name = Path(sys.argv[0]).name
-    return "python -m cambia" if name == "__main__.py" else name
-
-
-def _cpu_name() -> str:
-    """The processor's name; on Linux platform.processor() only tells the kind."""
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text().splitlines() if listing.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

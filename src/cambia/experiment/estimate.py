@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cambia.errors import ConfigError
-from cambia.experiment.build import find_device, open_stream, stage_steps
+from cambia.experiment.build import open_stream, stage_steps
+from cambia.experiment.machine import find_device
 from cambia.experiment.tree import Experiment
 from cambia.growth import GrowthPlan, ScheduleTrigger, plan_growth
 from cambia.growth.plan import describe

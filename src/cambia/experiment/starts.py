@@ -16,15 +16,18 @@ from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Lt
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from cambia import files, rundir
 from cambia.config import FieldError
+from cambia.continual.methods.experts import EXPERTS_FOLDER
 from cambia.data.tokenizers import BpeTokenizer, BytesTokenizer, ModelTokenizer, Tokenizer, TokenizerConfig
 from cambia.errors import ConfigError, RunError
 from cambia.models.architectures import ARCHITECTURES
 from cambia.models.causal_lm import CambiaForCausalLM
 from cambia.models.config import CambiaConfig
+from cambia.models.parts.folder import EXPERTS, base_folder
+from cambia.models.parts.lora_experts import LoraExperts
 from cambia.rundir import RunReader
 from cambia.training.checkpoint import AVERAGED, load_model
 
@@ -62,6 +65,14 @@ class StartModel(ABC):
 
         Raises:
             FieldError: what is wrong, with its place in the tree.
+        """
+
+    @abstractmethod
+    def can_grow(self) -> None:
+        """Refuse a model whose own shape cannot change, where rules would change it.
+
+        Raises:
+            FieldError: with the families that can grow.
         """
 
     @abstractmethod
@@ -135,6 +146,9 @@ class NativeModel(StartModel):
     def ready(self, tokenizer: TokenizerConfig | None) -> TokenizerConfig:
         return self.read_by(tokenizer)
 
+    def can_grow(self) -> None:
+        """It can."""
+
     def fit(self, tokenizer: Tokenizer) -> None:
         """It is made to the tokenizer's measure."""
 
@@ -176,6 +190,9 @@ class PretrainedModel(StartModel):
     float32: small updates count, 16 bytes a parameter with AdamW; training.precision bfloat16 still computes
     in bfloat16 · bfloat16: 8 bytes a parameter, and updates below about 1/256 of a weight are lost to
     rounding · auto: as the checkpoint says, and float32 for one in float16, where second moments vanish."""
+    keep_experts: bool = True
+    """Of a checkpoint that learned with the method `experts`, when a run with that method begins: go on with
+    its experts and with what is known of their texts. false: begin with the model alone."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -186,8 +203,8 @@ class PretrainedModel(StartModel):
         # anywhere, and a run be read whose first checkpoint has moved.
         if self._place() is None:
             return
-        longest = self.config().max_position_embeddings
-        if sequence_length > longest:
+        longest = self.longest()
+        if longest is not None and sequence_length > longest:
             raise FieldError(
                 ["training", "sequence_length"],
                 f"{sequence_length} is longer than the {longest} positions of the model {self.path}: give "
@@ -207,6 +224,14 @@ class PretrainedModel(StartModel):
         self.config()
         chosen = self.read_by(tokenizer)
         return chosen.of(self.folder()) if isinstance(chosen, ModelTokenizer) else chosen
+
+    def can_grow(self) -> None:
+        family = self.config().model_type
+        if family not in ARCHITECTURES:
+            raise self._wrong(
+                f"holds a model of type {family!r}; those that can grow are {', '.join(ARCHITECTURES)}: "
+                "leave out the growth rules, or let them add LoRA experts (cambia learn)"
+            )
 
     def fit(self, tokenizer: Tokenizer) -> None:
         rows = self.config().vocab_size
@@ -251,15 +276,13 @@ class PretrainedModel(StartModel):
         """The checkpoint's config.
 
         Raises:
-            FieldError: it is of a family that cannot grow, or quantised.
+            FieldError: it is of a family that transformers does not know, or quantised.
         """
         folder = self.folder()
         plain = files.read_json(folder / "config.json")
         family = plain.get("model_type") if isinstance(plain, dict) else None
-        if family not in ARCHITECTURES:
-            raise self._wrong(
-                f"holds a model of type {family!r}; those that can grow are {', '.join(ARCHITECTURES)}"
-            )
+        if family not in CONFIG_MAPPING:
+            raise self._wrong(f"holds a model of type {family!r}, which this transformers does not know")
         if plain.get("quantization_config"):
             kind = plain["quantization_config"].get("quant_method", "quantised")
             raise self._wrong(
@@ -267,6 +290,10 @@ class PretrainedModel(StartModel):
                 "write model.dequantize() with save_pretrained"
             )
         return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+    def longest(self) -> int | None:
+        """The positions of the model; None where they have no end (ALiBi)."""
+        return getattr(self.config(), "max_position_embeddings", None)
 
     def _place(self) -> Path | None:
         """The model's folder, whether or not a model is in it; None where there is none."""
@@ -308,13 +335,16 @@ def _end_with(model: PreTrainedModel, eos_id: int) -> None:
 def model_folder(path: str | Path) -> Path:
     """The folder that holds the model of a run, a checkpoint (also RUN/ckpt_step200), or of Hugging Face.
 
-    Of a run that averages its weights it is the averaged model.
+    Of a run that averages its weights it is the averaged model, and of a folder of experts the model that
+    they stand beside.
 
     Raises:
         RunError: there is none.
     """
     path = Path(path)
     for folder in (path, rundir.runs_root() / path):
+        if (folder / EXPERTS).is_file():
+            return base_folder(folder)
         if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
             return averaged_folder(folder)
     reader = RunReader(path)
@@ -322,6 +352,21 @@ def model_folder(path: str | Path) -> Path:
     if not saved:
         raise RunError(f"the run {reader.name!r} has no checkpoint yet; wait until it saved one")
     return averaged_folder(saved[0])
+
+
+def experts_beside(path: str | Path, model: PreTrainedModel) -> LoraExperts | None:
+    """The experts of a run, a checkpoint or a folder of experts, beside its model; None where there are none.
+
+    Args:
+        model: loaded from `model_folder` of the same.
+
+    Raises:
+        CheckpointError: a file or an expert is not what was written, or the model is another one.
+    """
+    path = Path(path)
+    given = next((p for p in (path, rundir.runs_root() / path) if (p / EXPERTS).is_file()), None)
+    folder = given or model_folder(path) / EXPERTS_FOLDER
+    return LoraExperts.from_pretrained(folder, model) if (folder / EXPERTS).is_file() else None
 
 
 def averaged_folder(checkpoint: Path) -> Path:

@@ -41,6 +41,7 @@ from cambia.data.tokenizers import TokenizerConfig
 from cambia.errors import ConfigError, DataError
 from cambia.experiment.starts import MODELS, NativeModel, PretrainedModel
 from cambia.growth.carry import Moments
+from cambia.growth.operators import PartOperator
 from cambia.growth.rules import Budget, GrowthRule
 from cambia.training.optim import OPTIMIZERS, AdamW, Muon
 from cambia.training.settings import CheckpointConfig, EvaluationConfig, TrainingConfig
@@ -148,6 +149,11 @@ class GrowthConfig:
     where it returns false, the growth is recorded and not done."""
     dry_run: bool = False
     """Record what would grow, and train at the starting size."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a rule changes the model's own shape."""
+        return self.enabled and any(not isinstance(rule.then, PartOperator) for rule in self.rules)
 
 
 @dataclass

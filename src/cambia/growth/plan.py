@@ -144,7 +144,7 @@ def _plan_part(model: PreTrainedModel, operator: PartOperator, context: int) -> 
         operators=(operator,),
         contract=operator.contract,
         after=model,
-        layers=tuple(range(body_of(model).config.num_hidden_layers)),
+        layers=tuple(range(model.config.num_hidden_layers)),
         lineages={},
         config_changes={},
         parameters_before=before,

@@ -88,6 +88,12 @@ def body_of(model: PreTrainedModel) -> Body:
     return Body(architecture_of(config), config, lambda sizes: on_meta(type(model), sizes))
 
 
+def has_table(model: PreTrainedModel) -> bool:
+    """Whether anything is known of a model's shape, so that `body_of` answers."""
+    known = model.config.model_type in ARCHITECTURES or bool(lora_layers(model))
+    return known or any(isinstance(m, ExpandableFFN) for m in model.modules())
+
+
 def _names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters()]
 
@@ -288,8 +294,8 @@ def flops_per_token(model: PreTrainedModel, context: int) -> float:
         model: real or on the meta device.
         context: tokens per sequence.
     """
-    table = body_of(model).table
-    if not table.layers:
+    table = body_of(model).table if has_table(model) else None
+    if table is None or not table.layers:
         # Nothing is known of the rest: its matrices count as they are, and attention is as wide as the model.
         lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         head = model.get_output_embeddings()

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,8 @@ class Answer:
     task: str
     """Whose text it is."""
     promised: bool
-    """Whether the method keeps its answers, and the task was not trained again."""
+    """Whether the method keeps its answers, and the task was not trained again; or a Part gave them that will
+    never change."""
     again: bool
     """Whether the task was trained again since."""
     difference: float
@@ -60,6 +62,7 @@ def answers_of(run: RunReader, opened: Reopened, *, exact: bool) -> Heard:
             software and number of threads, for the same rows in the same arrangement.
     """
     kept = {int(path.stem.removeprefix("stage")): path for path in run.probes()}
+    lines = {line["stage"]: line for line in run.promises()}
     answers, unchecked, notes = list[Answer](), list[str](), list[str]()
     for stage in range(opened.progress.stage):
         label = f"{stage + 1} {opened.stream.stages[stage].name}"
@@ -68,9 +71,11 @@ def answers_of(run: RunReader, opened: Reopened, *, exact: bool) -> Heard:
         except (KeyError, OSError, SafetensorError):
             why = "is gone" if stage not in kept else "cannot be read"
             gone = f"the probe that was taken after {label} {why}: nothing is known of its answers"
-            (unchecked if _promised(opened, stage) else notes).append(gone)
+            known = _promised(opened, stage) or bool(lines.get(stage, {}).get("answerers"))
+            (unchecked if known else notes).append(gone)
             continue
-        answers += [_answer(probe, opened, stage, label, exact) for probe in probes]
+        for_good = lines.get(stage, {}).get("answerers", {})
+        answers += [_answer(probe, opened, stage, label, for_good, exact) for probe in probes]
     return Heard(tuple(answers), tuple(unchecked), tuple(notes))
 
 
@@ -88,8 +93,19 @@ def _again(opened: Reopened, stage: int, task: int) -> bool:
     return any(later.weights[task] > 0 for later in opened.stream.stages[stage + 1 : begun])
 
 
-def _answer(probe: Probe, opened: Reopened, stage: int, label: str, exact: bool) -> Answer:
-    then, now = probe.logits, probe.again(opened.model, opened.method)  # (B, T, V)
+def _answer(
+    probe: Probe,
+    opened: Reopened,
+    stage: int,
+    label: str,
+    for_good: Mapping[str, str | None],
+    exact: bool,
+) -> Answer:
+    key, then = str(probe.task), probe.logits
+    if key in for_good:  # (B, T, V)
+        now = probe.by(for_good[key], opened.model, opened.method)
+    else:
+        now = probe.again(opened.model, opened.method)
     losses = [_loss(logits, probe.input_ids) for logits in (then, now)]
     known = min(then.shape[-1], now.shape[-1])  # a vocabulary that grew says more than it did
     then, now = then[..., :known].double(), now[..., :known].double()
@@ -101,7 +117,7 @@ def _answer(probe: Probe, opened: Reopened, stage: int, label: str, exact: bool)
     return Answer(
         stage=label,
         task=opened.stream.names[probe.task],
-        promised=opened.method.contract.keeps_answers and not again,
+        promised=key in for_good or (opened.method.contract.keeps_answers and not again),
         again=again,
         difference=difference,
         relative=relative,

@@ -19,6 +19,7 @@ from cambia.evaluation import TaskMatrix
 from cambia.reporting import units
 from cambia.reporting.continual import measures_table
 from cambia.reporting.drawing import picture, to_svg
+from cambia.reporting.experts import experts_section
 from cambia.reporting.figures import FIGURES, task_labels
 from cambia.reporting.health import check_health
 from cambia.reporting.markup import RINGS, Html, document, join, note, section, tag, tiles
@@ -50,6 +51,7 @@ def page(run: Run) -> str:
         _tiles(run),
         _health(run),
         _matrix(run),
+        experts_section(run),
         _loss(run),
         _growth(run),
         _size(run),

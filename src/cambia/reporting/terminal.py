@@ -16,6 +16,7 @@ from rich.text import Text
 
 from cambia.evaluation import TaskMatrix, TransferMetrics
 from cambia.reporting import units
+from cambia.reporting.experts import NOTE, after_learning, learned_tables
 from cambia.reporting.run import Run, stage_names
 from cambia.reporting.sweeps.sweep import Sweep
 from cambia.reporting.sweeps.tables import (
@@ -47,6 +48,7 @@ def print_summary(run: Run, console: Console) -> None:
     )
     _print_matrix(run, console)
     _print_growth(run, console)
+    _print_experts(run, console)
     _print_facts(run, console)
 
 
@@ -146,6 +148,14 @@ def _print_growth(run: Run, console: Console) -> None:
     console.print("[dim]error: largest change of a logit, relative to the largest logit[/]\n")
 
 
+def _print_experts(run: Run, console: Console) -> None:
+    tables = list(learned_tables(run))
+    for title, head, rows, words in tables:
+        print_table(console, title, head, rows, words=words)
+    if tables:
+        console.print(Text(f"{NOTE}\n", style="dim"), width=min(_WIDTH, console.width))
+
+
 def _print_facts(run: Run, console: Console) -> None:
     start, end = run.parameters_start, run.parameters_end
     facts = []
@@ -164,6 +174,7 @@ def _print_facts(run: Run, console: Console) -> None:
     report = str(run.report) if run.report.exists() else f"cambia report {run.handle}   (not written yet)"
     facts.append(("report", report))
     facts.append(("try it", f'cambia generate {run.handle} --prompt "Once upon a time"'))
+    facts += after_learning(run)
     if run.status == "interrupted":
         facts.append(("go on", f"cambia run --resume {run.handle}"))
     _print_pairs(facts, console)

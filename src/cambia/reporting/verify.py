@@ -28,12 +28,14 @@ from torch import Tensor
 from cambia import files, rundir, sweepdir
 from cambia.continual.methods.together import name_of
 from cambia.errors import CheckpointError, ConfigError, RunError
-from cambia.experiment.build import find_device, is_finished, provenance
+from cambia.experiment.build import is_finished
+from cambia.experiment.machine import find_device, provenance
 from cambia.experiment.reopen import reopen
 from cambia.experiment.tree import Experiment, experiment_from
 from cambia.models.hashing import sha256
 from cambia.reporting.answers import TOLERANCE, Answer, Heard, answers_of
 from cambia.reporting.movement import Movement, movements
+from cambia.reporting.routes import Routes, routes_of
 from cambia.reporting.run import Status
 from cambia.rundir import RunReader
 from cambia.training.checkpoint import STATE_JSON
@@ -101,6 +103,8 @@ class Audit:
     broken: tuple[Broken, ...]
     answers: tuple[Answer, ...]
     """To all probes, of the newest checkpoint."""
+    routes: tuple[Routes, ...]
+    """Of all passages that were kept, in the newest checkpoint; empty where the method does not route."""
     movements: tuple[Movement, ...]
     """From each checkpoint to the next."""
     damaged: tuple[str, ...]
@@ -150,6 +154,8 @@ class _Seen:
     """Of all that the method promises there."""
     heard: Heard
     """Its answers to the probes; of the newest checkpoint alone."""
+    routes: tuple[Routes, ...] = ()
+    """Likewise."""
 
     @property
     def name(self) -> str:
@@ -187,12 +193,13 @@ def verify_run(run: str | Path) -> Audit:
         folder=reader.folder,
         status=status,
         method=" + ".join(map(name_of, experiment.methods)) or "naive",
-        keeps_answers=contract.keeps_answers,
+        keeps_answers=contract.keeps_answers or contract.routes,
         ended=newest.ended if newest else 0,
         checkpoints=tuple(_checked(one, lines) for one in in_time),
         tensors=len({name for one in seen for line in _due(lines, one) for name in line["tensors"]}),
         broken=broken,
         answers=newest.heard.answers if newest else (),
+        routes=newest.routes if newest else (),
         movements=movements(_one_for_each_step(in_time)),
         damaged=tuple(damaged),
         unchecked=(*_lacking(lines, newest), *(newest.heard.unchecked if newest else ())),
@@ -209,14 +216,15 @@ def _look(reader: RunReader, tree: Mapping[str, Any], place: _Place) -> tuple[li
         except CheckpointError as error:
             damaged[folder] = str(error)
             continue
-        if len(opened.stream.stages) < 2:
+        if len(opened.stream.stages) < 2 and not opened.method.contract.routes:
             raise RunError(
                 f"the run {reader.name!r} has one stage, and a promise is about what comes after it: there "
                 "is nothing to verify"
             )
         hashes = {name: sha256(tensor) for name, tensor in opened.method.promised().items()}
         heard = Heard() if seen else answers_of(reader, opened, exact=not place.elsewhere)
-        seen.append(_Seen(folder, opened.progress.step, opened.progress.stage, hashes, heard))
+        routes = () if seen else routes_of(reader, opened)
+        seen.append(_Seen(folder, opened.progress.step, opened.progress.stage, hashes, heard, routes))
     if damaged and reader.is_going():
         time.sleep(_MOMENT)  # it may have been deleting them just now
         damaged = {folder: told for folder, told in damaged.items() if _is_damaged(folder, tree)}

@@ -199,7 +199,7 @@ class ExpertsCallback(TrainerCallback):
         self._step += 1
         measured: dict[str, float | None] = {**allocation.measured}
         self._manager.step(None, **measured)
-        self.method._meet_newcomer()
+        self.method.meet_newcomer()
 
     # ---- lessons ---------------------------------------------------------------------------------
 

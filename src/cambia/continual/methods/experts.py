@@ -100,7 +100,7 @@ class Experts(Method):
         return ("novelty", "novel_rows", "known_rows")
 
     def batch(self, stream: AnyStream, stage: int, at: float) -> Batch:
-        self._meet_newcomer()
+        self.meet_newcomer()
         if at >= 1:
             self._allocator.finish()
         lesson = self._allocator.lesson(stream.batch_size)
@@ -120,7 +120,7 @@ class Experts(Method):
         with self.experts.teaching(name):
             yield
 
-    def _meet_newcomer(self) -> None:
+    def meet_newcomer(self) -> None:
         """A growth rule may have added an expert since the last batch."""
         new = [name for name in self.experts.names if name not in self._allocator.domains]
         if new:
@@ -177,9 +177,36 @@ class Experts(Method):
 
     @contextmanager
     def answering(self, task: int) -> Generator[None]:
-        right = self._allocator.right(self.situation.stream.names[task])
-        with self.experts.answered_by(right):
+        with self.experts.answered_by(self.right(self.situation.stream.names[task])):
             yield
+
+    @contextmanager
+    def answered_by(self, part: str | None) -> Generator[None]:
+        with self.experts.answered_by(part):
+            yield
+
+    def routes(self, input_ids: Tensor) -> list[str | None]:
+        self._allocator.introduce()
+        return self.experts.route(input_ids)
+
+    def answerers_for_good(self, task: int) -> list[str | None]:
+        right = self.right(self.situation.stream.names[task])
+        return [right] if right is None or right in self.experts.sealed else []
+
+    def right(self, source: str) -> str | None:
+        """The expert that was taught most of a source; None: the base."""
+        return self._allocator.right(source)
+
+    def taught(self) -> Mapping[str, Mapping[str, int]]:
+        """For each expert, how many rows of which source it was taught."""
+        found: dict[str, dict[str, int]] = {}
+        for name, rows in self._allocator.taught.items():
+            answers = self._allocator.domains[name].answers
+            if answers is not None:
+                counts = found.setdefault(answers, {})
+                for source, count in rows.items():
+                    counts[source] = counts.get(source, 0) + count
+        return found
 
     # ---- what it costs and keeps -------------------------------------------------------------------
 
@@ -210,6 +237,7 @@ class Experts(Method):
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "born": self.experts.born,
             "experts": [
                 {
                     "name": name,
@@ -239,6 +267,7 @@ class Experts(Method):
                 take_up(optimizer, part)
             self.experts.hang(part)
         self.experts.router.load_state_dict(state["router"])
+        self.experts.born = state["born"]
 
 
 _BACKGROUND_TOKENS = 64

@@ -213,6 +213,21 @@ class Method:
         """Inside the block the model is as it answers texts of this task; only where `needs_identity`."""
         yield
 
+    # ---- where the method routes texts ------------------------------------------------------------
+
+    def routes(self, input_ids: Tensor) -> list[str | None]:
+        """Which Part answers each row of (N, T) when nobody says whose it is; None: the model alone."""
+        return [None] * len(input_ids)
+
+    @contextmanager
+    def answered_by(self, part: str | None) -> Generator[None]:
+        """Inside the block this Part answers, or the model alone."""
+        yield
+
+    def answerers_for_good(self, task: int) -> list[str | None]:
+        """The Part that answers texts of a task, if it will never say anything else; else none."""
+        return []
+
     # ---- what it costs and keeps -------------------------------------------------------------------
 
     def spent(self) -> float:

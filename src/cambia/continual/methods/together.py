@@ -120,6 +120,22 @@ class Methods(Method):
                 stack.enter_context(member.answering(task))
             yield
 
+    def routes(self, input_ids: Tensor) -> list[str | None]:
+        return self._router.routes(input_ids)
+
+    @contextmanager
+    def answered_by(self, part: str | None) -> Generator[None]:
+        with self._router.answered_by(part):
+            yield
+
+    def answerers_for_good(self, task: int) -> list[str | None]:
+        return self._router.answerers_for_good(task)
+
+    @property
+    def _router(self) -> Method:
+        """The one that routes, or one that does not."""
+        return next((member for member in self.members if member.contract.routes), Method())
+
     def spent(self) -> float:
         return sum(member.spent() for member in self.members)
 

@@ -99,19 +99,29 @@ def _read_router(path: Path, router: Router, sha256: str) -> None:
     router.load_state_dict(put_in_tensors(plain, tensors))
 
 
-def read_base(folder: str | Path) -> PreTrainedModel:
-    """The model in a folder of experts that was written with its base.
+def base_folder(folder: str | Path) -> Path:
+    """Where the model of a folder of experts is: in it, or around it, as in a checkpoint.
 
     Raises:
         CheckpointError: there is none.
     """
-    base = Path(folder) / BASE
-    if not base.is_dir():
-        raise CheckpointError(
-            f"{folder} holds LoRA experts without their model: give it, from_pretrained(folder, model), or "
-            "save with with_base=True"
-        )
-    model = AutoModelForCausalLM.from_pretrained(base)
+    inside, around = Path(folder) / BASE, Path(folder).resolve().parent
+    for place in (inside, around):
+        if (place / "config.json").is_file() and any(place.glob("*.safetensors")):
+            return place
+    raise CheckpointError(
+        f"{folder} holds LoRA experts without their model: give it, from_pretrained(folder, model), or "
+        "save with with_base=True"
+    )
+
+
+def read_base(folder: str | Path) -> PreTrainedModel:
+    """The model of a folder of experts.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    model = AutoModelForCausalLM.from_pretrained(base_folder(folder))
     assert isinstance(model, PreTrainedModel)
     return model
 

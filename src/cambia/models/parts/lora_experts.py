@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +64,8 @@ class LoraExperts(nn.Module):
         """The hybrid or the Arrow router, and of what it was made."""
         self.feature_layer = -1
         """Of the model, whose outputs a router reads; 0 are the embeddings."""
+        self.born = 0
+        """How many there have been, so that the name of one that was dropped is not given again."""
         self._answers: str | None = _WHO_KNOWS
         self.parts = nn.ModuleDict()
         self._routed = Routed(model, self)
@@ -113,16 +114,16 @@ class LoraExperts(nn.Module):
         Raises:
             ConfigError: the name is taken, or unfit to be a folder's.
         """
-        if name is None:
-            # Nor the name of one that was dropped, whose domain is known by it.
-            taken = {*self.names, *self.router.domains}
-            name = next(n for i in count(len(self.parts)) if (n := f"expert_{i}") not in taken)
+        # Nor the name of one that was dropped, whose domain is known by it.
+        while (free := f"expert_{self.born}") in self.parts or free in self.router.domains:
+            self.born += 1
+        name = free if name is None else name
         self._check_new(name)
         if like is not None:
             part = self[like].copied(name)
         else:
             part = LoraExpert(name, new_deltas(self.model, shape or self.shape))
-            part.reset(self.seed + len(self.parts))
+            part.reset(self.seed + self.born)
         self.hang(part)
         return part
 
@@ -136,6 +137,7 @@ class LoraExperts(nn.Module):
     def hang(self, part: LoraExpert) -> None:
         """Take in an expert that exists."""
         self.parts[part.name] = part
+        self.born += 1
         self._routed.add(part.name, part.by_module)
 
     def drop(self, name: str) -> None:
@@ -190,6 +192,7 @@ class LoraExperts(nn.Module):
         """
         about = opened(folder)
         experts = cls(read_base(folder) if model is None else model, shape_of(about), seed=about["seed"])
+        experts.prefix_tokens, experts.feature_layer = about["prefix_tokens"], about["feature_layer"]
         try:
             read_experts(folder, experts, about)
         except BaseException:

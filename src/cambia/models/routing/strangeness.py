@@ -70,7 +70,8 @@ class Strangeness:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Strangeness:
         """The inverse of `state_dict`."""
-        return cls(**{**state, "lengths": tuple(state["lengths"])})
+        fields: dict[str, Any] = {**state, "lengths": tuple(state["lengths"])}
+        return cls(**fields)
 
 
 def between(known: tuple[int, ...], values: Tensor, lengths: Tensor) -> Tensor:

@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from cambia.continual.allocators import Course
+from cambia.data.batches import Batch
+from cambia.data.generated import GeneratedSource
 from cambia.errors import ConfigError
 from cambia.evaluation import task_matrix
 from cambia.experiment.build import train_in
@@ -17,6 +21,13 @@ from cambia.rundir import RunReader
 from cambia.training.checkpoint import load_model
 
 RULE = {"when": {"type": "novelty"}, "then": {"type": "add_lora_expert"}}
+
+QUICK = {
+    "type": "experts",
+    "course": {"consolidation_steps": 4},
+    "background_rows": 16,
+    "prefix_tokens": 16,
+}
 
 
 def learned(folder: Path, order: list[str], *, steps: int = 40, **changes: Any) -> RunReader:
@@ -32,14 +43,7 @@ def learned(folder: Path, order: list[str], *, steps: int = 40, **changes: Any) 
         },
         "optimizer": {"type": "adamw", "learning_rate": 0.02},
         "training": {"steps": steps, "batch_size": 16, "sequence_length": 32},
-        "methods": [
-            {
-                "type": "experts",
-                "course": {"consolidation_steps": 4},
-                "background_rows": 16,
-                "prefix_tokens": 16,
-            }
-        ],
+        "methods": [QUICK],
         "growth": {"rules": [RULE]},
         "evaluation": {"every_steps": None, "max_bytes": 600, "context_tokens": 16},
         "checkpoint": {"every_steps": None, "keep_tasks": False},
@@ -102,3 +106,26 @@ def test_growth_that_is_not_done_leaves_the_text_unlearned(tmp_path: Path) -> No
 def test_without_a_rule_there_is_nothing_to_learn_with(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="growth"):
         learned(tmp_path / "run", ["counting", "brackets"], growth={"enabled": False})
+
+
+def test_a_mature_expert_is_sealed_though_nothing_else_comes(tmp_path: Path) -> None:
+    course = {"consolidation_steps": 4, "measure_steps": 4, "maturity": {"window": 2, "slope": 0.2}}
+    run = learned(tmp_path / "run", ["counting"], steps=60, methods=[{**QUICK, "course": course}])
+    rows = [row for row in run.rows("metrics.csv") if row["novelty"] is not None]
+    measured = [row["held_out_loss"] for row in rows if row["held_out_loss"] is not None]
+    assert len(measured) >= 2 and measured[-1] < measured[0]
+    assert rows[-1]["known_rows"] > 0.5, "what comes after it is known, and trains nobody"
+    assert opened(run).experts.sealed == ["expert_0"]
+
+
+def test_an_expert_may_begin_as_the_nearest(recurring: RunReader) -> None:
+    method = opened(recurring)
+    text = "".join(d.text for d in GeneratedSource("counting", size_bytes=4000).documents()).encode()
+    ids = torch.tensor([[*text[i : i + 32]] for i in range(0, 16 * 32, 32)])
+    rows = method.read(Batch(ids, ids, ids.numel()))
+    new = method.experts.add("new")
+    method._born("new", rows)
+    assert new.parents == ()
+    method.course = Course(birth="nearest")
+    method._born("new", rows)
+    assert new.parents == ("expert_0",) and new.sha256 == method.experts["expert_0"].sha256

@@ -6,7 +6,7 @@ strange to all of them goes into quarantine, and when the evidence is enough tha
 signal "novelty" says so: a growth rule adds a Part, and what lay in quarantine is the first that it reads.
 
     unknown ──▶ quarantine ──▶ seeding ──▶ consolidating ──▶ sealed
-                    │              ▲            a low rate, on rows that it keeps until then
+                    │              ▲  mature, or something else comes: a low rate, on rows kept until then
                     └── ordinary after all: back to the domain that is being learned
 
 It decides and never trains; the loop asks it (`records.Allocator`).
@@ -17,7 +17,7 @@ It decides and never trains; the loop asks it (`records.Allocator`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
@@ -28,6 +28,7 @@ from cambia.continual.domains import Domain, ReadRows, read_by
 from cambia.continual.novelty.detector import NoveltyDetector, Verdict
 from cambia.data.batches import Batch
 from cambia.models.routing.gaussians import FeatureGaussian
+from cambia.models.routing.hybrid import Maturity
 from cambia.models.routing.prefixes import Prefixes
 from cambia.models.routing.router import Router
 from cambia.models.routing.strangeness import LEAST_ROWS
@@ -49,8 +50,14 @@ class Course:
     held_rows: Annotated[int, Ge(0)] = 16
     """Of its first rows so many are not trained on, to see what it has learned; at most a third."""
     calibration_rows: Annotated[int, Ge(0)] = 48
-    """Later every eighth row waits too, up to so many in all; the oldest are learned from as newer ones come.
-    They tell the router what is ordinary."""
+    """Later every eighth row waits too, up to so many; the oldest are learned from as newer ones come. They
+    tell the router what is ordinary."""
+    birth: Literal["zero", "nearest"] = "zero"
+    """A new Part begins as nothing, or as a copy of the one that foretells its first rows best."""
+    measure_steps: Annotated[int, Gt(0)] | None = 20
+    """Steps between looks at its loss on the rows that are held back for good; null: it is never mature."""
+    maturity: Maturity = field(default_factory=lambda: Maturity(window=8, slope=0.002))
+    """When it has learned what it can and consolidates, though nothing else has come."""
 
 
 class StreamAllocator:
@@ -62,8 +69,8 @@ class StreamAllocator:
         detector: says what is strange, and when that is certain enough.
         course: how a Part is taught.
         vocab_size: of the tokens.
-        is_one: whether quarantined rows resemble each other more than they resemble what is known; where they
-            do not, nothing grows.
+        loss: nats per token that a Part gives rows.
+        at_birth: called when a Part begins to be taught, with its name and the rows that called for it.
         at_end: called when a Part has been taught, with its name and the rows that were held back; answers
             with the Part that its domain is to be answered by, itself or another one, or None for the base.
         router: is told what is known of each domain, when its Part is sealed.
@@ -79,14 +86,16 @@ class StreamAllocator:
         course: Course,
         *,
         vocab_size: int,
-        is_one: Callable[[ReadRows, Sequence[Domain]], bool],
+        loss: Callable[[str, ReadRows], float],
+        at_birth: Callable[[str, ReadRows], None],
         at_end: Callable[[str, ReadRows], str | None],
         router: Router,
         prefixes: Callable[[Tensor], Prefixes],
         seed: int = 0,
     ):
         self.read, self.background, self.detector, self.course = read, background, detector, course
-        self.vocab_size, self.is_one, self.at_end = vocab_size, is_one, at_end
+        self.vocab_size = vocab_size
+        self.loss, self.at_birth, self.at_end = loss, at_birth, at_end
         self.router, self.prefixes = router, prefixes
         self.domains: dict[str, Domain] = {}
         self.open: str | None = None
@@ -94,13 +103,16 @@ class StreamAllocator:
         self.phase: Phase = "seeding"
         self.steps = 0
         """Of the open Part, in its phase."""
+        self.losses: list[float] = []
+        """Of the open Part on rows that it never learns from, at every look."""
         self._next: str | None = None  # the Part that is waiting until the open one is sealed
         self._asked = False
         self._arrived = 0  # rows of the open Part's domain, since it was opened
         self._refresh_at = 0.0
         self._generator = torch.Generator().manual_seed(seed)
         nothing = ReadRows.none(1, 1)
-        self._quarantine, self._due, self._memory, self._held = nothing, nothing, nothing, nothing
+        self._quarantine, self._due, self._memory = nothing, nothing, nothing
+        self._yardstick, self._waiting = nothing, nothing  # held back for good; for a while
         self._nearest: list[str | None] = []  # of each row in quarantine
         self._sources: list[str] = []
         self.taught: dict[str, dict[str, int]] = {}
@@ -131,9 +143,7 @@ class StreamAllocator:
         self._nearest += [nearest[i] for i in strange]
         self._sources += [batch.source] * len(strange)
         if decision.reason is not None:
-            self._asked = self.is_one(self._quarantine, list(self.domains.values()))
-            if not self._asked:
-                self._turned_down()
+            self._asked = True
         elif decision.novel_windows == 0:
             self._release()
         measured = {
@@ -145,7 +155,20 @@ class StreamAllocator:
             return Allocation(train=False, measured=measured)
         assert self.open is not None
         self._count(self.open, [batch.source] * len(learned))
-        return Allocation(rows=tuple(learned), parts=(self.open,), rate=self._rate(), measured=measured)
+        rate, part = self._rate(), self.open
+        return Allocation(rows=tuple(learned), parts=(part,), rate=rate, measured=measured | self._look())
+
+    def _look(self) -> dict[str, float]:
+        """Measure the open Part once in a while; a mature one consolidates."""
+        every = self.course.measure_steps
+        if every is None or self.open is None or not len(self._yardstick):
+            return {}
+        if self.phase != "seeding" or self.steps < every * (len(self.losses) + 1):
+            return {}
+        self.losses.append(self.loss(self.open, self._yardstick))
+        if self.course.maturity.reached(self.losses):
+            self.consolidate()
+        return {"held_out_loss": self.losses[-1]}
 
     def lesson(self, batch_size: int) -> Batch | None:
         """What is to be read out of memory before the stream goes on; None: nothing."""
@@ -203,7 +226,7 @@ class StreamAllocator:
     @property
     def held_out(self) -> ReadRows:
         """Rows of the open Part's domain that it is not trained on."""
-        return self._held
+        return _joined(self._yardstick, self._waiting)
 
     @property
     def _is_over(self) -> bool:
@@ -214,8 +237,10 @@ class StreamAllocator:
         domain = Domain(name, self.vocab_size, rows.features.shape[1])
         self.domains[name] = domain
         self.open, self.phase, self.steps, self._next, self._arrived = name, "seeding", 0, None, 0
+        self.losses = []
+        self.at_birth(name, rows)
         kept = len(rows) - min(self.course.held_rows, len(rows) // 3)
-        self._due, self._held = rows.take(range(kept)), rows.take(range(kept, len(rows)))
+        self._due, self._yardstick = rows.take(range(kept)), rows.take(range(kept, len(rows)))
         # One half says what is ordinary to the other. Rows that follow each other are alike, so by stretches.
         stretch = max(1, min(_STRETCH, len(rows) // 4))
         halves = [[i for i in range(len(rows)) if i // stretch % 2 == half] for half in (0, 1)]
@@ -224,7 +249,7 @@ class StreamAllocator:
         self.detector.remember(name, read_by([domain], rows.take(halves[1]), self.background))
         domain.observe(rows.take([i for i in halves[1] if i < kept]))
         self._refresh()
-        self._memory = rows.take([])
+        self._memory = self._waiting = rows.take([])
         self._count(name, self._sources)
         self._forget_quarantine()
 
@@ -246,12 +271,12 @@ class StreamAllocator:
         if not self.course.calibration_rows:
             return mine
         held = [i for i, place in zip(mine, places, strict=True) if place % _HELD == _HELD - 1]
-        waiting = _joined(self._held, rows.take(held))
-        over = max(0, len(waiting) - max(self.course.held_rows, self.course.calibration_rows))
+        waiting = _joined(self._waiting, rows.take(held))
+        over = max(0, len(waiting) - self.course.calibration_rows)
         if over and self.open is not None:
             self.domains[self.open].observe(waiting.take(range(over)))
             self._due = _joined(self._due, waiting.take(range(over)))
-        self._held = waiting.take(range(over, len(waiting)))
+        self._waiting = waiting.take(range(over, len(waiting)))
         return [i for i in mine if i not in held]
 
     def _learn(self, rows: ReadRows) -> None:
@@ -279,11 +304,11 @@ class StreamAllocator:
         domain = self.domains[self.open]
         if self.open in self.router.domains:
             self.router.forget(self.open)
-        domain.answers = self.at_end(self.open, self._held)
+        domain.answers = self.at_end(self.open, self.held_out)
         domain.seal()
         self._introduce(domain, sealed=True)
         self.open, self.steps = None, 0
-        self._memory = self._held = self._due = self._memory.take([])
+        self._memory = self._due = self._yardstick = self._waiting = self._memory.take([])
         if self._next is not None:
             self._open(self._next)
 
@@ -293,7 +318,7 @@ class StreamAllocator:
             self._introduce(self.domains[self.open], sealed=False)
 
     def _introduce(self, domain: Domain, *, sealed: bool) -> None:
-        rows = self._held
+        rows = self.held_out
         if sealed and len(rows) < LEAST_ROWS:  # too few came: better by rows that were learned from than not
             rows = _joined(self._memory, rows).take(range(-min(LEAST_ROWS, len(rows) + len(self._memory)), 0))
         if len(rows) >= LEAST_ROWS:
@@ -313,7 +338,7 @@ class StreamAllocator:
         self._forget_quarantine(reset=False)
 
     def _turned_down(self) -> None:
-        """Nothing grew: the rows do not belong together, or the model may not become larger."""
+        """Nothing grew: the model may not become larger."""
         self._asked = False
         self._forget_quarantine()
 
@@ -352,6 +377,7 @@ _PLAIN = (
     "open",
     "phase",
     "steps",
+    "losses",
     "_next",
     "_asked",
     "_arrived",
@@ -360,7 +386,7 @@ _PLAIN = (
     "_sources",
     "taught",
 )
-_ROWS = ("_quarantine", "_due", "_memory", "_held")
+_ROWS = ("_quarantine", "_due", "_memory", "_yardstick", "_waiting")
 _UNCERTAIN = 0.999
 """The novelty of what could still be chance: a rule acts at 1."""
 _STRETCH = 8

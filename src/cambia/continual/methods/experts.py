@@ -83,7 +83,8 @@ class Experts(Method):
             self.detector,
             self.course,
             vocab_size=model.config.vocab_size,
-            is_one=lambda rows, domains: True,
+            loss=self._loss,
+            at_birth=self._born,
             at_end=self._ended,
             router=self.experts.router,
             prefixes=self.reader.read,
@@ -97,7 +98,7 @@ class Experts(Method):
 
     @property
     def measures(self) -> tuple[str, ...]:
-        return ("novelty", "novel_rows", "known_rows")
+        return ("novelty", "novel_rows", "known_rows", "held_out_loss")
 
     def batch(self, stream: AnyStream, stage: int, at: float) -> Batch:
         self.meet_newcomer()
@@ -150,6 +151,13 @@ class Experts(Method):
         background.observe(features)
         background.seal()
         return background
+
+    def _born(self, name: str, rows: ReadRows) -> None:
+        """An expert begins to be taught, as nothing or as the one that foretells its first rows best."""
+        if self.course.birth == "nearest":
+            best = min((None, *self.experts.sealed), key=lambda other: self._loss(other, rows))
+            if best is not None:
+                self.experts[name].become(self.experts[best])
 
     def _ended(self, name: str, held: ReadRows) -> str | None:
         """An expert has been taught: it stays if it is worth it, and never changes again."""

@@ -56,6 +56,13 @@ class LoraExpert(nn.Module):
         """Another expert that begins as this one is, and trains."""
         return LoraExpert(name, copy.deepcopy(self.by_module), (self.name,)).requires_grad_(True)
 
+    @torch.no_grad()
+    def become(self, other: LoraExpert) -> None:
+        """Begin as another one of the same shape."""
+        for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
+            mine.copy_(theirs)
+        self.parents = (other.name,)
+
     def seal(self) -> None:
         """Nothing of it changes any more."""
         self.state = "sealed"

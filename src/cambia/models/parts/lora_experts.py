@@ -141,13 +141,13 @@ class LoraExperts(nn.Module):
         self._routed.add(part.name, part.by_module)
 
     def drop(self, name: str) -> None:
-        """Take the newest expert away, one that was not worth keeping.
+        """Take an expert away that was not worth keeping.
 
         Raises:
-            ConfigError: it is sealed, or there are newer ones, which may stand on it.
+            ConfigError: it is sealed.
         """
-        if self[name].state == "sealed" or name != self.names[-1]:
-            raise ConfigError(f"{name!r} is sealed or not the newest LoRA expert, so it stays")
+        if self[name].state == "sealed":
+            raise ConfigError(f"{name!r} is sealed, so it stays")
         del self.parts[name]
         self._routed.drop(name)
         if name in self.router.domains:

@@ -116,7 +116,8 @@ def test_families_that_cannot_grow_can_learn(place: Path) -> None:
     assert [expert["name"] for expert in summary(place / "runs/neox")["experts"]] == ["expert_0"]
     # One text is enough for a promise: the model itself.
     assert "F_weight 0" in cambia("cambia verify neox").out
-    refused = cambia("cambia run finetune --model.path neox --data.tasks.0.source.path counting.txt")
+    grown = "--model.path neox --data.tasks.0.source.path counting.txt --training.sequence_length 32"
+    refused = cambia(f"cambia run finetune {grown}")
     assert refused.code == 2 and "those that can grow are" in refused.err
 
 

@@ -9,14 +9,14 @@ each task. A text is scored by the model alone, as the experts are routed, and b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from cambia import rundir
 from cambia.continual.methods.experts import Experts
 from cambia.data.streams import Stream
-from cambia.evaluation import task_matrix
+from cambia.evaluation import Route, task_matrix
 from cambia.rundir import RunReader
 from cambia.training import Trainer
 
@@ -69,7 +69,7 @@ def _experts(method: Experts, stream: Stream) -> list[dict[str, Any]]:
 
 def _texts(trainer: Trainer, method: Experts, stream: Stream, run: RunReader) -> list[dict[str, Any]]:
     scored = run.rows(rundir.EVAL)
-    own, told = (task_matrix(scored, split="test", route=route).rows[-1] for route in ("own", "oracle"))
+    own, told = _last(scored, "own"), _last(scored, "oracle")
     found = []
     for task, name in enumerate(stream.names):
         with method.experts.answered_by(None):
@@ -81,8 +81,8 @@ def _texts(trainer: Trainer, method: Experts, stream: Stream, run: RunReader) ->
             {
                 "name": name,
                 "base": base.bits_per_byte if base is not None else None,
-                "own": own[task],
-                "told": told[task],
+                "own": own[name],
+                "told": told[name],
                 "expert": right,
                 "passages": rows,
                 "right": routes[right] / rows,
@@ -90,6 +90,12 @@ def _texts(trainer: Trainer, method: Experts, stream: Stream, run: RunReader) ->
             }
         )
     return found
+
+
+def _last(scored: Sequence[Mapping[str, Any]], route: Route) -> dict[str, float]:
+    """Bits per byte of each text after the last stage."""
+    matrix = task_matrix(scored, split="test", route=route)
+    return dict(zip(matrix.tasks, matrix.rows[-1], strict=True))
 
 
 def _routes(trainer: Trainer, stream: Stream, task: int) -> Counter[str | None]:

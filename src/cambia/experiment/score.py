@@ -39,7 +39,8 @@ def score_run(run: str, split: str, max_bytes: int) -> dict[str, Likelihood]:
         model, method = opened.model, opened.method
     else:
         model, method = load_model(model_folder(run)), Naive()
-    config = EvaluationConfig(max_bytes=max_bytes, batch_size=_BATCH)
+    context = experiment.evaluation.context_tokens
+    config = EvaluationConfig(max_bytes=max_bytes, batch_size=_BATCH, context_tokens=context)
     precision = functools.partial(autocast, experiment.training, model.device)
     scorer = Scorer(model, config, autocast=precision, average=None, method=method)
     return scorer.row(stream, split)

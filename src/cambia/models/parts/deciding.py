@@ -154,7 +154,9 @@ def by_arrow(experts: LoraExperts) -> AbstractContextManager[Any]:
 
 
 def _low_rank(part: LoraExpert) -> dict[str, tuple[Tensor, Tensor]]:
-    layers = {path: (d.A, d.B) for path, d in part.by_module.items() if isinstance(d, LowRank)}
+    layers: dict[str, tuple[Tensor, Tensor]] = {
+        path: (d.A, d.B) for path, d in part.by_module.items() if isinstance(d, LowRank)
+    }
     others = sorted(part.by_module.keys() - layers.keys())
     if others:
         raise ConfigError(

@@ -70,7 +70,7 @@ class Strangeness:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Strangeness:
         """The inverse of `state_dict`."""
-        return cls(**{**state, "lengths": tuple(state["lengths"])})
+        return cls(tuple(state["lengths"]), state["center"], state["spread"], state["average"])
 
 
 def between(known: tuple[int, ...], values: Tensor, lengths: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def test_too_short_to_say() -> None:
     ("settings", "rows", "width", "said"),
     [
         ({"bound": 0.0}, 40, 16, "bound 0"),
-        ({}, 4, 16, "4 held-out rows"),
+        ({}, 3, 16, "3 held-out rows"),
         ({}, 40, 1, "the shortest of 1 tokens"),
     ],
 )

@@ -18,7 +18,7 @@ from cambia.experiment.reopen import reopen
 from cambia.experiment.tree import experiment_from
 from cambia.models import LoraExperts
 from cambia.rundir import RunReader
-from cambia.training.checkpoint import load_model
+from cambia.training.checkpoint import load_model, load_state
 
 RULE = {"when": {"type": "novelty"}, "then": {"type": "add_lora_expert"}}
 
@@ -85,6 +85,11 @@ def test_a_checkpoint_holds_the_experts_for_anybody_to_load(recurring: RunReader
     before = opened(recurring).experts
     assert experts.names == before.names
     assert [experts[name].sha256 for name in experts.names] == [before[n].sha256 for n in before.names]
+    assert list(experts.router.domains) == list(before.router.domains) == experts.names
+    text = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(0))
+    found, expected = experts.decide(text), before.decide(text)
+    assert found.names == expected.names and torch.equal(found.confidence, expected.confidence)
+    assert load_state(latest)["allocator"]["domains"][0]["grams"] is None, "the router has the same tables"
 
 
 def test_the_stream_is_watched(recurring: RunReader) -> None:

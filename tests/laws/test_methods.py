@@ -46,6 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """What differs from the defaults, so that everything that can go wrong happens in a few steps."""
 MORE: dict[str, dict[str, Any]] = {
+    "experts, first claim": {"type": "experts", **SETTINGS["experts"], "routing": "first_claim"},
     "replay, written": {"type": "replay", "text": "written", "capacity": 12, "fraction": 0.3},
     "replay, on top, within bytes": {"type": "replay", "budget_bytes": 900, "quota": True, "on_top": True},
     "masks by magnitude": {"type": "masks", "share": 0.4, "by": "magnitude"},

@@ -272,8 +272,10 @@ class StreamAllocator:
             return mine
         held = [i for i, place in zip(mine, places, strict=True) if place % _HELD == _HELD - 1]
         waiting = _joined(self._waiting, rows.take(held))
-        over = max(0, len(waiting) - self.course.calibration_rows)
-        if over and self.open is not None:
+        over = len(waiting) - self.course.calibration_rows
+        if over < len(rows) or self.open is None:  # not a step for a few rows
+            over = 0
+        else:
             self.domains[self.open].observe(waiting.take(range(over)))
             self._due = _joined(self._due, waiting.take(range(over)))
         self._waiting = waiting.take(range(over, len(waiting)))

@@ -49,7 +49,7 @@ def measured(experts: LoraExperts, input_ids: Tensor) -> tuple[TokenGrams, Featu
     model = experts.model
     reader = PrefixReader(model, experts.using, layer=experts.feature_layer)
     features = reader.read(input_ids).features()
-    grams, gaussian = TokenGrams(model.config.vocab_size), FeatureGaussian(features.shape[1])
+    grams, gaussian = TokenGrams(experts.router.vocab_size), FeatureGaussian(features.shape[1])
     grams.observe(input_ids)
     gaussian.observe(features)
     grams.seal()

@@ -58,7 +58,7 @@ class LoraExperts(nn.Module):
         self.shape = shape or LoraShape()
         self.seed = seed
         self._routing, self._prefix_tokens = "compete", 64
-        self.router = Router(model.config.vocab_size)
+        self.router = Router(model.config.get_text_config().vocab_size)
         """What is known of the experts' domains, and who answers by it."""
         self.made_router: tuple[Any, Any] | None = None
         """The hybrid or the Arrow router, and of what it was made."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 LENGTHS = (4, 8, 16, 32, 64, 128, 256, 512)
 """Tokens of prefixes that are measured, as far as rows reach."""
-LEAST_ROWS = 8
+LEAST_ROWS = 4
 """Held-out rows without which nothing can be said of what is ordinary."""
 _LEAST = 1e-9
 
@@ -70,8 +70,7 @@ class Strangeness:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Strangeness:
         """The inverse of `state_dict`."""
-        fields: dict[str, Any] = {**state, "lengths": tuple(state["lengths"])}
-        return cls(**fields)
+        return cls(tuple(state["lengths"]), state["center"], state["spread"], state["average"])
 
 
 def between(known: tuple[int, ...], values: Tensor, lengths: Tensor) -> Tensor:

@@ -34,6 +34,16 @@ def test_each_text_finds_its_part_and_strange_ones_the_base(routing: str) -> Non
     assert strange >= (0.7 if routing == "compete" else 0.9)
 
 
+def test_what_is_strange_to_all_goes_to_whom_foretells_it_far_better_than_the_base() -> None:
+    world = World()
+    router = world.router(0, 1)
+    for domain in router.domains.values():  # what was ordinary for it lies far from what comes
+        for known in (domain.cheap, domain.full):
+            known.average[:, 0] -= 1000
+    assert share(router.route(world.read(world.text(0, 100, 32))), "0") >= 0.95
+    assert share(router.route(world.read(world.text(0, 100, 2))), None) >= 0.9, "two tokens prove little"
+
+
 def test_cheap_evidence_spares_most_passes() -> None:
     world = World()
     router = world.router(*range(KINDS))

@@ -71,6 +71,11 @@ def test_each_kind_of_text_has_one_expert_also_where_it_comes_again(recurring: R
     assert all(event["logit_error"] == 0 for event in events)
 
 
+def test_a_reopened_run_knows_who_learned_what(recurring: RunReader) -> None:
+    method = opened(recurring)
+    assert [method.right(source) for source in ("counting", "brackets")] == ["expert_0", "expert_1"]
+
+
 def test_what_is_sealed_is_answered_as_before_by_the_right_route(recurring: RunReader) -> None:
     matrix = task_matrix(recurring.rows("eval.csv"), split="test", route="oracle")
     first = matrix.tasks.index("counting")

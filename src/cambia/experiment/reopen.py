@@ -105,6 +105,9 @@ def _reopen(checkpoint: Path, tree: Mapping[str, Any], device: torch.device) -> 
         method.attach(told)
         method.restore(state["method"])
         method.load_state_dict(state["method"])
+        allocator = method.allocator()
+        if allocator is not None:
+            allocator.load_state_dict(state["allocator"])
         return Reopened(model, method, stream, Progress(**state["progress"]))
     except CambiaError:
         raise

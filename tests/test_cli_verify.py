@@ -52,7 +52,7 @@ def last_line(out: str) -> str:
 def test_promises_that_hold(cambia: Call) -> None:
     code, out, err = cambia("verify", "full_per_task")
     assert (code, err) == (0, "")
-    assert out.startswith("full_per_task  finished, FullPerTask, 3 stages ended\n")
+    assert out.startswith("full_per_task  finished, full_per_task, 3 stages ended\n")
     assert last_line(out) == "every promise held (60 tensors, 2 answers)"
     rows = [line.split() for line in out.splitlines()]
     assert ["ckpt_task1", "6", "40", "0"] in rows

@@ -123,7 +123,7 @@ def test_methods_together(tmp_path: Path) -> None:
     methods = ({"type": "replay", "capacity": 10}, FORMS["freeze"])
     train_in(tmp_path / "run", experiment_of(*methods, cache=tmp_path / "cache"))
     audit = verify_run(tmp_path / "run")
-    assert audit.held and audit.method == "Replay + Freeze" and audit.tensors > 0
+    assert audit.held and audit.method == "replay + freeze" and audit.tensors > 0
 
 
 # ---- what was altered ----------------------------------------------------------------------------

@@ -218,6 +218,8 @@ def markdown(result: Mapping[str, Any]) -> str:
             stream_table(cells),
             *(f"![{told}](pictures/{result['name']}_{stream}_{kind}.png)" for kind, told in DRAWN.items()),
         ]
+    left = [stream for stream in result["preset"]["streams"] if stream not in result["streams"]]
+    parts += [f"**{stream}**: not measured yet." for stream in left]
     if result["tried"]:
         rows = [
             [ROWS[one["method"]].label, told(one["settings"]), f"{one['loss']:.3f}", "✓" * one["chosen"]]
@@ -278,15 +280,16 @@ def main() -> None:
             labels = {method: ROWS[method].label for method in methods}
             columns = functools.partial(columns_of, streams[stream])
             draw(PICTURES, f"continual_{options.preset}_{stream}", streams[stream], labels, columns)
-    result = {
-        "name": f"continual_{options.preset}",
-        "preset": asdict(preset),
-        "streams": streams,
-        "tried": tried,
-        "settings": methods,
-    }
-    print(markdown(result))
-    keep(__file__, options, result)
+        # After each stream, since they take hours; the page says what is not there yet.
+        result = {
+            "name": f"continual_{options.preset}",
+            "preset": asdict(preset),
+            "streams": streams,
+            "tried": tried,
+            "settings": methods,
+        }
+        print(markdown(result))
+        keep(__file__, options, result)
 
 
 if __name__ == "__main__":

@@ -80,14 +80,13 @@ def test_a_name_is_given_once(tmp_path: Path) -> None:
     assert again.add().name not in ("expert_0", "expert_2")
 
 
-def test_a_dropped_expert_leaves_nothing() -> None:
-    experts = beside("llama", "default", "a")
-    before = said(experts, ["a", None] * 3)
-    experts.add("b")
-    moved(experts, "b")
-    experts.drop("b")
-    assert experts.names == ["a"]
-    assert torch.equal(said(experts, ["a", None] * 3), before)
+@pytest.mark.parametrize(("kept", "dropped"), [("a", "b"), ("b", "a")])
+def test_a_dropped_expert_leaves_nothing(kept: str, dropped: str) -> None:
+    experts = beside("llama", "default", "a", "b")
+    before = said(experts, [kept, None] * 3)
+    experts.drop(dropped)
+    assert experts.names == [kept]
+    assert torch.equal(said(experts, [kept, None] * 3), before)
 
 
 def saved(folder: Path) -> LoraExperts:

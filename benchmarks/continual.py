@@ -27,7 +27,7 @@ from typing import Any
 
 from forgetting.figures import draw
 from forgetting.rows import REFERENCE, ROWS, Settings
-from forgetting.runs import NATIVE, pretrained, source, sweep
+from forgetting.runs import FAR, NATIVE, NEAR, pretrained, source, sweep
 from harness import Parts, PathOption, arguments, keep, table
 
 from cambia import rundir
@@ -35,8 +35,6 @@ from cambia.evaluation import task_matrix, transfer_metrics
 from cambia.reporting.units import plural
 from cambia.rundir import RunReader
 
-FAR = ("wikitext", "spanish", "sql", "german-law")
-NEAR = ("novel", "speeches", "wikitext")
 OTHER = ("biomedicine", "arithmetic", "plays")
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 BY_DOMAIN = ("forgetting", "learned", "intransigence")

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from forgetting.rows import RATE, ROWS, Settings
-from forgetting.runs import NATIVE, pretrained, source, sweep
+from forgetting.runs import FAR, NATIVE, NEAR, pretrained, source, sweep
 from harness import Parts, PathOption, arguments, keep, table
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -40,9 +40,7 @@ from cambia.experiment.tree import read_tree
 from cambia.reporting.units import plural
 from cambia.rundir import RunReader
 
-FAR = ("wikitext", "spanish", "sql", "german-law")
-NEAR = ("novel", "speeches", "wikitext")
-AGAIN = ("spanish", "sql", "german-law")
+AGAIN = FAR[1:]
 RECURRING = (0, 1, 0, 2, 1)
 BASELINES = ("naive", "replay", "lora", "lora_per_task", "full_per_task", "joint")
 """Rows of the continual benchmark, with the settings that it has chosen."""

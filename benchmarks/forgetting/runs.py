@@ -23,6 +23,8 @@ FILES = {
     "speeches": ("domains/speech-en/{}.txt.gz", "train", "valid", "test"),
     "biomedicine": ("domains/biomed-en/{}.txt.gz", "train", "valid", "test"),
 }
+FAR = ("wikitext", "spanish", "sql", "german-law")
+NEAR = ("novel", "speeches", "wikitext")
 NATIVE = {
     "hidden_size": 128,
     "intermediate_size": 448,

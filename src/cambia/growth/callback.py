@@ -122,7 +122,7 @@ class GrowthCallback(TrainerCallback, ExportableState):
         """
         refuse_settings(args)
         self._args, self._trainer_state = args, state
-        self._optimizer = _plain(given.get("optimizer"))
+        self._optimizer = plain_optimizer(given.get("optimizer"))
         if isinstance(given.get("model"), PreTrainedModel):
             self._watch(given["model"])
 
@@ -148,7 +148,7 @@ class GrowthCallback(TrainerCallback, ExportableState):
         for rule, at_start in zip(self.rules, self._at_start, strict=True):
             rule.when.load_state_dict(at_start)
             refuse_unmeasured(rule.when, args)
-        self._optimizer = _plain(given["optimizer"])
+        self._optimizer = plain_optimizer(given["optimizer"])
         align_memory(model)  # weights that were read from a file lie elsewhere than those that were built
         self.manager = GrowthManager(self.rules, model=model, optimizer=self._optimizer, **self._settings)
         self._values, self._asked = {}, 0
@@ -327,7 +327,7 @@ class GrowthCallback(TrainerCallback, ExportableState):
 # ---- small things --------------------------------------------------------------------------------
 
 
-def _plain(optimizer: Any) -> torch.optim.Optimizer | None:
+def plain_optimizer(optimizer: Any) -> Any:
     """The optimizer that accelerate has wrapped."""
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 

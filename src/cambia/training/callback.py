@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -38,11 +37,13 @@ from cambia.continual.methods.method import Situation
 from cambia.data.batches import Batch
 from cambia.data.loaders import LoaderStream
 from cambia.errors import ConfigError
+from cambia.growth.callback import plain_optimizer
 from cambia.growth.parts import AddLoraExpert
 from cambia.growth.rules import GrowthManager, GrowthRule
 from cambia.growth.watching import NoveltyTrigger
 from cambia.models.parts.lora_experts import LoraExperts
 from cambia.records import Allocation, GrowthEvent, Signals
+from cambia.training.optim import set_learning_rate
 
 
 class ExpertsCallback(TrainerCallback):
@@ -104,8 +105,7 @@ class ExpertsCallback(TrainerCallback):
                 "ExpertsCallback does not go on from a Trainer's checkpoint: leave out "
                 "resume_from_checkpoint, or use `cambia learn`, which may be killed at any time"
             )
-        wrapped = given["optimizer"]
-        self._optimizer = wrapped.optimizer if isinstance(wrapped, AcceleratedOptimizer) else wrapped
+        self._optimizer = plain_optimizer(given["optimizer"])
         self._rate, self._clip = args.learning_rate, args.max_grad_norm
         model = given["model"]
         self._idle = torch.zeros((), device=model.device, requires_grad=True)
@@ -225,8 +225,8 @@ class ExpertsCallback(TrainerCallback):
         self._optimizer.zero_grad()
 
     def _set_rate(self, allocation: Allocation) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._rate * (1.0 if allocation.rate is None else allocation.rate)
+        share = 1.0 if allocation.rate is None else allocation.rate
+        set_learning_rate(self._optimizer, self._rate * share)
 
     def _clipped(self) -> None:
         if self._clip:

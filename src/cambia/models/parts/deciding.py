@@ -30,7 +30,7 @@ from cambia.models.routing.arrow import ArrowRouter
 from cambia.models.routing.hybrid import DynamicHybridRouter
 from cambia.models.routing.likelihood import likeliest
 from cambia.models.routing.prefixes import Prefixes
-from cambia.models.routing.routes import Routes
+from cambia.models.routing.routes import Routes, entropy
 from cambia.nn.deltas import LowRank
 
 if TYPE_CHECKING:
@@ -121,12 +121,10 @@ def hybrid_of(experts: LoraExperts) -> DynamicHybridRouter | None:
 def _by_weight(experts: LoraExperts, prefixes: Prefixes) -> Routes:
     router = hybrid_of(experts)
     if router is None:
-        sure = torch.ones(len(prefixes), dtype=torch.float64)
-        return Routes((None,) * len(prefixes), sure, torch.zeros_like(sure))
+        return Routes.base(len(prefixes))
     shares = torch.softmax(router.logits(prefixes.features()).detach().double(), -1)  # (B, E)
     certain, best = shares.max(1)
-    entropy = -(shares * shares.clamp_min(1e-300).log()).sum(1)
-    return Routes(tuple(router.names[i] for i in best.tolist()), certain, entropy)
+    return Routes(tuple(router.names[i] for i in best.tolist()), certain, entropy(shares, 1))
 
 
 def by_arrow(experts: LoraExperts) -> AbstractContextManager[Any]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from cambia.models.routing.prefixes import Prefixes
-from cambia.models.routing.routes import Routes
+from cambia.models.routing.routes import Routes, entropy
 
 
 def likeliest(prefixes: Prefixes, names: Sequence[str | None], chosen: Routes | None = None) -> Routes:
@@ -33,6 +33,6 @@ def likeliest(prefixes: Prefixes, names: Sequence[str | None], chosen: Routes | 
     return Routes(
         tuple(others[k][row] for row, k in enumerate(best.tolist())),
         shares.gather(0, best[None])[0],
-        -(shares * shares.clamp_min(1e-300).log()).sum(0),
+        entropy(shares),
         rows * sum(name is not None for name in names) + (0 if chosen is None else chosen.passes),
     )

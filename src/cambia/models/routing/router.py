@@ -36,7 +36,7 @@ from cambia.models.routing.evidence import NUM_CHEAP, Evidence
 from cambia.models.routing.gaussians import FeatureGaussian
 from cambia.models.routing.pooling import pooled_weights
 from cambia.models.routing.prefixes import Prefixes
-from cambia.models.routing.routes import Routes
+from cambia.models.routing.routes import Routes, entropy
 from cambia.models.routing.strangeness import LEAST_ROWS, Strangeness, between, lengths_within
 from cambia.models.routing.token_grams import TokenGrams
 
@@ -232,7 +232,7 @@ class Router:
             raise ConfigError(f"before names who answered {len(before)} texts, and {len(prefixes)} came")
         had = tuple(before) if before is not None else (None,) * len(prefixes)
         if not self.domains or not bool((prefixes.lengths >= 2).any()):
-            return Routes((None,) * len(had), torch.ones(len(had)).double(), torch.zeros(len(had)).double())
+            return Routes.base(len(had))
         rule = self._compete if self.routing == "compete" else self._first_claim
         return rule(Evidence(prefixes), had)
 
@@ -252,7 +252,7 @@ class Router:
             for i in (free & (near >= 0)).nonzero()[:, 0].tolist():
                 names[i], free[i] = domain.answers, False
         sure = _normal(inside.abs())
-        return Routes(tuple(names), sure, _entropy(torch.stack([sure, 1 - sure])), read.passes)
+        return Routes(tuple(names), sure, entropy(torch.stack([sure, 1 - sure])), read.passes)
 
     @property
     def _bound(self) -> float:
@@ -328,8 +328,8 @@ class Router:
         names = tuple(
             None if n else domains[i].answers for n, i in zip(nobody.tolist(), best.tolist(), strict=True)
         )
-        entropy = torch.where(nobody, _entropy(torch.stack([outside, 1 - outside])), _entropy(shares))
-        return Routes(names, torch.where(nobody, outside, certain), entropy, passes)
+        undecided = torch.where(nobody, entropy(torch.stack([outside, 1 - outside])), entropy(shares))
+        return Routes(names, torch.where(nobody, outside, certain), undecided, passes)
 
     def _evidence_weights(self) -> tuple[tuple[int, ...], Tensor, Tensor]:
         """Prefix lengths, and how much each kind of evidence counts there: (L, 2) without Parts, (L, 3)."""
@@ -410,11 +410,6 @@ def _likelihoods(read: Evidence, grams: TokenGrams, gaussian: FeatureGaussian, a
 def _shares(scores: Tensor, allowed: Tensor) -> Tensor:
     """(K, B) log odds -> probabilities of those allowed; zeros where none is."""
     return torch.softmax(scores.masked_fill(~allowed, -math.inf), 0).nan_to_num(0)
-
-
-def _entropy(shares: Tensor) -> Tensor:
-    """(K, B) -> (B,), nats."""
-    return -(shares * shares.clamp_min(1e-300).log()).sum(0)
 
 
 def _normal(deviations: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -22,3 +23,14 @@ class Routes:
     passes: int = 0
     """Rows that were read by a Part in order to decide, summed over Parts: what routing costs beside the
     base's one reading."""
+
+    @classmethod
+    def base(cls, rows: int) -> Routes:
+        """The model alone answers all of so many, for certain."""
+        sure = torch.ones(rows, dtype=torch.float64)
+        return cls((None,) * rows, sure, torch.zeros_like(sure))
+
+
+def entropy(shares: Tensor, dim: int = 0) -> Tensor:
+    """Of probabilities along a dimension, nats."""
+    return -(shares * shares.clamp_min(1e-300).log()).sum(dim)

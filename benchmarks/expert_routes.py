@@ -74,7 +74,7 @@ class Preset:
     """How much is measured."""
 
     streams: tuple[str, ...] = ("far", "near", "near_raw")
-    steps: int = 120
+    steps: int = 200
     """Steps of new text on each domain."""
     rows: int = 16
     """Sequences of 128 bytes in each step."""
@@ -83,16 +83,16 @@ class Preset:
     """The run that trains it: the one of `experts`."""
     shape: Mapping[str, Any] = field(default_factory=lambda: dict(NATIVE))
     """Of the base."""
-    seeds: int = 2
+    seeds: int = 1
     beside_peft: tuple[str, ...] = ("far", "near")
     """Streams on which PEFT's ways are measured too."""
     low_rank_seeds: int = 1
     """Of the experts there."""
-    windows: int = 80
+    windows: int = 120
     """Test windows of each domain."""
     lengths: tuple[int, ...] = (8, 16, 32, 64, 128)
     """Bytes of prefixes."""
-    gate_steps: int = 100
+    gate_steps: int = 80
     """Steps of 16 rows of all domains' text in which X-LoRA's gate is trained."""
     amount: Amount = field(default_factory=lambda: Amount(rows=800, batches=24))
     """Text for the detectors."""
@@ -110,10 +110,10 @@ PRESETS = {
         windows=24,
         lengths=(16, 64),
         gate_steps=5,
-        amount=Amount(rows=160, batches=6, trials=2),
+        amount=Amount(rows=320, batches=6, trials=2),
     ),
     "headline": Preset(),
-    "full": Preset(steps=200, seeds=3, low_rank_seeds=3, windows=160),
+    "full": Preset(seeds=3, low_rank_seeds=3, windows=160),
 }
 
 

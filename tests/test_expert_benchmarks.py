@@ -115,7 +115,7 @@ def test_auroc_counts_pairs(parts: Any) -> None:
 
 def test_other_text_is_noticed_and_more_of_the_same_is_not(parts: Any) -> None:
     detectors = parts("routes.detectors")
-    amount = detectors.Amount(rows=160, batches=6, trials=2)
+    amount = detectors.Amount(rows=320, batches=6, trials=2)  # with less nothing is rare enough
 
     def rows(domain: str, count: int, seed: int) -> Any:
         ids = text(domain, count, seed)
@@ -126,7 +126,7 @@ def test_other_text_is_noticed_and_more_of_the_same_is_not(parts: Any) -> None:
     background = detectors.FeatureGaussian(4)
     background.observe(3 * torch.randn(64, 4, generator=torch.Generator().manual_seed(9)))
     background.seal()
-    train = {domain: rows(domain, 160, 3) for domain in DOMAINS}
+    train = {domain: rows(domain, amount.rows, 3) for domain in DOMAINS}
     test = {domain: rows(domain, 96, 4) for domain in DOMAINS}
     (change,) = detectors.detected(detectors.Texts(train, test, background, 264), list(DOMAINS), amount)
     assert (change["known"], change["new"]) == (["low"], "high")

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from forgetting.runs import NATIVE, sweep_seeds
 from forgetting.streams import PREFIX, base_model, domains_of, experiment, learner
-from harness import Parts, PathOption, arguments, keep, over_seeds, table
+from harness import Parts, PathOption, arguments, keep, over_seeds, seeds_told, table
 from routes import in_peft
 from routes.deciders import LABELS, WAYS, Learned, bits, by_tokens, compared, suffix_losses
 from routes.detectors import TOGETHER, Amount, Texts, detected
@@ -301,12 +301,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             f"Test windows routed by their first {PREFIX} bytes, {preset['windows']} a domain, and bits per "
-            f"byte of what follows; {plural(counts['experts'], 'seed')}, mean ± standard deviation. Goals of "
-            f"`compete`: {'; '.join(reached)}.",
+            f"byte of what follows; {seeds_told(counts['experts'])}. Goals of `compete`: "
+            f"{'; '.join(reached)}.",
             routes_table(result, "experts"),
             f"![the share of windows routed right over the length of the prefix]({picture}_curves.png)",
             "Experts of low-rank deltas alone, as PEFT's ways need them "
-            f"({plural(counts['low_rank'], 'seed')}). X-LoRA's gate read {preset['gate_steps']} batches of "
+            f"({seeds_told(counts['low_rank'])}). X-LoRA's gate read {preset['gate_steps']} batches of "
             "all domains at once; Arrow and X-LoRA decide token by token:",
             routes_table(result, "low_rank"),
             "New text against known text: each domain against those before it, "

@@ -304,7 +304,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             f"byte of what follows; {seeds_told(counts['experts'])}. Goals of `compete`: "
             f"{'; '.join(reached)}.",
             routes_table(result, "experts"),
-            f"![the share of windows routed right over the length of the prefix]({picture}_curves.png)",
+            f"![windows routed right over the length of the prefix; dotted: goals]({picture}_curves.png)",
             "Experts of low-rank deltas alone, as PEFT's ways need them "
             f"({seeds_told(counts['low_rank'])}). X-LoRA's gate read {preset['gate_steps']} batches of "
             "all domains at once; Arrow and X-LoRA decide token by token:",
@@ -314,7 +314,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             "128 bytes. Noticed by a bet whose probability of ever a false alarm is at most 0.01; "
             f"{quiet} batches of known text were watched:",
             detectors_table(result),
-            f"![how well each novelty score tells new text from known text]({picture}_detectors.png)",
+            f"![AUROC by novelty score; dots: changes, diamonds: their means]({picture}_detectors.png)",
         ]
     )
 
@@ -351,7 +351,7 @@ def draw(result: Mapping[str, Any]) -> None:
         for what in ("window", "batch")
     }
     figures = {
-        "curves": curves_figure(preset["lengths"], curves, LABELS),
+        "curves": curves_figure(preset["lengths"], curves, LABELS, GOALS),
         "detectors": detectors_figure(scores, SCORES),
     }
     for kind, figure in figures.items():

@@ -165,7 +165,7 @@ def test_without_memory_for_the_next_expert_nothing_is_lost(place: Path, further
     assert experts.sealed == ["expert_0", "expert_1"]
     # And with memory it ends as if nothing had happened.
     assert cambia("cambia learn --resume full").code == 0
-    for log in ("metrics.csv", "eval.csv", "growth.jsonl", "promises.jsonl"):
+    for log in ("metrics.csv", "eval.csv", "growth.jsonl", "stream.jsonl", "promises.jsonl"):
         assert (place / "runs/full" / log).read_bytes() == (further / log).read_bytes(), log
 
 

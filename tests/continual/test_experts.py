@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cambia.continual.allocators import Course
+from cambia.continual.course import Course
 from cambia.data.batches import Batch
 from cambia.data.generated import GeneratedSource
 from cambia.errors import ConfigError
@@ -17,6 +19,9 @@ from cambia.experiment.build import train_in
 from cambia.experiment.reopen import reopen
 from cambia.experiment.tree import experiment_from
 from cambia.models import LoraExperts
+from cambia.reporting import load_run
+from cambia.reporting.drawing import to_svg
+from cambia.reporting.stream_figures import stream_drawing
 from cambia.rundir import RunReader
 from cambia.training.checkpoint import load_model, load_state
 
@@ -106,11 +111,57 @@ def test_the_stream_is_watched(recurring: RunReader) -> None:
     # The third stage is the first kind of text again: most of it is known, and what is known trains nobody.
     known = [row["known_rows"] for row in fresh[-30:]]
     assert sum(known) / len(known) > 0.8
+    certain = [row["routing_confidence"] for row in fresh if row["routing_confidence"] is not None]
+    assert all(0.5 < value <= 1 for value in certain)
+
+
+def test_whose_the_rows_are_is_seen(recurring: RunReader) -> None:
+    fresh = [row for row in recurring.rows("metrics.csv") if row["novelty"] is not None]
+    used = [line for line in recurring.stream() if "use" in line]
+    assert [line["step"] for line in used] == [row["step"] for row in fresh]
+    for line, row in zip(used, fresh, strict=True):
+        assert len(line["use"]) == row["active_parts"] <= row["parts"]
+        assert max(line["use"].values(), default=0) / line["rows"] == row["top_share"]
+    first, last = used[20]["use"], used[-1]["use"]
+    assert max(first, key=first.get) == max(last, key=last.get) == "expert_0"
+    assert {row["parts"] for row in fresh} == {0, 1, 2}
+
+
+def test_what_was_decided_is_told_in_order(recurring: RunReader) -> None:
+    told = [(line["what"], line["part"]) for line in recurring.stream() if "what" in line]
+    lives = [
+        ("grew", "expert_0"),
+        ("grew", "expert_1"),
+        ("consolidating", "expert_0"),
+        ("sealed", "expert_0"),
+    ]
+    lives += [("consolidating", "expert_1"), ("sealed", "expert_1")]
+    assert [event for event in told if event in lives] == lives
+    assert told.count(("novel", None)) == 2
+    grown = [event["step"] for event in recurring.growth()]
+    assert [line["step"] for line in recurring.stream() if line.get("what") == "novel"] == grown
+
+
+def test_the_picture_of_a_stream(recurring: RunReader) -> None:
+    run = load_run(recurring.folder)
+    drawing = stream_drawing(run)
+    assert drawing is not None
+    svg = to_svg(drawing.figure, "stream", "The stream")
+    for words in ("expert_1", "maturity", "sealed", "confidence", "brackets"):
+        assert words in svg, words
+    assert not re.search(r"#[0-9a-f]{6}", svg), "a color that does not follow the theme"
+    # Of many experts the busiest have a band of their own.
+    many = {f"expert_{i}": i + 1 for i in range(12)}
+    line = {"step": 1, "tokens": 512, "rows": 100, "use": many}
+    crowded = stream_drawing(replace(run, stream=(line, {**line, "tokens": 1024})))
+    assert crowded is not None and "5 experts with fewer rows share a band" in crowded.caption
+    assert stream_drawing(replace(run, stream=())) is None
 
 
 def test_growth_that_is_not_done_leaves_the_text_unlearned(tmp_path: Path) -> None:
     run = learned(tmp_path / "run", ["counting", "brackets"], growth={"rules": [{**RULE, "max_events": 1}]})
     assert opened(run).experts.names == ["expert_0"]
+    assert "turned down" in [line.get("what") for line in run.stream()]
 
 
 def test_without_a_rule_there_is_nothing_to_learn_with(tmp_path: Path) -> None:
@@ -124,6 +175,7 @@ def test_a_mature_expert_is_sealed_though_nothing_else_comes(tmp_path: Path) -> 
     rows = [row for row in run.rows("metrics.csv") if row["novelty"] is not None]
     measured = [row["held_out_loss"] for row in rows if row["held_out_loss"] is not None]
     assert len(measured) >= 2 and measured[-1] < measured[0]
+    assert [row["maturity"] for row in rows if row["maturity"] is not None][-1] == 1
     assert rows[-1]["known_rows"] > 0.5, "what comes after it is known, and trains nobody"
     assert opened(run).experts.sealed == ["expert_0"]
 

@@ -101,7 +101,7 @@ def killed_at(experiment: Experiment, folder: Path, step: int, monkeypatch: pyte
 
 
 def same(one: Path, other: Path) -> None:
-    for name in ("metrics.csv", "eval.csv", "growth.jsonl", "promises.jsonl"):
+    for name in ("metrics.csv", "eval.csv", "growth.jsonl", "stream.jsonl", "promises.jsonl"):
         files = [folder / name for folder in (one, other)]
         assert files[0].exists() == files[1].exists()
         if files[0].exists():

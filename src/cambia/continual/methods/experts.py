@@ -20,9 +20,11 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cambia.continual.allocators import Course, StreamAllocator
+from cambia.continual.allocators import Outcome, StreamAllocator
+from cambia.continual.course import Course
 from cambia.continual.domains import ReadRows
 from cambia.continual.methods.method import AnyStream, Contract, Method, Parameters, Situation
+from cambia.continual.monitoring import MEASURES
 from cambia.continual.novelty.detector import NoveltyDetector
 from cambia.data.batches import Batch
 from cambia.generation import written_rows
@@ -33,7 +35,7 @@ from cambia.models.parts.lora_shape import LoraShape, new_deltas
 from cambia.models.parts.optimizing import let_go, take_up
 from cambia.models.routing.gaussians import FeatureGaussian
 from cambia.models.routing.prefixes import PrefixReader
-from cambia.records import Allocator
+from cambia.records import Allocator, StreamEvent
 
 EXPERTS_FOLDER = "experts"
 """In a checkpoint: ``LoraExperts.from_pretrained("RUN/latest/experts", cambia.load("RUN"))``."""
@@ -83,7 +85,7 @@ class Experts(Method):
             self.detector,
             self.course,
             vocab_size=model.config.vocab_size,
-            loss=self._loss,
+            losses=self._losses,
             at_birth=self._born,
             at_end=self._ended,
             router=self.experts.router,
@@ -98,7 +100,10 @@ class Experts(Method):
 
     @property
     def measures(self) -> tuple[str, ...]:
-        return ("novelty", "novel_rows", "known_rows", "held_out_loss")
+        return MEASURES
+
+    def told(self) -> list[StreamEvent]:
+        return self._allocator.told()
 
     def batch(self, stream: AnyStream, stage: int, at: float) -> Batch:
         self.meet_newcomer()
@@ -159,23 +164,29 @@ class Experts(Method):
             if best is not None:
                 self.experts[name].become(self.experts[best])
 
-    def _ended(self, name: str, held: ReadRows) -> str | None:
+    def _ended(self, name: str, held: ReadRows) -> Outcome:
         """An expert has been taught: it stays if it is worth it, and never changes again."""
         part = self.experts[name]
         losses = {other: self._loss(other, held) for other in (None, *self.experts.sealed)}
         best = min(losses, key=lambda other: losses[other])
+        mine = self._loss(name, held)
         let_go(self.situation.optimizer, part)
-        if len(held) and self._loss(name, held) > losses[best] - self.keep_margin:
+        said = (
+            f"{mine:.3f} nats per token on {len(held)} held-out rows, {best or 'the model alone'} "
+            f"{losses[best]:.3f}"
+        )
+        if len(held) and mine > losses[best] - self.keep_margin:
             self.experts.drop(name)
-            return best
+            return Outcome(best, said)
         self.experts.seal(name)
-        return name
+        return Outcome(name, said)
+
+    def _losses(self, name: str | None, rows: ReadRows) -> Tensor:
+        """(N,) nats per token that an expert, or the base, gives rows."""
+        return self.reader.read(rows.input_ids).losses(name)
 
     def _loss(self, name: str | None, rows: ReadRows) -> float:
-        """Nats per token that an expert, or the base, gives rows."""
-        if not len(rows):
-            return 0.0
-        return float(self.reader.read(rows.input_ids).losses(name).mean())
+        return float(self._losses(name, rows).mean()) if len(rows) else 0.0
 
     # ---- who answers -------------------------------------------------------------------------------
 

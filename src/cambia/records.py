@@ -80,7 +80,7 @@ class StreamEvent:
     """Something that was decided about a stream of text, or about a Part that learns from it."""
 
     what: str
-    """novel · grew · turned down · released · consolidating · sealed · dropped."""
+    """novel · reopened · grew · turned down · released · consolidating · sealed · dropped."""
     part: str | None
     """Whom it concerns; None: nobody yet."""
     reason: str

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from cambia.continual.course import Course
+from cambia.continual.domains import ReadRows
+from cambia.continual.methods.experts import Experts
+from cambia.continual.returns import Returns
 from cambia.data.batches import Batch
 from cambia.data.generated import GeneratedSource
 from cambia.errors import ConfigError
@@ -57,6 +60,12 @@ def learned(folder: Path, order: list[str], *, steps: int = 40, **changes: Any) 
     }  # fmt: skip
     train_in(folder, experiment_from(tree, source="test", flags={}))
     return RunReader(folder)
+
+
+def written(kind: Literal["counting", "brackets"], rows: int) -> torch.Tensor:
+    """(rows, 32) bytes of generated text."""
+    text = "".join(d.text for d in GeneratedSource(kind, size_bytes=4000).documents()).encode()
+    return torch.tensor([[*text[i : i + 32]] for i in range(0, rows * 32, 32)])
 
 
 def opened(run: RunReader) -> Any:
@@ -158,6 +167,58 @@ def test_the_picture_of_a_stream(recurring: RunReader) -> None:
     assert stream_drawing(replace(run, stream=())) is None
 
 
+def test_a_new_version_answers_and_the_old_one_stays(recurring: RunReader, tmp_path: Path) -> None:
+    run = learned(
+        tmp_path / "run", ["counting", "brackets", "counting"], methods=[{**QUICK, "reopen": "always"}]
+    )
+    method = opened(run)
+    experts, before = method.experts, opened(recurring).experts
+    assert experts.names == experts.sealed == ["expert_0", "expert_1", "expert_2"]
+    assert experts["expert_2"].parents == ("expert_0",)
+    for old in ("expert_0", "expert_1"):
+        assert experts[old].sha256 == before[old].sha256, "not one bit may change"
+    told = [(line["what"], line["part"]) for line in run.stream() if "what" in line]
+    assert told.count(("reopened", "expert_0")) == 1 and told[-1] == ("sealed", "expert_2")
+    # Whatever the old one answered goes to the new one.
+    assert method.right("counting") == "expert_2"
+    rows = written("counting", 16)
+    routes = experts.route(rows)
+    assert routes.count("expert_2") > 12 and "expert_0" not in routes
+    matrix = task_matrix(run.rows("eval.csv"), split="test", route="own")
+    place = matrix.tasks.index("counting")
+    assert matrix.rows[-1][place] < matrix.rows[-2][place]
+    assert method.taught()["expert_0"].keys() == {"counting"}, "a table says who learned what"
+
+
+def test_first_claim_is_not_reopened() -> None:
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        Experts(routing="first_claim", reopen="always").check(sequence_length=32, vocab_size=256)
+
+
+@pytest.mark.parametrize(("loss", "asks"), [(2.0, None), (1.5, None), (2.3, "old")])
+def test_a_part_has_drifted_if_it_does_worse_than_in_its_time(loss: float, asks: str | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def losses(mean: float, count: int) -> torch.Tensor:
+        return mean + 0.2 * torch.randn(count, generator=generator, dtype=torch.float64)
+
+    returns = Returns("drifted", least_rows=32)
+    returns.sealed("old", losses(2.0, 32))
+    ids = torch.zeros(16, 8, dtype=torch.int64)
+    rows = ReadRows(ids, ids, torch.zeros(16, dtype=torch.float64), torch.zeros(16, 3), 128.0)
+    for _ in range(2):
+        assert returns.asks(lambda part, rows: losses(loss, len(rows))) is None, "too few"
+        returns.add("old", rows, "text")
+    assert returns.asks(lambda part, rows: losses(loss, len(rows))) == asks
+    # Asked in vain it waits for half of the rows again, and after a version that failed for twice as many.
+    assert len(returns.rows["old"]) == (32 if asks else 16)
+    returns.failed_once_more("old")
+    assert returns.enough("old") == 64 and "old" not in returns.rows
+    again = Returns("drifted", least_rows=32)
+    again.load_state_dict(returns.state_dict())
+    assert again.state_dict() == returns.state_dict()
+
+
 def test_growth_that_is_not_done_leaves_the_text_unlearned(tmp_path: Path) -> None:
     run = learned(tmp_path / "run", ["counting", "brackets"], growth={"rules": [{**RULE, "max_events": 1}]})
     assert opened(run).experts.names == ["expert_0"]
@@ -182,12 +243,11 @@ def test_a_mature_expert_is_sealed_though_nothing_else_comes(tmp_path: Path) -> 
 
 def test_an_expert_may_begin_as_the_nearest(recurring: RunReader) -> None:
     method = opened(recurring)
-    text = "".join(d.text for d in GeneratedSource("counting", size_bytes=4000).documents()).encode()
-    ids = torch.tensor([[*text[i : i + 32]] for i in range(0, 16 * 32, 32)])
+    ids = written("counting", 16)
     rows = method.read(Batch(ids, ids, ids.numel()))
     new = method.experts.add("new")
-    method._born("new", rows)
+    method._born("new", rows, None)
     assert new.parents == ()
     method.course = Course(birth="nearest")
-    method._born("new", rows)
+    method._born("new", rows, None)
     assert new.parents == ("expert_0",) and new.sha256 == method.experts["expert_0"].sha256

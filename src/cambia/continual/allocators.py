@@ -5,7 +5,7 @@ answers it, and is not trained on. One of the domain that is being learned train
 strange to all of them goes into quarantine, and when the evidence is enough that something new has come, the
 signal "novelty" says so: a growth rule adds a Part, and what lay in quarantine is the first that it reads.
 
-    unknown ──▶ quarantine ──▶ seeding ──▶ consolidating ──▶ sealed
+    unknown ──▶ quarantine ──▶ seeding ──▶ consolidating ──▶ sealed ──▶ (reopened: a new version is seeded)
                     │              ▲  mature, or something else comes: a low rate, on rows kept until then
                     └── ordinary after all: back to the domain that is being learned
 
@@ -28,6 +28,7 @@ from cambia.continual.domains import Domain, ReadRows, read_by
 from cambia.continual.kept_rows import Material, Quarantine, joined
 from cambia.continual.monitoring import certainty, shares_of, use_of
 from cambia.continual.novelty.detector import NoveltyDetector, Verdict
+from cambia.continual.returns import Reopen, Returns
 from cambia.data.batches import Batch
 from cambia.models.routing.gaussians import FeatureGaussian
 from cambia.models.routing.prefixes import Prefixes
@@ -55,10 +56,12 @@ class StreamAllocator:
         course: how a Part is taught.
         vocab_size: of the tokens.
         losses: (N,) nats per token that a Part gives rows.
-        at_birth: called when a Part begins to be taught, with its name and the rows that called for it.
+        at_birth: called when a Part begins to be taught, with its name, the rows that called for it, and the
+            Part of which it is a new version, or None.
         at_end: called when a Part has been taught, with its name and the rows that were held back.
         router: is told what is known of each domain, when its Part is sealed.
         prefixes: rows (N, T) for it to read.
+        reopen: when text of a sealed Part gives a new version of it; the old one stays as it is.
         seed: of the rows that are read again.
     """
 
@@ -71,10 +74,11 @@ class StreamAllocator:
         *,
         vocab_size: int,
         losses: Callable[[str, ReadRows], Tensor],
-        at_birth: Callable[[str, ReadRows], None],
+        at_birth: Callable[[str, ReadRows, str | None], None],
         at_end: Callable[[str, ReadRows], Outcome],
         router: Router,
         prefixes: Callable[[Tensor], Prefixes],
+        reopen: Reopen = "never",
         seed: int = 0,
     ):
         self.read, self.background, self.detector, self.course = read, background, detector, course
@@ -90,11 +94,14 @@ class StreamAllocator:
         self.losses: list[float] = []
         """Of the open Part on rows that it never learns from, at every look."""
         self.quarantine, self.material = Quarantine(), Material()
+        self.returns = Returns(reopen, detector.min_windows)
         self.taught: dict[str, dict[str, int]] = {}
         """For each Part, how many rows of which source it was taught. Nothing is decided by it: it tells
         afterwards which Part would have been the right one."""
         self._next: str | None = None  # the Part that is waiting until the open one is sealed
+        self._version_of: str | None = None  # the Part that the open one is a new version of
         self._asked = False
+        self._asked_for: str | None = None  # the Part of which a new version is asked for
         self._refresh_at = 0.0
         self._generator = torch.Generator().manual_seed(seed)
         self._events: list[StreamEvent] = []
@@ -115,13 +122,14 @@ class StreamAllocator:
         owners = [None if name is None else self._owner(name) for name in verdict.nearest]
         mine = [i for i, owner in enumerate(owners) if owner is not None and owner == self.open]
         learned = self._learn(mine, rows, verdict)
-        nearest = _least_strange(verdict)
+        nearest = verdict.least_strange
         self.quarantine.add(rows.take(strange), [nearest[i] for i in strange], batch.source)
         if decision.reason is not None:
             self._asked = True
             self._tell("novel", None, decision.reason)
         elif decision.novel_windows == 0:
             self._release()
+        self._watch_returns(owners, rows, batch.source)
         use = use_of(owners, self.parts)
         measured = {
             "novelty": 1.0 if self._asked else min(decision.evidence, _UNCERTAIN),
@@ -141,7 +149,9 @@ class StreamAllocator:
 
     def _owner(self, domain: str) -> str | None:
         """The Part that rows of a known domain are left to; None: the base."""
-        return self.domains[domain].answers
+        answers = self.domains[domain].answers
+        is_continued = self.open is not None and answers is not None and answers == self._version_of
+        return self.open if is_continued else answers
 
     @property
     def parts(self) -> list[str]:
@@ -198,7 +208,8 @@ class StreamAllocator:
     def begin(self, name: str) -> None:
         """A new Part has come; it reads what lies in quarantine once the open one is sealed."""
         if name != self._next:
-            self._tell("grew", name, f"{len(self.quarantine.rows)} strange rows wait for it")
+            waiting = f"{len(self.quarantine.rows)} strange rows wait for it"
+            self._tell("grew", name, f"a new version of {self._asked_for}" if self._asked_for else waiting)
         self._asked = False
         self._next = name
         if self.open is None:
@@ -227,12 +238,17 @@ class StreamAllocator:
         return self.steps >= self.course.consolidation_steps or not len(self.material.memory)
 
     def _open(self, name: str) -> None:
-        rows = self.quarantine.rows
+        self._version_of, self._asked_for = self._asked_for, None
+        if self._version_of is None:
+            rows, sources = self.quarantine.rows, self.quarantine.sources
+            self._forget_quarantine()
+        else:
+            rows, sources = self.returns.take(self._version_of)
         domain = Domain(name, self.vocab_size, rows.features.shape[1])
         self.domains[name] = domain
         self.open, self.phase, self.steps, self._next = name, "seeding", 0, None
         self.losses = []
-        self.at_birth(name, rows)
+        self.at_birth(name, rows, self._version_of)
         held = min(self.course.held_rows, len(rows) // 3)
         kept = len(rows) - held
         self.material.begin(rows, held)
@@ -244,8 +260,7 @@ class StreamAllocator:
         self.detector.remember(name, read_by([domain], rows.take(halves[1]), self.background))
         domain.observe(rows.take([i for i in halves[1] if i < kept]))
         self._refresh()
-        self._count(name, self.quarantine.sources)
-        self._forget_quarantine()
+        self._count(name, sources)
 
     def _count(self, name: str, sources: Sequence[str]) -> None:
         counts = self.taught.setdefault(name, {})
@@ -291,12 +306,28 @@ class StreamAllocator:
         outcome = self.at_end(self.open, self.material.held_out)
         domain.answers = outcome.answers
         self._tell("sealed" if outcome.answers == self.open else "dropped", self.open, outcome.reason)
+        self._succeeded(self.open, outcome)
         domain.seal()
         self._introduce(domain, sealed=True)
         self.open, self.steps = None, 0
         self.material.end()
         if self._next is not None:
             self._open(self._next)
+
+    def _succeeded(self, name: str, outcome: Outcome) -> None:
+        """A Part is kept or not. A new version that is kept answers whatever the old one answered."""
+        old, self._version_of = self._version_of, None
+        if outcome.answers != name:
+            if old is not None:
+                self.returns.failed_once_more(old)
+            return
+        if self.returns.reopen == "drifted" and len(self.material.held_out):
+            self.returns.sealed(name, self.losses_of(name, self.material.held_out))
+        if old is not None:
+            for domain in self.domains.values():
+                if domain.answers == old:
+                    domain.answers = name
+            self.router.succeed(old, name)
 
     def introduce(self) -> None:
         """Let the router know the open Part as it is now; nothing where it knows it so already."""
@@ -315,7 +346,9 @@ class StreamAllocator:
         if len(rows) >= LEAST_ROWS:
             known = domain.densities_so_far
             held = self.prefixes(rows.input_ids)
-            self.router.add(domain.name, *known, held, answers=domain.answers, sealed=sealed)
+            # A new version answers once it is sealed, and until then the old one.
+            answers = domain.answers if self._version_of is None else self._version_of
+            self.router.add(domain.name, *known, held, answers=answers, sealed=sealed)
 
     # ---- quarantine --------------------------------------------------------------------------------
 
@@ -333,6 +366,11 @@ class StreamAllocator:
     def _turned_down(self) -> None:
         """Nothing grew: the model may not become larger."""
         self._asked = False
+        old, self._asked_for = self._asked_for, None
+        if old is not None:
+            self._tell("turned down", old, "no new version of it has come")
+            self.returns.failed_once_more(old)
+            return
         self._tell("turned down", None, f"nothing grew for {len(self.quarantine.rows)} strange rows")
         self._forget_quarantine()
 
@@ -340,6 +378,22 @@ class StreamAllocator:
         self.quarantine.clear()
         if reset:
             self.detector.reset()
+
+    # ---- text that comes again ---------------------------------------------------------------------
+
+    def _watch_returns(self, owners: Sequence[str | None], rows: ReadRows, source: str) -> None:
+        """Rows that sealed Parts answer; where they are reason enough, a new version is asked for."""
+        for part in dict.fromkeys(owners):
+            if part is not None and part != self.open:
+                its_own = [i for i, owner in enumerate(owners) if owner == part]
+                self.returns.add(part, rows.take(its_own), source)
+        if self._asked or (self.open is not None and self.open in owners):  # that one comes first
+            return
+        self._asked_for = self.returns.asks(self.losses_of)
+        if self._asked_for is not None:
+            self._asked = True
+            rows_of = f"{self.returns.enough(self._asked_for)} rows of its text have come"
+            self._tell("reopened", self._asked_for, rows_of)
 
     # ---- what must survive a restart ---------------------------------------------------------------
 
@@ -353,6 +407,7 @@ class StreamAllocator:
             "generator": self._generator.get_state(),
             "quarantine": self.quarantine.state_dict(),
             "material": self.material.state_dict(),
+            "returns": self.returns.state_dict(),
             "events": [asdict(event) for event in self._events],
             "plain": {name: getattr(self, name) for name in _PLAIN},
         }
@@ -365,23 +420,20 @@ class StreamAllocator:
         self._generator.set_state(state["generator"])
         self.quarantine.load_state_dict(state["quarantine"])
         self.material.load_state_dict(state["material"])
+        self.returns.load_state_dict(state["returns"])
         self._events = [StreamEvent(**event) for event in state["events"]]
         for name in _PLAIN:
             setattr(self, name, state["plain"][name])
         self._introduced = None
 
 
-_PLAIN = ("open", "phase", "steps", "losses", "_next", "_asked", "_refresh_at", "taught")
+_PLAIN = (
+    *("open", "phase", "steps", "losses", "taught"),
+    *("_next", "_version_of", "_asked", "_asked_for", "_refresh_at"),
+)
 _UNCERTAIN = 0.999
 """The novelty of what could still be chance: a rule acts at 1."""
 _STRETCH = 8
 """Rows of the quarantine that are held back, or counted, together."""
 _REFRESH = 1.25
 """Densities are worked out anew when so much more text has been seen."""
-
-
-def _least_strange(verdict: Verdict) -> list[str | None]:
-    """For each row the domain that it is least strange to, novel or not; None where none is known."""
-    if not verdict.domains:
-        return [None] * len(verdict.novel)
-    return [verdict.domains[i] for i in verdict.strangeness.argmin(1).tolist()]

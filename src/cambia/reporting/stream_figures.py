@@ -27,6 +27,7 @@ _DECISIONS: dict[str, dict[str, Any]] = {
     "sealed": {"marker": "s", "color": COLORS["leaf"]},
     "dropped": {"marker": "X", "color": COLORS["bark"]},
     "turned down": {"marker": "v", "color": COLORS["bark"]},
+    "reopened": {"marker": "^", "color": COLORS["sky"]},
     "released": {"marker": "o", "color": COLORS["sky"], "markerfacecolor": "none"},
 }
 """How each is marked; growth is marked as in every other picture."""
@@ -120,15 +121,13 @@ def _bucketed(x: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _certainty(axes: Axes, run: Run) -> None:
-    highest = 1.0
-    for name, label, color in (
-        ("routing_confidence", "confidence", "leaf"),
-        ("routing_entropy", "entropy (nats)", "sky"),
-    ):
-        x, values = _known(run, name)
-        line(axes, *thinned(x, values), color="pale-leaf" if color == "leaf" else "rule", width=0.6)
+    measured = {name: _known(run, f"routing_{name}") for name in ("confidence", "entropy")}
+    for (x, values), color in zip(measured.values(), ("pale-leaf", "rule"), strict=True):
+        line(axes, *thinned(x, values), color=color, width=0.6)
+    shown = (("leaf", "confidence"), ("sky", "entropy (nats)"))
+    for (x, values), (color, label) in zip(measured.values(), shown, strict=True):
         line(axes, *thinned(x, smoothed(values)), color=color, width=1.5, label=label)
-        highest = max(highest, float(np.max(values, initial=0)))
+    highest = max(float(np.max(values, initial=1)) for _, values in measured.values())
     axes.set_ylim(0, 1.06 * highest)
     axes.set_ylabel("certainty of known rows")
 

@@ -26,7 +26,9 @@ from cambia.continual.domains import ReadRows
 from cambia.continual.methods.method import AnyStream, Contract, Method, Parameters, Situation
 from cambia.continual.monitoring import MEASURES
 from cambia.continual.novelty.detector import NoveltyDetector
+from cambia.continual.returns import Reopen
 from cambia.data.batches import Batch
+from cambia.errors import ConfigError
 from cambia.generation import written_rows
 from cambia.models.bodies import count_parameters
 from cambia.models.parts.lora_expert import LoraExpert
@@ -63,10 +65,22 @@ class Experts(Method):
     (what that answers once, it answers for good); or whoever foretells the beginning best."""
     prefix_tokens: Annotated[int, Ge(2)] = 64
     """First tokens of a text from which is decided who answers it; until then the base answers."""
+    reopen: Reopen = "never"
+    """When text of a sealed expert gives a new version of it, which begins as a copy and answers in its place
+    once it is sealed; the old one stays as it is, bit by bit. `never`: such text trains nobody. `drifted`:
+    once the expert foretells it clearly worse than rows that were held back from it in its own time.
+    `always`: whenever `detector.min_windows` rows of it have come. Not with `routing: first_claim`."""
     feature_layer: int = -1
     """The hidden layer of the base whose outputs are the features: 0 are the embeddings."""
     background_rows: Annotated[int, Gt(1)] = 128
     """Rows of the base's own writing that stand for text in general."""
+
+    def check(self, *, sequence_length: int, vocab_size: int) -> None:
+        if self.reopen != "never" and self.routing == "first_claim":
+            raise ConfigError(
+                "routing first_claim promises that an expert answers for good what it once accepted, and "
+                f"reopen {self.reopen} lets a new version answer in its place: leave one of them out"
+            )
 
     def prepare(self, model: PreTrainedModel) -> nn.Module:
         self.experts = LoraExperts(model, self.shape)
@@ -90,6 +104,7 @@ class Experts(Method):
             at_end=self._ended,
             router=self.experts.router,
             prefixes=self.reader.read,
+            reopen=self.reopen,
             seed=situation.seed,
         )
 
@@ -157,9 +172,12 @@ class Experts(Method):
         background.seal()
         return background
 
-    def _born(self, name: str, rows: ReadRows) -> None:
-        """An expert begins to be taught, as nothing or as the one that foretells its first rows best."""
-        if self.course.birth == "nearest":
+    def _born(self, name: str, rows: ReadRows, version_of: str | None) -> None:
+        """An expert begins to be taught: as nothing, as the one of which it is a new version, or as the one
+        that foretells its first rows best."""
+        if version_of is not None:
+            self.experts[name].become(self.experts[version_of])
+        elif self.course.birth == "nearest":
             best = min((None, *self.experts.sealed), key=lambda other: self._loss(other, rows))
             if best is not None:
                 self.experts[name].become(self.experts[best])
@@ -220,7 +238,8 @@ class Experts(Method):
         """For each expert, how many rows of which source it was taught."""
         found: dict[str, dict[str, int]] = {}
         for name, rows in self._allocator.taught.items():
-            answers = self._allocator.domains[name].answers
+            is_there = name in self.experts  # else who answers in its place, so that no text is left out
+            answers = name if is_there else self._allocator.domains[name].answers
             if answers is not None:
                 counts = found.setdefault(answers, {})
                 for source, count in rows.items():

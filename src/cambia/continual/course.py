@@ -1,12 +1,17 @@
-"""How a Part is taught: its phases, their rates, and when it has learned what it can."""
+"""How a Part is taught: its phases, their rates, and when it has learned what it can.
+
+Warm-up and cycles are those of `TwoPhaseLRScheduler`; but a seeding ends when the stream says so, not after a
+number of steps, and the consolidation after it has an end too.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
+from cambia.continual.two_phase import half_cosine
 from cambia.models.routing.hybrid import Maturity
 
 Phase = Literal["seeding", "consolidating"]
@@ -18,6 +23,10 @@ class Course:
 
     warmup_steps: Annotated[int, Ge(0)] = 10
     """Steps in which its learning rate rises to the highest."""
+    cycle_steps: Annotated[int, Gt(0)] | None = None
+    """Steps of a cycle of its seeding: the rate falls as half a cosine and is set up again; null: none."""
+    cycle_low: Annotated[float, Ge(0), Le(1)] = 0.1
+    """Where a cycle ends, as a share of the highest rate."""
     consolidation_steps: Annotated[int, Ge(0)] = 40
     """Steps at a falling rate at its end, on the rows that it has read last."""
     memory_rows: Annotated[int, Gt(0)] = 640
@@ -38,4 +47,7 @@ class Course:
         """The rate of a phase's `step`-th step, counted from 1, as a share of the highest."""
         if phase == "consolidating":
             return 1 - (step - 0.5) / self.consolidation_steps
-        return min(1.0, step / (self.warmup_steps + 1))
+        if self.cycle_steps is None or step <= self.warmup_steps:
+            return min(1.0, step / (self.warmup_steps + 1))
+        done = (step - 1 - self.warmup_steps) % self.cycle_steps / self.cycle_steps
+        return half_cosine(done, 1.0, self.cycle_low)

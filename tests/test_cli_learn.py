@@ -70,6 +70,17 @@ def test_it_ends_with_what_each_expert_learned(learned: tuple[Path, Said]) -> No
     assert "expert_1" in (folder / "runs/two/report.html").read_text()
 
 
+def test_specialists_stand_beside(place: Path) -> None:
+    shutil.copytree(place / "runs/two", place / "runs/beside", ignore=shutil.ignore_patterns("ckpt_*"))
+    said = cambia("cambia learn --resume beside --specialists")
+    assert said.code == 0, said.err
+    assert "specialist" in said.out and "learned this text alone" in " ".join(said.out.split())
+    for one in summary(place / "runs/beside")["texts"]:
+        assert one["specialist"] < one["base"] - 0.5
+    alone = summary(place / "runs/beside-specialists")
+    assert alone["steps"] == 3 * 24 and "experts" not in alone
+
+
 def test_nothing_was_lost_and_it_is_proved(place: Path) -> None:
     said = cambia("cambia verify two")
     assert said.code == 0, said.out + said.err

@@ -20,6 +20,7 @@ NOTE = (
     "before: the model alone; after: each passage answered by whom its own beginning names; told: by the "
     "expert that learned the text. right: passages that went to that one; answered: that went to any expert."
 )
+SPECIALIST = "specialist: a copy of the whole model that learned this text alone, in as many batches."
 _MOST_DECISIONS = 200  # in the page; stream.jsonl has all
 _Table = tuple[str, Sequence[str], Sequence[Sequence[str]], int]
 
@@ -28,10 +29,12 @@ def learned_tables(run: Run) -> Iterator[_Table]:
     """Title, head, rows, and how many columns hold words; nothing for runs without experts."""
     if not run.summary.get("texts"):
         return
+    compared = _has_specialists(run)
+    beside = ("specialist",) if compared else ()
     yield (
         "Bits per byte of test text",
-        ("text", "learned by", "before", "after", "told", "right", "answered"),
-        [_text(text) for text in run.summary["texts"]],
+        ("text", "learned by", "before", "after", "told", *beside, "right", "answered"),
+        [_text(text, compared) for text in run.summary["texts"]],
         2,
     )
     experts: list[Mapping[str, Any]] = run.summary["experts"]
@@ -44,8 +47,18 @@ def learned_tables(run: Run) -> Iterator[_Table]:
     )
 
 
-def _text(text: Mapping[str, Any]) -> list[str]:
+def note_of(run: Run) -> str:
+    """What the columns are."""
+    return f"{NOTE} {SPECIALIST}" if _has_specialists(run) else NOTE
+
+
+def _has_specialists(run: Run) -> bool:
+    return any(text.get("specialist") is not None for text in run.summary.get("texts", ()))
+
+
+def _text(text: Mapping[str, Any], compared: bool) -> list[str]:
     scores = [text[name] for name in ("base", "own", "told")]
+    scores += [text.get("specialist")] if compared else []
     return [
         text["name"],
         text["expert"] or "nobody",
@@ -84,7 +97,7 @@ def experts_section(run: Run) -> Html:
         join([tag("h3", title), table(list(head), rows, numbers=range(words, len(head)))])
         for title, head, rows, words in learned_tables(run)
     ]
-    return section("Experts", *parts, note(NOTE)) if parts else Html("")
+    return section("Experts", *parts, note(note_of(run))) if parts else Html("")
 
 
 def decisions_table(run: Run) -> Html:

@@ -22,6 +22,7 @@ from cambia.experiment.build import train_in
 from cambia.experiment.reopen import reopen
 from cambia.experiment.tree import experiment_from
 from cambia.models import LoraExperts
+from cambia.records import Signals
 from cambia.reporting import load_run
 from cambia.reporting.drawing import to_svg
 from cambia.reporting.stream_figures import stream_drawing
@@ -62,7 +63,7 @@ def learned(folder: Path, order: list[str], *, steps: int = 40, **changes: Any) 
     return RunReader(folder)
 
 
-def written(kind: Literal["counting", "brackets"], rows: int) -> torch.Tensor:
+def written(kind: Literal["counting", "brackets", "copy"], rows: int) -> torch.Tensor:
     """(rows, 32) bytes of generated text."""
     text = "".join(d.text for d in GeneratedSource(kind, size_bytes=4000).documents()).encode()
     return torch.tensor([[*text[i : i + 32]] for i in range(0, rows * 32, 32)])
@@ -188,6 +189,30 @@ def test_a_new_version_answers_and_the_old_one_stays(recurring: RunReader, tmp_p
     place = matrix.tasks.index("counting")
     assert matrix.rows[-1][place] < matrix.rows[-2][place]
     assert method.taught()["expert_0"].keys() == {"counting"}, "a table says who learned what"
+
+
+def test_the_open_expert_is_measured_again_only_if_it_changed(
+    recurring: RunReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = opened(recurring)
+    allocator, ids = method._allocator, written("copy", 48)
+    allocator.quarantine.add(method.read(Batch(ids, ids, ids.numel())), [None] * 48, "copy")
+    method.experts.add("new")
+    method.meet_newcomer()
+    measured: list[str] = []
+    add = allocator.router.add
+    monkeypatch.setattr(
+        allocator.router, "add", lambda name, *given, **how: (measured.append(name), add(name, *given, **how))
+    )
+    for _ in range(3):
+        allocator.introduce()
+    assert measured == ["new"]
+    allocator.allocate(allocator.lesson(16), Signals(1))
+    allocator.introduce()
+    assert measured == ["new"] * 2
+    allocator.load_state_dict(allocator.state_dict())
+    allocator.introduce()
+    assert measured == ["new"] * 3
 
 
 def test_first_claim_is_not_reopened() -> None:

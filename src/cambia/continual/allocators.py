@@ -321,7 +321,7 @@ class StreamAllocator:
             if old is not None:
                 self.returns.failed_once_more(old)
             return
-        if self.returns.reopen == "drifted" and len(self.material.held_out):
+        if len(self.material.held_out):  # whatever the setting is: a run that goes on may have another
             self.returns.sealed(name, self.losses_of(name, self.material.held_out))
         if old is not None:
             for domain in self.domains.values():

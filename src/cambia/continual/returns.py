@@ -27,7 +27,10 @@ class Returns:
 
     def __init__(self, reopen: Reopen, least_rows: int):
         self.reopen, self.least_rows = reopen, least_rows
+        self.arrived: dict[str, int] = {}
+        """For each Part, rows of its text that have come since it was sealed or asked about."""
         self.rows: dict[str, ReadRows] = {}
+        """The latest of them."""
         self.sources: dict[str, list[str]] = {}
         self.failed: dict[str, int] = {}
         """For each Part, versions that came to nothing."""
@@ -42,16 +45,21 @@ class Returns:
         """Rows that a sealed Part answers."""
         if self.reopen == "never" or not len(rows):
             return
+        self.arrived[part] = self.arrived.get(part, 0) + len(rows)
         kept = joined(self.rows[part], rows) if part in self.rows else rows
-        most = self.enough(part)
-        self.rows[part] = kept.take(range(max(0, len(kept) - most), len(kept)))
-        self.sources[part] = [*self.sources.get(part, []), *[source] * len(rows)][-most:]
+        sources = [*self.sources.get(part, []), *[source] * len(rows)]
+        self._keep(part, kept, sources, most=_KEPT * self.least_rows)
+
+    def _keep(self, part: str, rows: ReadRows, sources: list[str], *, most: int) -> None:
+        """The latest rows alone."""
+        self.rows[part] = rows.take(range(max(0, len(rows) - most), len(rows)))
+        self.sources[part] = sources[-most:]
 
     def failed_once_more(self, part: str) -> None:
         """A new version of a Part came to nothing: the next one has to wait for twice as many rows."""
         self.failed[part] = self.failed.get(part, 0) + 1
-        self.rows.pop(part, None)
-        self.sources.pop(part, None)
+        for kept in (self.arrived, self.rows, self.sources):
+            kept.pop(part, None)
 
     def sealed(self, part: str, losses: Tensor) -> None:
         """A Part has been sealed that gave held-out rows these losses, (N,) nats per token."""
@@ -67,13 +75,13 @@ class Returns:
         # By name: that order a restart keeps.
         for part in sorted(self.rows):
             rows = self.rows[part]
-            if len(rows) < self.enough(part):
+            if self.arrived[part] < self.enough(part):
                 continue
             if self.reopen == "always" or self._has_drifted(part, losses_of(part, rows)):
                 return part
-            # They were as ever: half of them have to come anew before it is asked again.
-            self.rows[part] = rows.take(range(len(rows) // 2, len(rows)))
-            self.sources[part] = self.sources[part][len(rows) // 2 :]
+            # They were as ever: half as many have to come anew before it is asked again.
+            self.arrived[part] //= 2
+            self._keep(part, rows, self.sources[part], most=(len(rows) + 1) // 2)
         return None
 
     def _has_drifted(self, part: str, losses: Tensor) -> bool:
@@ -84,11 +92,13 @@ class Returns:
         return float(losses.mean()) - mean > _CLEARLY * math.sqrt(error + float(losses.var()) / len(losses))
 
     def take(self, part: str) -> tuple[ReadRows, list[str]]:
-        """All rows of a Part's text, and of which source each is; they are kept no more."""
+        """The rows of a Part's text, and of which source each is; they are kept no more."""
+        del self.arrived[part]
         return self.rows.pop(part), self.sources.pop(part)
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "arrived": self.arrived,
             "rows": {part: rows.state_dict() for part, rows in self.rows.items()},
             "sources": self.sources,
             "failed": self.failed,
@@ -96,10 +106,13 @@ class Returns:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.arrived = dict(state["arrived"])
         self.rows = {part: ReadRows(**rows) for part, rows in state["rows"].items()}
         self.sources = {part: list(sources) for part, sources in state["sources"].items()}
         self.failed, self.ordinary = dict(state["failed"]), dict(state["ordinary"])
 
 
+_KEPT = 4
+"""Times as many rows as are enough at first are kept of each Part's text, at most."""
 _CLEARLY = 3.0
 """Standard errors. Rows of running text hang together, so this is no promised rate of false alarms."""

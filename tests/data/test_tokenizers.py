@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
 from cambia.data import BpeTokenizer, BytesTokenizer, HfTokenizer, TokenFile, Tokenizer, build_tokenizer
 from cambia.data.tokenizers import EOS
@@ -114,6 +114,9 @@ def test_what_cannot_be_a_tokenizer_is_refused(tmp_path, byte_tokenizer):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no tokenizer"):
         build_tokenizer(HfTokenizer(str(tmp_path / "empty")))
+    GPT2Config().save_pretrained(tmp_path / "model")  # for which transformers makes up one without words
+    with pytest.raises(DataError, match=r"only a model: save its tokenizer there too"):
+        build_tokenizer(HfTokenizer(str(tmp_path / "model")))
     with pytest.raises(ConfigError, match="learns from text"):
         build_tokenizer(BpeTokenizer())
     with pytest.raises(ConfigError, match="at least 257"):

@@ -207,6 +207,12 @@ class HfTokenizer(TokenizerConfig):
                 f"{path} holds a {type(hf).__name__}, which the tokenizers library does not run: expected a "
                 "folder with a tokenizer.json"
             )
+        if len(hf) <= len(hf.all_special_tokens):  # made up by transformers for the kind of model
+            raise DataError(
+                f"{path} holds no tokenizer, only a model: save its tokenizer there too "
+                "(tokenizer.save_pretrained(folder)), or name another with --tokenizer.type hf "
+                "--tokenizer.path FOLDER"
+            )
         return Tokenizer(hf)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -42,6 +43,27 @@ def test_what_is_strange_to_all_goes_to_whom_foretells_it_far_better_than_the_ba
             known.average[:, 0] -= 1000
     assert share(router.route(world.read(world.text(0, 100, 32))), "0") >= 0.95
     assert share(router.route(world.read(world.text(0, 100, 2))), None) >= 0.9, "two tokens prove little"
+
+
+def test_what_is_strange_to_its_part_goes_to_it_though_the_base_claims_all() -> None:
+    world = World()
+    router = world.router(0, 1)
+    router.domains["1"].answers = None
+    for name, room in (("0", -1000), ("1", 1000)):
+        for known in (router.domains[name].cheap, router.domains[name].full):
+            known.average[:, 0] += room
+    assert share(router.route(world.read(world.text(0, 100, 32))), "0") >= 0.95
+
+
+def test_the_base_takes_what_is_ordinary_for_a_part_only_where_it_is_clearly_likelier() -> None:
+    world = World()
+    prefixes = world.read(torch.cat([world.text(kind, 300, 6) for kind in (0, 4)]))
+    behind = (prefixes.losses("0") - prefixes.losses(None)) * 5  # nats
+    names = {r: world.router(0, routing=r).route(prefixes).names for r in ("compete", "first_claim")}
+    little = ((behind > 0) & (behind < math.log(1000))).nonzero()[:, 0].tolist()
+    assert sum(names["compete"][i] == "0" for i in little) >= len(little) / 4 > 5
+    assert not any(names["first_claim"][i] == "0" for i in little), "which leaves it to later Parts"
+    assert not any(names["compete"][i] == "0" for i in (behind > math.log(1000)).nonzero()[:, 0].tolist())
 
 
 def test_cheap_evidence_spares_most_passes() -> None:

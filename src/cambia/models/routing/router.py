@@ -6,8 +6,8 @@ wear off. A prefix is read by cheap evidence first (n-grams, and one pass of the
 far too strange are out; only where several are left do they read the prefix themselves.
 
 * ``compete``: of the Parts that accept a prefix the likeliest answers (`pooling` says how kinds of evidence
-  add up). Where it is strange to all of them, the one that n-grams point at answers, if it foretells it far
-  better than the base, else nobody. A Part that comes later may take over what it foretells better.
+  add up). The one that n-grams point at is among them also where the prefix is strange to it, if it foretells
+  it far better than the base. A Part that comes later may take over what it foretells better.
 * ``first_claim``: the first Part, in order of birth, that accepts a prefix answers it. What decides over a
   Part is measured at its birth, on it, the base and the prefix alone; so what was accepted once stays with
   its Part, to the bit, whatever comes later.
@@ -182,10 +182,15 @@ class Router:
                     f"{len(other.gaussian.mean)}: all have to be of one layer of one model"
                 )
 
-    @property
-    def answering(self) -> set[str | None]:
-        """The Parts that a domain is answered by."""
-        return {domain.answers for domain in self.domains.values()}
+    def succeed(self, old: str, new: str) -> None:
+        """A new version of a Part answers what the old one answered; all that is known of the text stays."""
+        for domain in self.domains.values():
+            if domain.answers == old:
+                domain.answers = new
+
+    def knows(self, name: str) -> bool:
+        """Whether it can choose a Part, or knows that a newer version is to be chosen in its place."""
+        return name in self.domains or any(domain.answers == name for domain in self.domains.values())
 
     def seal(self, name: str) -> None:
         """What is known of a domain stays as it is."""
@@ -267,7 +272,8 @@ class Router:
     ) -> tuple[Tensor, Tensor]:
         """What comes of it when a Part reads prefixes itself.
 
-        One that foretells a prefix worse than the base does refuses it.
+        One that foretells a prefix worse than the base does refuses it; under ``compete``, clearly worse:
+        a text of its own that it is not given costs more than one that the base foretells a little better.
 
         Args:
             grams: (R,) likelihoods by its n-grams.
@@ -281,6 +287,8 @@ class Router:
         inside = self._bound + slack - domain.full.units(read.strangeness(grams, own, rows), lengths)
         better = (own + read.prefixes.losses(None)[rows]) * (lengths - 1)
         better = better + (slack > 0) * math.log(self.switch_odds)
+        if self.routing == "compete":
+            better = better + math.log(_CLEARLY)
         return inside.minimum(better), own
 
     def _compete(self, read: Evidence, had: tuple[str | None, ...]) -> Routes:
@@ -309,13 +317,15 @@ class Router:
                 evidence = torch.cat([cheap[k, rows], own[:, None]], 1)
                 scores[k, rows] = (evidence * weights[rows]).sum(1) + bonus[k, rows]
         candidates &= near >= 0
-        refused = (~candidates.any(0) & (lengths >= 2)).nonzero()[:, 0]
         first = (cheap * between(grid, cheap_weights, lengths)).sum(2).argmax(0)  # (B,)
         for k, domain in enumerate(domains):
-            rows = refused[first[refused] == k]
-            if len(rows):
-                gain = read.own(domain.answers, rows) + read.prefixes.losses(None)[rows]
+            rows = ((first == k) & ~candidates[k] & (lengths >= 2)).nonzero()[:, 0]
+            if len(rows) and domain.answers is not None:
+                own = read.own(domain.answers, rows)
+                gain = own + read.prefixes.losses(None)[rows]
                 candidates[k, rows] = gain * (lengths[rows] - 1) >= math.log(_CLEARLY)
+                evidence = torch.cat([cheap[k, rows], own[:, None]], 1)
+                scores[k, rows] = (evidence * weights[rows]).sum(1) + bonus[k, rows]
         return self._likeliest(domains, scores, candidates, near, read.passes)
 
     def _likeliest(
@@ -398,8 +408,9 @@ strange to take it from another, and that it may be by cheap evidence alone."""
 _HOME = 0.5
 """Standard deviations up to which a prefix that nobody else accepts is so ordinary that nobody is asked."""
 _CLEARLY = 1000.0
-"""How many times likelier a prefix has to be by a Part than by the base, where it is strange to that Part
-too: text of narrow kinds drifts out of what was ordinary, and is still foretold well."""
+"""Under ``compete``, how many times likelier a prefix has to be by one of Part and base to overrule what
+is ordinary: by the base, where it is ordinary to the Part; by the Part that n-grams point at, where it is
+strange to it (text of narrow kinds drifts out of what was ordinary, and is still foretold well)."""
 
 
 def _likelihoods(read: Evidence, grams: TokenGrams, gaussian: FeatureGaussian, answers: str | None) -> Tensor:

@@ -298,25 +298,25 @@ def markdown(result: Mapping[str, Any]) -> str:
         reached.append(f"{stream.replace('_', ', ')} {share:.3f} of {goal:.2f}, {said}")
     orders = list(result["detectors"].values())
     quiet = sum(one["scores"][TOGETHER]["quiet"] for seeds in orders for changes in seeds for one in changes)
-    return "\n\n".join(
-        [
-            f"Test windows routed by their first {PREFIX} bytes, {preset['windows']} a domain, and bits per "
-            f"byte of what follows; {seeds_told(counts['experts'])}. Goals of `compete`: "
-            f"{'; '.join(reached)}.",
-            routes_table(result, "experts"),
-            f"![windows routed right over the length of the prefix; dotted: goals]({picture}_curves.png)",
-            "Experts of low-rank deltas alone, as PEFT's ways need them "
-            f"({seeds_told(counts['low_rank'])}). X-LoRA's gate read {preset['gate_steps']} batches of "
-            "all domains at once; Arrow and X-LoRA decide token by token:",
-            routes_table(result, "low_rank"),
-            "New text against known text: each domain against those before it, "
-            f"{plural(len(orders[0]), 'order')} a stream, batches of {preset['amount']['batch']} windows of "
-            "128 bytes. Noticed by a bet whose probability of ever a false alarm is at most 0.01; "
-            f"{quiet} batches of known text were watched:",
-            detectors_table(result),
-            f"![AUROC by novelty score; dots: changes, diamonds: their means]({picture}_detectors.png)",
-        ]
-    )
+    parts = [
+        f"Test windows routed by their first {PREFIX} bytes, {preset['windows']} a domain, and bits per "
+        f"byte of what follows; {seeds_told(counts['experts'])}. Goals of `compete`: {'; '.join(reached)}.",
+        routes_table(result, "experts"),
+        f"![windows routed right over the length of the prefix; dotted: goals]({picture}_curves.png)",
+        "Experts of low-rank deltas alone, as PEFT's ways need them "
+        f"({seeds_told(counts['low_rank'])}). X-LoRA's gate read {preset['gate_steps']} batches of "
+        "all domains at once; Arrow and X-LoRA decide token by token:",
+        routes_table(result, "low_rank"),
+        "New text against known text: each domain against those before it, "
+        f"{plural(len(orders[0]), 'order')} a stream, batches of {preset['amount']['batch']} windows of "
+        "128 bytes. Noticed by a bet whose probability of ever a false alarm is at most 0.01; "
+        f"{quiet} batches of known text were watched:",
+        detectors_table(result),
+        f"![AUROC by novelty score; dots: changes, diamonds: their means]({picture}_detectors.png)",
+    ]
+    # Of quick nothing is drawn.
+    drawn = result["name"] != "expert_routes_quick"
+    return "\n\n".join(part for part in parts if drawn or not part.startswith("!["))
 
 
 def headlines(result: Mapping[str, Any]) -> dict[str, str]:

@@ -28,7 +28,7 @@ from typing import Any
 from forgetting.figures import draw
 from forgetting.rows import REFERENCE, ROWS, Settings
 from forgetting.runs import FAR, NATIVE, NEAR, pretrained, source, sweep
-from harness import Parts, PathOption, arguments, keep, table
+from harness import Parts, PathOption, arguments, keep, over_seeds, table
 
 from cambia import rundir
 from cambia.evaluation import task_matrix, transfer_metrics
@@ -170,12 +170,6 @@ def columns_of(cells: Mapping[str, Sequence[Mapping[str, Any]]], method: str) ->
     return {name: [one[name] for one in each] for name in each[0]}
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean and standard deviation over seeds."""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
 def stream_table(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """One stream, best final average first."""
     head = [
@@ -192,8 +186,8 @@ def stream_table(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                 [
                     ROWS[method].label,
                     ROWS[method].needs,
-                    spread(columns["final"]),
-                    *("" if method == "joint" else spread(columns[name]) for name in BY_DOMAIN),
+                    over_seeds(columns["final"]),
+                    *("" if method == "joint" else over_seeds(columns[name]) for name in BY_DOMAIN),
                     " / ".join(f"{count:.2f}" for count in counts),
                     f"{runs[-1]['replay_bytes'] / 1e3:.0f}",
                     f"{statistics.fmean(run['flops'] for run in runs) / 1e12:.1f}",
@@ -244,7 +238,7 @@ def headlines(result: Mapping[str, Any]) -> dict[str, str]:
     """README's rows: the span from naive to joint, and what replay makes of it."""
     found = {}
     for stream, cells in result["streams"].items():
-        ends = [spread(columns_of(cells, method)["final"], 2) for method in ("naive", "replay", "joint")]
+        ends = [over_seeds(columns_of(cells, method)["final"], 2) for method in ("naive", "replay", "joint")]
         what = f"final average loss on {stream} domains, bits per byte: naive, replay, joint"
         found[what] = ", ".join(ends)
     return found

@@ -28,20 +28,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from forgetting.rows import RATE, ROWS, Settings
-from forgetting.runs import FAR, NATIVE, NEAR, pretrained, source, sweep
-from harness import Parts, PathOption, arguments, keep, table
-from transformers import GPT2Config, GPT2LMHeadModel
+from forgetting.rows import ROWS, Settings
+from forgetting.runs import sweep
+from forgetting.streams import base_model, experiment, learner
+from harness import Parts, PathOption, arguments, keep, over_seeds, table
 
 from cambia import bench, rundir
 from cambia.evaluation import run_metrics
-from cambia.experiment.tree import read_tree
 from cambia.reporting.units import plural
 from cambia.rundir import RunReader
 
-AGAIN = FAR[1:]
-RECURRING = (0, 1, 0, 2, 1)
 BASELINES = ("naive", "replay", "lora", "lora_per_task", "full_per_task", "joint")
 """Rows of the continual benchmark, with the settings that it has chosen."""
 
@@ -77,76 +73,7 @@ PRESETS = {
 # ---- the runs ------------------------------------------------------------------------------------
 
 
-def base_model(kind: str, preset: Preset, data: Path, folder: Path) -> Path:
-    """A model of a million parameters that has read WikiText-2."""
-    model: dict[str, Any] = dict(NATIVE)
-    if kind == "gpt2":
-        # With Cambia's tokens: 256 bytes and what it marks.
-        torch.manual_seed(0)
-        config = GPT2Config(
-            vocab_size=264,
-            n_positions=256,
-            n_embd=128,
-            n_layer=4,
-            n_head=4,
-            bos_token_id=256,
-            eos_token_id=256,
-        )
-        random = folder.with_name(f"{folder.name}-random")
-        if not random.exists():
-            GPT2LMHeadModel(config).save_pretrained(random)
-        model = {"type": "pretrained", "path": str(random)}
-    text = source("wikitext", data, plain=False)
-    return pretrained(folder, text, model, steps=preset.base_steps, rows=preset.rows)
-
-
-def turned(domains: Sequence[str], by: int) -> list[str]:
-    """The same, beginning elsewhere: over as many seeds as domains, each stands once at each place."""
-    by %= len(domains)
-    return [*domains[by:], *domains[:by]]
-
-
-def experiment(preset: Preset, stream: str, seed: int, data: Path, base: Path) -> dict[str, Any]:
-    """The settings that all methods share."""
-    domains = {"near": NEAR, "recurring": AGAIN, "stationary": ("wikitext",)}.get(stream, FAR)
-    names = turned(domains, seed)
-    layout: dict[str, Any] = {"type": "sequence"}
-    if stream == "recurring":
-        layout["order"] = [names[i] for i in RECURRING]
-    elif stream == "gradual":
-        layout = {"type": "gradual", "overlap": 0.5}
-    steps = preset.stationary_steps if stream == "stationary" else preset.steps
-    return {
-        "data": {
-            "tasks": [{"name": name, "source": source(name, data, plain=stream == "near")} for name in names],
-            "stream": layout,
-        },
-        "model": {"type": "pretrained", "path": str(base)},
-        "training": {"steps": steps, "batch_size": preset.rows, "sequence_length": 128},
-        "evaluation": {
-            "every_steps": None,
-            "max_bytes": preset.scored_bytes,
-            "batch_size": 32,
-            "context_tokens": 64,
-        },
-        "checkpoint": {"every_steps": None, "keep_tasks": False},
-        "growth": {"enabled": False},
-    }
-
-
-def ours(**method: Any) -> Settings:
-    """Experts, as the recipe `learn` has them."""
-    recipe, _ = read_tree("learn")
-    return {
-        RATE: recipe["optimizer"]["learning_rate"],
-        "optimizer.weight_decay": recipe["optimizer"]["weight_decay"],
-        "methods": [{**recipe["methods"][0], **method}],
-        "growth": {"enabled": True, "rules": recipe["growth"]["rules"]},
-        "data.stream.boundaries": False,
-    }
-
-
-EXPERTS = {"experts": ours(), "experts, first claim": ours(routing="first_claim")}
+EXPERTS = {"experts": learner(), "experts, first claim": learner(routing="first_claim")}
 
 
 def baselines() -> dict[str, Settings]:
@@ -209,15 +136,6 @@ def delays(cell: Mapping[str, Any]) -> list[int]:
     return found
 
 
-def spread(values: Sequence[float | None], digits: int = 3) -> str:
-    """Mean and standard deviation over seeds."""
-    numbers = [value for value in values if value is not None]
-    if len(numbers) < len(values):
-        return ""
-    mean = f"{statistics.fmean(numbers):.{digits}f}"
-    return mean if len(numbers) < 2 else f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
-
-
 def stream_table(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """One stream, best final average first."""
     head = [
@@ -234,11 +152,11 @@ def stream_table(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                 statistics.fmean(run["final"] for run in runs),
                 [
                     ROWS[method].label if method in ROWS else method,
-                    spread([run["final"] for run in runs]),
-                    spread([run["regret"] for run in runs]),
-                    *("" if method == "joint" else spread([r[k] for r in runs]) for k in ("forgetting",)),
-                    *(spread([r[f"lost_by_{kind}"] for r in runs]) for kind in ("weights", "routes")),
-                    "" if method == "joint" else spread([run["learned"] for run in runs]),
+                    over_seeds([run["final"] for run in runs]),
+                    over_seeds([run["regret"] for run in runs]),
+                    *("" if method == "joint" else over_seeds([r[k] for r in runs]) for k in ("forgetting",)),
+                    *(over_seeds([r[f"lost_by_{kind}"] for r in runs]) for kind in ("weights", "routes")),
+                    "" if method == "joint" else over_seeds([run["learned"] for run in runs]),
                     ", ".join(str(len(run["grew_at"])) for run in runs) if mine else "",
                     f"{statistics.median(late):.0f} (at most {max(late)})" if mine and late else "",
                     " / ".join(f"{count:.2f}" for count in counts),
@@ -275,7 +193,7 @@ def headlines(result: Mapping[str, Any]) -> dict[str, str]:
         if "naive" in cells:
             shown = ("naive", "replay of 5 %", "experts", "full_per_task")
             what = f"{name} domains, bits per byte at the end: naive, 5 % replay, experts, specialists"
-            found[what] = ", ".join(spread([run["final"] for run in cells[one]], 2) for one in shown)
+            found[what] = ", ".join(over_seeds([run["final"] for run in cells[one]], 2) for one in shown)
     return found
 
 
@@ -289,8 +207,15 @@ def main() -> None:
     name = f"bench-experts-{options.preset}"
     parts = Parts(options.parts, asdict(replace(preset, workers=None)))
     bases = {
-        kind: base_model(kind, preset, data, rundir.run_folder(f"{name}-{kind}")) for kind in preset.bases
+        kind: base_model(
+            kind, data, rundir.run_folder(f"{name}-{kind}"), steps=preset.base_steps, rows=preset.rows
+        )
+        for kind in preset.bases
     }
+
+    def settings(stream: str, seed: int, base: Path, steps: int) -> dict[str, Any]:
+        scored = preset.scored_bytes
+        return experiment(stream, seed, data, base, steps=steps, rows=preset.rows, scored_bytes=scored)
 
     def cells(part: str, rows: Mapping[str, Settings], shared: dict[str, Any], seed: int) -> dict[str, Any]:
         runs = sweep(f"{name}-{part}", shared, rows, seed, preset.workers)
@@ -301,13 +226,13 @@ def main() -> None:
     for stream, kind in [*((stream, first) for stream in preset.streams), *(("far", one) for one in others)]:
         rows, by_seed = rows_of(stream, kind), []
         for seed in range(preset.seeds):
-            part, shared = f"{kind}-{stream}-{seed}", experiment(preset, stream, seed, data, bases[kind])
+            part, shared = f"{kind}-{stream}-{seed}", settings(stream, seed, bases[kind], preset.steps)
             by_seed.append(parts.once(part, functools.partial(cells, part, rows, shared, seed)))
         shown = stream if kind == first else f"{stream}, {kind}"
         streams[shown] = {method: [found[method] for found in by_seed] for method in rows}
     stationary = {}
     for order in ("contiguous", "shuffled") if preset.stationary_steps else ():
-        shared = experiment(preset, "stationary", 0, data, bases[first])
+        shared = settings("stationary", 0, bases[first], preset.stationary_steps)
         shared["data"]["stream"] = {"type": "stationary", "stages": 1, "order": order}
         part, rows = f"stationary-{order}", {"experts": EXPERTS["experts"]}
         stationary[order] = parts.once(part, functools.partial(cells, part, rows, shared, 0))["experts"]

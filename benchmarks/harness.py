@@ -180,6 +180,15 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{mean} ({least} to {most})"
 
 
+def over_seeds(values: Sequence[float | None], digits: int = 3) -> str:
+    """Mean and standard deviation; nothing where a seed has none."""
+    numbers = [value for value in values if value is not None]
+    if not numbers or len(numbers) < len(values):
+        return ""
+    mean = f"{statistics.fmean(numbers):.{digits}f}"
+    return mean if len(numbers) < 2 else f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
+
+
 def keep(script: str, options: argparse.Namespace, result: Mapping[str, Any]) -> None:
     """Keep a result beside its script, with the command that made it, and renew the pages.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,28 @@ def sweep(
     name: str, shared: Mapping[str, Any], methods: Mapping[str, Settings], seed: int, workers: int | None
 ) -> dict[str, RunReader]:
     """One run for each method; returns them by method."""
+    runs = sweep_seeds(name, shared, methods, {method: [seed] for method in methods}, workers)
+    return {method: found for method, (found,) in runs.items()}
+
+
+def sweep_seeds(
+    name: str,
+    shared: Mapping[str, Any],
+    methods: Mapping[str, Settings],
+    seeds: Mapping[str, Sequence[int]],
+    workers: int | None,
+    *,
+    keep_checkpoints: bool = False,
+) -> dict[str, list[RunReader]]:
+    """One run for each method and each of its seeds; returns them by method, in the order of the seeds."""
+    every = sorted({seed for some in seeds.values() for seed in some})
+    left_out = {method: [seed for seed in every if seed not in seeds[method]] for method in methods}
     grid = {
         "base": dict(shared),
         "axes": {"method": dict(methods)},
-        "seeds": [seed],
-        "keep_checkpoints": False,
+        "seeds": every,
+        "exclude": [{"method": method, "seed": some} for method, some in left_out.items() if some],
+        "keep_checkpoints": keep_checkpoints,
         "attempts": 10,
     }
     folder = run_grid(grid, name=name, workers=workers)
@@ -81,5 +98,8 @@ def sweep(
     failed = [result for result in results.values() if result.status != "finished"]
     if failed:
         raise SystemExit(f"{failed[0].cell} failed: {failed[0].error}; `cambia report {name}` shows more")
-    runs = {str(cell.choice["method"]): RunReader(reader.folder / cell.name) for cell in reader.cells()}
-    return {method: runs[method] for method in methods}
+    runs = {
+        (str(cell.choice["method"]), cell.choice["seed"]): RunReader(reader.folder / cell.name)
+        for cell in reader.cells()
+    }
+    return {method: [runs[method, seed] for seed in seeds[method]] for method in methods}

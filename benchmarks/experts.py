@@ -124,7 +124,7 @@ def measured(run: RunReader) -> dict[str, Any]:
 
 
 def moved_since_sealed(run: RunReader) -> float | None:
-    """By how much a text's loss has changed at most since its expert was sealed, told which: bits per byte."""
+    """By how much a text's loss has changed at most since its expert, told, was sealed: bits per byte."""
     matrix = task_matrix(run.rows(rundir.EVAL), route="oracle")
     moved = []
     for place in range(len(matrix.tasks)):

@@ -70,6 +70,17 @@ def test_it_ends_with_what_each_expert_learned(learned: tuple[Path, Said]) -> No
     assert "expert_1" in (folder / "runs/two/report.html").read_text()
 
 
+def test_specialists_stand_beside(place: Path) -> None:
+    shutil.copytree(place / "runs/two", place / "runs/beside", ignore=shutil.ignore_patterns("ckpt_*"))
+    said = cambia("cambia learn --resume beside --specialists")
+    assert said.code == 0, said.err
+    assert "specialist" in said.out and "learned this text alone" in " ".join(said.out.split())
+    for one in summary(place / "runs/beside")["texts"]:
+        assert one["specialist"] < one["base"] - 0.5
+    alone = summary(place / "runs/beside-specialists")
+    assert alone["steps"] == 3 * 24 and "experts" not in alone
+
+
 def test_nothing_was_lost_and_it_is_proved(place: Path) -> None:
     said = cambia("cambia verify two")
     assert said.code == 0, said.out + said.err
@@ -165,7 +176,7 @@ def test_without_memory_for_the_next_expert_nothing_is_lost(place: Path, further
     assert experts.sealed == ["expert_0", "expert_1"]
     # And with memory it ends as if nothing had happened.
     assert cambia("cambia learn --resume full").code == 0
-    for log in ("metrics.csv", "eval.csv", "growth.jsonl", "promises.jsonl"):
+    for log in ("metrics.csv", "eval.csv", "growth.jsonl", "stream.jsonl", "promises.jsonl"):
         assert (place / "runs/full" / log).read_bytes() == (further / log).read_bytes(), log
 
 

@@ -70,6 +70,20 @@ class Allocation:
     """The learning rate as a share of the highest one, by the phase of the Part; None: as scheduled."""
     measured: Mapping[str, float] = field(default_factory=dict)
     """What was measured while allocating; it joins Signals."""
+    use: Mapping[str, int] | None = None
+    """For each Part there is, how many rows of the batch are its own; None: it is not known, or the batch is
+    not of the stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEvent:
+    """Something that was decided about a stream of text, or about a Part that learns from it."""
+
+    what: str
+    """novel · reopened · grew · turned down · released · consolidating · sealed · dropped."""
+    part: str | None
+    """Whom it concerns; None: nobody yet."""
+    reason: str
 
 
 @runtime_checkable

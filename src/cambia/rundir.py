@@ -7,6 +7,7 @@ Training writes a run through `RunWriter`; report, compare, sweep and everything
       config.yaml config.json    the complete configuration; config.yaml runs again
       metrics.csv                a row per logged step        } equal, byte for byte, for equal runs,
       eval.csv growth.jsonl      task matrix; growth events   } interrupted or not
+      stream.jsonl               whose the rows of the stream were, and what was decided about them
       promises.jsonl probes/     what a method promised not to change, task by task; for `verify`
       timing.csv                 clocks, throughput, memory: what may differ between equal runs
       summary.json report.html   at the end
@@ -36,10 +37,11 @@ from cambia.errors import ConfigError, RunError
 
 CONFIG_YAML, CONFIG_JSON = "config.yaml", "config.json"
 METRICS, TIMING, EVAL, GROWTH = "metrics.csv", "timing.csv", "eval.csv", "growth.jsonl"
+STREAM = "stream.jsonl"
 PROMISES, PROBES = "promises.jsonl", "probes"
 SUMMARY, REPORT = "summary.json", "report.html"
 LATEST, BEST = "latest", "best"
-LOGS = (METRICS, EVAL, GROWTH, PROMISES, TIMING)
+LOGS = (METRICS, EVAL, GROWTH, STREAM, PROMISES, TIMING)
 _LOCK = ".lock"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -246,6 +248,10 @@ class RunReader:
 
     def growth(self) -> list[dict[str, Any]]:
         return self._lines(GROWTH)
+
+    def stream(self) -> list[dict[str, Any]]:
+        """Of a run with Parts: whose the rows of each logged batch were, and what was decided."""
+        return self._lines(STREAM)
 
     def promises(self) -> list[dict[str, Any]]:
         """A line for each stage that ended: which tensors were promised, with their hashes."""

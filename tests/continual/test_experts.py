@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
-from cambia.continual.allocators import Course
+from cambia.continual.course import Course
+from cambia.continual.domains import ReadRows
+from cambia.continual.methods.experts import Experts
+from cambia.continual.returns import Returns
 from cambia.data.batches import Batch
 from cambia.data.generated import GeneratedSource
 from cambia.errors import ConfigError
@@ -17,6 +22,10 @@ from cambia.experiment.build import train_in
 from cambia.experiment.reopen import reopen
 from cambia.experiment.tree import experiment_from
 from cambia.models import LoraExperts
+from cambia.records import Signals
+from cambia.reporting import load_run
+from cambia.reporting.drawing import to_svg
+from cambia.reporting.stream_figures import stream_drawing
 from cambia.rundir import RunReader
 from cambia.training.checkpoint import load_model, load_state
 
@@ -52,6 +61,12 @@ def learned(folder: Path, order: list[str], *, steps: int = 40, **changes: Any) 
     }  # fmt: skip
     train_in(folder, experiment_from(tree, source="test", flags={}))
     return RunReader(folder)
+
+
+def written(kind: Literal["counting", "brackets", "copy"], rows: int) -> torch.Tensor:
+    """(rows, 32) bytes of generated text."""
+    text = "".join(d.text for d in GeneratedSource(kind, size_bytes=4000).documents()).encode()
+    return torch.tensor([[*text[i : i + 32]] for i in range(0, rows * 32, 32)])
 
 
 def opened(run: RunReader) -> Any:
@@ -106,11 +121,133 @@ def test_the_stream_is_watched(recurring: RunReader) -> None:
     # The third stage is the first kind of text again: most of it is known, and what is known trains nobody.
     known = [row["known_rows"] for row in fresh[-30:]]
     assert sum(known) / len(known) > 0.8
+    certain = [row["routing_confidence"] for row in fresh if row["routing_confidence"] is not None]
+    assert all(0.5 < value <= 1 for value in certain)
+
+
+def test_whose_the_rows_are_is_seen(recurring: RunReader) -> None:
+    fresh = [row for row in recurring.rows("metrics.csv") if row["novelty"] is not None]
+    used = [line for line in recurring.stream() if "use" in line]
+    assert [line["step"] for line in used] == [row["step"] for row in fresh]
+    for line, row in zip(used, fresh, strict=True):
+        assert len(line["use"]) == row["active_parts"] <= row["parts"]
+        assert max(line["use"].values(), default=0) / line["rows"] == row["top_share"]
+    first, last = used[20]["use"], used[-1]["use"]
+    assert max(first, key=first.get) == max(last, key=last.get) == "expert_0"
+    assert {row["parts"] for row in fresh} == {0, 1, 2}
+
+
+def test_what_was_decided_is_told_in_order(recurring: RunReader) -> None:
+    told = [(line["what"], line["part"]) for line in recurring.stream() if "what" in line]
+    lives = [
+        ("grew", "expert_0"),
+        ("grew", "expert_1"),
+        ("consolidating", "expert_0"),
+        ("sealed", "expert_0"),
+    ]
+    lives += [("consolidating", "expert_1"), ("sealed", "expert_1")]
+    assert [event for event in told if event in lives] == lives
+    assert told.count(("novel", None)) == 2
+    grown = [event["step"] for event in recurring.growth()]
+    assert [line["step"] for line in recurring.stream() if line.get("what") == "novel"] == grown
+
+
+def test_the_picture_of_a_stream(recurring: RunReader) -> None:
+    run = load_run(recurring.folder)
+    drawing = stream_drawing(run)
+    assert drawing is not None
+    svg = to_svg(drawing.figure, "stream", "The stream")
+    for words in ("expert_1", "maturity", "sealed", "confidence", "brackets"):
+        assert words in svg, words
+    assert not re.search(r"#[0-9a-f]{6}", svg), "a color that does not follow the theme"
+    # Of many experts the busiest have a band of their own.
+    many = {f"expert_{i}": i + 1 for i in range(12)}
+    line = {"step": 1, "tokens": 512, "rows": 100, "use": many}
+    crowded = stream_drawing(replace(run, stream=(line, {**line, "tokens": 1024})))
+    assert crowded is not None and "5 experts with fewer rows share a band" in crowded.caption
+    assert stream_drawing(replace(run, stream=())) is None
+
+
+def test_a_new_version_answers_and_the_old_one_stays(recurring: RunReader, tmp_path: Path) -> None:
+    run = learned(
+        tmp_path / "run", ["counting", "brackets", "counting"], methods=[{**QUICK, "reopen": "always"}]
+    )
+    method = opened(run)
+    experts, before = method.experts, opened(recurring).experts
+    assert experts.names == experts.sealed == ["expert_0", "expert_1", "expert_2"]
+    assert experts["expert_2"].parents == ("expert_0",)
+    for old in ("expert_0", "expert_1"):
+        assert experts[old].sha256 == before[old].sha256, "not one bit may change"
+    told = [(line["what"], line["part"]) for line in run.stream() if "what" in line]
+    assert told.count(("reopened", "expert_0")) == 1 and told[-1] == ("sealed", "expert_2")
+    # Whatever the old one answered goes to the new one.
+    assert method.right("counting") == "expert_2"
+    rows = written("counting", 16)
+    routes = experts.route(rows)
+    assert routes.count("expert_2") > 12 and "expert_0" not in routes
+    matrix = task_matrix(run.rows("eval.csv"), split="test", route="own")
+    place = matrix.tasks.index("counting")
+    assert matrix.rows[-1][place] < matrix.rows[-2][place]
+    assert method.taught()["expert_0"].keys() == {"counting"}, "a table says who learned what"
+
+
+def test_the_open_expert_is_measured_again_only_if_it_changed(
+    recurring: RunReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = opened(recurring)
+    allocator, ids = method._allocator, written("copy", 48)
+    allocator.quarantine.add(method.read(Batch(ids, ids, ids.numel())), [None] * 48, "copy")
+    method.experts.add("new")
+    method.meet_newcomer()
+    measured: list[str] = []
+    add = allocator.router.add
+    monkeypatch.setattr(
+        allocator.router, "add", lambda name, *given, **how: (measured.append(name), add(name, *given, **how))
+    )
+    for _ in range(3):
+        allocator.introduce()
+    assert measured == ["new"]
+    allocator.allocate(allocator.lesson(16), Signals(1))
+    allocator.introduce()
+    assert measured == ["new"] * 2
+    allocator.load_state_dict(allocator.state_dict())
+    allocator.introduce()
+    assert measured == ["new"] * 3
+
+
+def test_first_claim_is_not_reopened() -> None:
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        Experts(routing="first_claim", reopen="always").check(sequence_length=32, vocab_size=256)
+
+
+@pytest.mark.parametrize(("loss", "asks"), [(2.0, None), (1.5, None), (2.3, "old")])
+def test_a_part_has_drifted_if_it_does_worse_than_in_its_time(loss: float, asks: str | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def losses(mean: float, count: int) -> torch.Tensor:
+        return mean + 0.2 * torch.randn(count, generator=generator, dtype=torch.float64)
+
+    returns = Returns("drifted", least_rows=32)
+    returns.sealed("old", losses(2.0, 32))
+    ids = torch.zeros(16, 8, dtype=torch.int64)
+    rows = ReadRows(ids, ids, torch.zeros(16, dtype=torch.float64), torch.zeros(16, 3), 128.0)
+    for _ in range(2):
+        assert returns.asks(lambda part, rows: losses(loss, len(rows))) is None, "too few"
+        returns.add("old", rows, "text")
+    assert returns.asks(lambda part, rows: losses(loss, len(rows))) == asks
+    # Asked in vain it waits for half of the rows again, and after a version that failed for twice as many.
+    assert len(returns.rows["old"]) == (32 if asks else 16)
+    returns.failed_once_more("old")
+    assert returns.enough("old") == 64 and "old" not in returns.rows
+    again = Returns("drifted", least_rows=32)
+    again.load_state_dict(returns.state_dict())
+    assert again.state_dict() == returns.state_dict()
 
 
 def test_growth_that_is_not_done_leaves_the_text_unlearned(tmp_path: Path) -> None:
     run = learned(tmp_path / "run", ["counting", "brackets"], growth={"rules": [{**RULE, "max_events": 1}]})
     assert opened(run).experts.names == ["expert_0"]
+    assert "turned down" in [line.get("what") for line in run.stream()]
 
 
 def test_without_a_rule_there_is_nothing_to_learn_with(tmp_path: Path) -> None:
@@ -124,18 +261,18 @@ def test_a_mature_expert_is_sealed_though_nothing_else_comes(tmp_path: Path) -> 
     rows = [row for row in run.rows("metrics.csv") if row["novelty"] is not None]
     measured = [row["held_out_loss"] for row in rows if row["held_out_loss"] is not None]
     assert len(measured) >= 2 and measured[-1] < measured[0]
+    assert [row["maturity"] for row in rows if row["maturity"] is not None][-1] == 1
     assert rows[-1]["known_rows"] > 0.5, "what comes after it is known, and trains nobody"
     assert opened(run).experts.sealed == ["expert_0"]
 
 
 def test_an_expert_may_begin_as_the_nearest(recurring: RunReader) -> None:
     method = opened(recurring)
-    text = "".join(d.text for d in GeneratedSource("counting", size_bytes=4000).documents()).encode()
-    ids = torch.tensor([[*text[i : i + 32]] for i in range(0, 16 * 32, 32)])
+    ids = written("counting", 16)
     rows = method.read(Batch(ids, ids, ids.numel()))
     new = method.experts.add("new")
-    method._born("new", rows)
+    method._born("new", rows, None)
     assert new.parents == ()
     method.course = Course(birth="nearest")
-    method._born("new", rows)
+    method._born("new", rows, None)
     assert new.parents == ("expert_0",) and new.sha256 == method.experts["expert_0"].sha256

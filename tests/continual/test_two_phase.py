@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from cambia.continual.course import Course
 from cambia.continual.two_phase import TwoPhaseLRScheduler
 from cambia.errors import ConfigError
 
@@ -52,6 +53,15 @@ def test_rates_are_rates_and_no_multipliers() -> None:
     optimizer = optimizer_of(1e-3)
     scheduler = TwoPhaseLRScheduler(optimizer, 5e-3, 5e-4, 10, warmup_steps=0, decay_steps=0)
     assert [rate for (rate,) in rates(optimizer, scheduler, 14)] == [5e-3] * 10 + [5e-4] * 4
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 12), st.none() | st.integers(1, 20), st.floats(0.01, 1))
+def test_a_course_seeds_at_the_schedulers_rates(warmup: int, cycle: int | None, low: float) -> None:
+    course = Course(warmup_steps=warmup, cycle_steps=cycle, cycle_low=low)
+    scheduler = TwoPhaseLRScheduler(optimizer_of(1.0), 1.0, low, 60, warmup_steps=warmup, cycle_steps=cycle)
+    taken = [course.rate("seeding", step) for step in range(1, 61)]
+    assert taken == [scheduler.rate(step) for step in range(60)]
 
 
 def test_it_warms_up_and_decays() -> None:

@@ -47,6 +47,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """What differs from the defaults, so that everything that can go wrong happens in a few steps."""
 MORE: dict[str, dict[str, Any]] = {
     "experts, first claim": {"type": "experts", **SETTINGS["experts"], "routing": "first_claim"},
+    "experts, reopened": {
+        "type": "experts",
+        **SETTINGS["experts"],
+        "course": {"consolidation_steps": 2, "measure_steps": 1, "maturity": {"window": 2, "slope": 1.0}},
+        "reopen": "always",
+    },
     "replay, written": {"type": "replay", "text": "written", "capacity": 12, "fraction": 0.3},
     "replay, on top, within bytes": {"type": "replay", "budget_bytes": 900, "quota": True, "on_top": True},
     "masks by magnitude": {"type": "masks", "share": 0.4, "by": "magnitude"},
@@ -101,7 +107,7 @@ def killed_at(experiment: Experiment, folder: Path, step: int, monkeypatch: pyte
 
 
 def same(one: Path, other: Path) -> None:
-    for name in ("metrics.csv", "eval.csv", "growth.jsonl", "promises.jsonl"):
+    for name in ("metrics.csv", "eval.csv", "growth.jsonl", "stream.jsonl", "promises.jsonl"):
         files = [folder / name for folder in (one, other)]
         assert files[0].exists() == files[1].exists()
         if files[0].exists():

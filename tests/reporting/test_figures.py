@@ -20,7 +20,7 @@ from cambia.reporting.figures import FIGURES, jump_figure, loss_figure, task_lab
 
 Make = Callable[..., Path]
 FOLDER = Path(cambia.reporting.__file__).parent
-DRAWN = {"drawing", "labels", "figures", "task_figures"}
+DRAWN = {"drawing", "labels", "figures", "task_figures", "stream_figures"}
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -120,7 +120,14 @@ def test_only_figures_import_matplotlib_and_only_pages_import_figures() -> None:
                 own = name.startswith("cambia.reporting") and name.rpartition(".")[2] in DRAWN
                 for wanted in ["matplotlib"] * name.startswith("matplotlib") + ["figures"] * own:
                     importers[wanted].add(path.relative_to(FOLDER).as_posix())
-    figures = {"drawing.py", "labels.py", "figures.py", "task_figures.py", "sweeps/figures.py"}
+    figures = {
+        "drawing.py",
+        "labels.py",
+        "figures.py",
+        "stream_figures.py",
+        "task_figures.py",
+        "sweeps/figures.py",
+    }
     pages = {"page.py", "side_by_side.py", "sweeps/page.py", "sweeps/comparison.py"}
     pages.add("__init__.py")  # for type checkers alone
     assert importers["matplotlib"] == figures

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from cambia.continual.allocators import Course
+from cambia.continual.course import Course
 from cambia.continual.methods.experts import Experts
 from cambia.data.generated import GeneratedSource
 from cambia.errors import ConfigError

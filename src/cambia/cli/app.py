@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
@@ -25,6 +26,20 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False)
+
+
+def reported(folder: Path) -> int:
+    """Write a run's report and show what came of it.
+
+    Returns:
+        The exit code: 130 where the run was interrupted.
+    """
+    from cambia.reporting import load_run, print_summary, write_report
+
+    run = load_run(folder)
+    write_report(run)
+    print_summary(run, console())
+    return 0 if run.status == "finished" else 130
 
 
 def recipe_and_flags(words: tuple[str, ...], parse: Any) -> tuple[str | None, dict[str, Any]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cambia.cli.app import Settings, app, console
+from cambia.cli.app import Settings, app, console, reported
 from cambia.errors import ConfigError
 
 if TYPE_CHECKING:
     from cambia.experiment import Experiment
 
-RECIPE, _EXAMPLE = "learn", "cambia learn MODEL DATA..."
+_EXAMPLE = "cambia learn MODEL DATA..."
 
 
 @app.command
@@ -21,6 +21,7 @@ def learn(
     boundaries: bool = False,
     name: str | None = None,
     resume: str | None = None,
+    specialists: bool = False,
     watch: Path | None = None,
     once: bool = False,
     idle_seconds: float | None = None,
@@ -40,18 +41,26 @@ def learn(
         boundaries: tell the learner where a text begins and ends.
         name: of the run directory under runs/.
         resume: go on with this run.
+        specialists: then train, to compare with, a copy of the whole model on each text alone, on as many
+            batches, in the run NAME-specialists.
         watch: learn from the files of this folder as they arrive, each in a run of its own under runs/NAME/.
             Stop it or kill it at any time: the same command goes on.
         once: with --watch: stop when all that is there is learned.
         idle_seconds: with --watch: stop when nothing has arrived for so long.
     """
     from cambia.experiment import learning, train
-    from cambia.reporting import load_run, print_summary, write_report
+    from cambia.experiment.build import is_finished
+    from cambia.experiment.learn import RECIPE
+    from cambia.experiment.specialists import train_specialists
+    from cambia.rundir import RunReader
 
     model, data, flags = _read(words)
     if watch is not None:
-        if model is None or data or resume or boundaries:
-            raise ConfigError("--watch takes a model and no texts: cambia learn MODEL --watch FOLDER")
+        if model is None or data or resume or boundaries or specialists:
+            raise ConfigError(
+                "--watch takes a model and no texts, --resume, --boundaries or --specialists: "
+                "cambia learn MODEL --watch FOLDER"
+            )
         return _watch(model, watch, name or RECIPE, steps, flags, 0.0 if once else idle_seconds)
     if once or idle_seconds is not None:
         raise ConfigError("--once and --idle-seconds say when watching ends: give --watch FOLDER")
@@ -65,10 +74,14 @@ def learn(
         experiment = learning(model, data, steps=steps, boundaries=boundaries, flags=flags)
         console().print(_told(experiment, len(data)), markup=False)
         folder = train(experiment, name=name)
-    finished = load_run(folder)
-    write_report(finished)
-    print_summary(finished, console())
-    return 0 if finished.status == "finished" else 130
+    if specialists and is_finished(RunReader(folder)):
+        console().print("specialists: the whole model, on each text alone", markup=False)
+        if not train_specialists(folder):
+            console().print(
+                f"go on with them: cambia learn --resume {folder.name} --specialists", markup=False
+            )
+            return 130
+    return reported(folder)
 
 
 def _told(experiment: Experiment, texts: int) -> str:
@@ -96,7 +109,6 @@ def _watch(
 ) -> int:
     from cambia import rundir
     from cambia.experiment.watch import NEWEST, Watcher
-    from cambia.reporting import load_run, print_summary, write_report
 
     out = console()
     home = rundir.run_folder(name)
@@ -106,10 +118,7 @@ def _watch(
     if not (home / NEWEST).exists():
         out.print(f"nothing has arrived in {inbox}", markup=False)
         return 0
-    newest = load_run(home / NEWEST)
-    write_report(newest)
-    print_summary(newest, out)
-    return 0
+    return reported(home / NEWEST)
 
 
 def _read(words: tuple[str, ...]) -> tuple[str | None, list[str], dict[str, Any]]:

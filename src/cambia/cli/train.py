@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cambia.cli.app import Settings, app, console, recipe_and_flags
+from cambia.cli.app import Settings, app, console, recipe_and_flags, reported
 from cambia.errors import ConfigError
 
 
@@ -35,13 +35,10 @@ def run(
         raise ConfigError("--resume goes on with a run as it is: leave out the recipe and --name")
 
     from cambia.experiment import train
-    from cambia.reporting import load_run, print_summary, write_report
 
-    folder = train(recipe or "first_growth", name=resume or name, resume=resume is not None, overrides=flags)
-    finished = load_run(folder)
-    write_report(finished)
-    print_summary(finished, console())
-    return 0 if finished.status == "finished" else 130
+    return reported(
+        train(recipe or "first_growth", name=resume or name, resume=resume is not None, overrides=flags)
+    )
 
 
 def _dry_run(recipe: str | None, flags: dict[str, Any]) -> int:

@@ -5,7 +5,7 @@ answers it, and is not trained on. One of the domain that is being learned train
 strange to all of them goes into quarantine, and when the evidence is enough that something new has come, the
 signal "novelty" says so: a growth rule adds a Part, and what lay in quarantine is the first that it reads.
 
-    unknown ──▶ quarantine ──▶ seeding ──▶ consolidating ──▶ sealed
+    unknown ──▶ quarantine ──▶ seeding ──▶ consolidating ──▶ sealed ──▶ (reopened: a new version is seeded)
                     │              ▲  mature, or something else comes: a low rate, on rows kept until then
                     └── ordinary after all: back to the domain that is being learned
 
@@ -17,47 +17,33 @@ It decides and never trains; the loop asks it (`records.Allocator`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from annotated_types import Ge, Gt
 from torch import Tensor
 
+from cambia.continual.course import Course, Phase
 from cambia.continual.domains import Domain, ReadRows, read_by
+from cambia.continual.kept_rows import Material, Quarantine, joined
+from cambia.continual.monitoring import certainty, shares_of, use_of
 from cambia.continual.novelty.detector import NoveltyDetector, Verdict
+from cambia.continual.returns import Reopen, Returns
 from cambia.data.batches import Batch
 from cambia.models.routing.gaussians import FeatureGaussian
-from cambia.models.routing.hybrid import Maturity
 from cambia.models.routing.prefixes import Prefixes
 from cambia.models.routing.router import Router
 from cambia.models.routing.strangeness import LEAST_ROWS
-from cambia.records import Allocation, Signals
-
-Phase = Literal["seeding", "consolidating"]
+from cambia.records import Allocation, Signals, StreamEvent
 
 
 @dataclass(frozen=True)
-class Course:
-    """How a Part is taught."""
+class Outcome:
+    """What came of a Part that has been taught."""
 
-    warmup_steps: Annotated[int, Ge(0)] = 10
-    """Steps in which its learning rate rises to the highest."""
-    consolidation_steps: Annotated[int, Ge(0)] = 40
-    """Steps at a falling rate at its end, on the rows that it has read last."""
-    memory_rows: Annotated[int, Gt(0)] = 640
-    """Rows of its text that are kept until it is sealed, the latest ones."""
-    held_rows: Annotated[int, Ge(0)] = 16
-    """Of its first rows so many are not trained on, to see what it has learned; at most a third."""
-    calibration_rows: Annotated[int, Ge(0)] = 48
-    """Later every eighth row waits too, up to so many; the oldest are learned from as newer ones come. They
-    tell the router what is ordinary."""
-    birth: Literal["zero", "nearest"] = "zero"
-    """A new Part begins as nothing, or as a copy of the one that foretells its first rows best."""
-    measure_steps: Annotated[int, Gt(0)] | None = 20
-    """Steps between looks at its loss on the rows that are held back for good; null: it is never mature."""
-    maturity: Maturity = field(default_factory=lambda: Maturity(window=8, slope=0.002))
-    """When it has learned what it can and consolidates, though nothing else has come."""
+    answers: str | None
+    """Who answers its domain: itself, another Part that does so as well, or None, the base."""
+    reason: str
 
 
 class StreamAllocator:
@@ -69,12 +55,13 @@ class StreamAllocator:
         detector: says what is strange, and when that is certain enough.
         course: how a Part is taught.
         vocab_size: of the tokens.
-        loss: nats per token that a Part gives rows.
-        at_birth: called when a Part begins to be taught, with its name and the rows that called for it.
-        at_end: called when a Part has been taught, with its name and the rows that were held back; answers
-            with the Part that its domain is to be answered by, itself or another one, or None for the base.
+        losses: (N,) nats per token that a Part gives rows.
+        at_birth: called when a Part begins to be taught, with its name, the rows that called for it, and the
+            Part of which it is a new version, or None.
+        at_end: called when a Part has been taught, with its name and the rows that were held back.
         router: is told what is known of each domain, when its Part is sealed.
         prefixes: rows (N, T) for it to read.
+        reopen: when text of a sealed Part gives a new version of it; the old one stays as it is.
         seed: of the rows that are read again.
     """
 
@@ -86,16 +73,17 @@ class StreamAllocator:
         course: Course,
         *,
         vocab_size: int,
-        loss: Callable[[str, ReadRows], float],
-        at_birth: Callable[[str, ReadRows], None],
-        at_end: Callable[[str, ReadRows], str | None],
+        losses: Callable[[str, ReadRows], Tensor],
+        at_birth: Callable[[str, ReadRows, str | None], None],
+        at_end: Callable[[str, ReadRows], Outcome],
         router: Router,
         prefixes: Callable[[Tensor], Prefixes],
+        reopen: Reopen = "never",
         seed: int = 0,
     ):
         self.read, self.background, self.detector, self.course = read, background, detector, course
         self.vocab_size = vocab_size
-        self.loss, self.at_birth, self.at_end = loss, at_birth, at_end
+        self.losses_of, self.at_birth, self.at_end = losses, at_birth, at_end
         self.router, self.prefixes = router, prefixes
         self.domains: dict[str, Domain] = {}
         self.open: str | None = None
@@ -105,19 +93,19 @@ class StreamAllocator:
         """Of the open Part, in its phase."""
         self.losses: list[float] = []
         """Of the open Part on rows that it never learns from, at every look."""
-        self._next: str | None = None  # the Part that is waiting until the open one is sealed
-        self._asked = False
-        self._arrived = 0  # rows of the open Part's domain, since it was opened
-        self._refresh_at = 0.0
-        self._generator = torch.Generator().manual_seed(seed)
-        nothing = ReadRows.none(1, 1)
-        self._quarantine, self._due, self._memory = nothing, nothing, nothing
-        self._yardstick, self._waiting = nothing, nothing  # held back for good; for a while
-        self._nearest: list[str | None] = []  # of each row in quarantine
-        self._sources: list[str] = []
+        self.quarantine, self.material = Quarantine(), Material()
+        self.returns = Returns(reopen, detector.min_windows)
         self.taught: dict[str, dict[str, int]] = {}
         """For each Part, how many rows of which source it was taught. Nothing is decided by it: it tells
         afterwards which Part would have been the right one."""
+        self._next: str | None = None  # the Part that is waiting until the open one is sealed
+        self._version_of: str | None = None  # the Part that the open one is a new version of
+        self._asked = False
+        self._asked_for: str | None = None  # the Part of which a new version is asked for
+        self._refresh_at = 0.0
+        self._generator = torch.Generator().manual_seed(seed)
+        self._events: list[StreamEvent] = []
+        self._introduced: tuple[Any, ...] | None = None  # as what the router knows the open Part
 
     # ---- what the loop asks ------------------------------------------------------------------------
 
@@ -130,45 +118,67 @@ class StreamAllocator:
         rows = self.read(batch)
         verdict = self.detector.judge(read_by(list(self.domains.values()), rows, self.background))
         decision = self.detector.observe(verdict)
-        nearest = _least_strange(verdict)
         strange = verdict.novel.nonzero()[:, 0].tolist()
-        mine = [i for i, name in enumerate(verdict.nearest) if name is not None and name == self.open]
-        learned = mine
-        if self.open is not None and mine:
-            # First how strange they were, then what is in them: so it is seen what is ordinary for new rows.
-            self.detector.remember(self.open, verdict.rows(torch.tensor(mine)))
-            learned = self._hold(mine, rows)
-            self._learn(rows.take(learned))
-        self._quarantine = _joined(self._quarantine, rows.take(strange))
-        self._nearest += [nearest[i] for i in strange]
-        self._sources += [batch.source] * len(strange)
+        owners = [None if name is None else self._owner(name) for name in verdict.nearest]
+        mine = [i for i, owner in enumerate(owners) if owner is not None and owner == self.open]
+        learned = self._learn(mine, rows, verdict)
+        nearest = verdict.least_strange
+        self.quarantine.add(rows.take(strange), [nearest[i] for i in strange], batch.source)
         if decision.reason is not None:
             self._asked = True
+            self._tell("novel", None, decision.reason)
         elif decision.novel_windows == 0:
             self._release()
+        self._watch_returns(owners, rows, batch.source)
+        use = use_of(owners, self.parts)
         measured = {
             "novelty": 1.0 if self._asked else min(decision.evidence, _UNCERTAIN),
             "novel_rows": len(strange) / max(1, len(rows)),
             "known_rows": (len(rows) - len(strange) - len(mine)) / max(1, len(rows)),
+            **shares_of(use, len(rows)),
+            **certainty(verdict, [self._owner(domain) for domain in verdict.domains]),
         }
         if not learned:
-            return Allocation(train=False, measured=measured)
+            return Allocation(train=False, measured=measured, use=use)
         assert self.open is not None
         self._count(self.open, [batch.source] * len(learned))
         rate, part = self._rate(), self.open
-        return Allocation(rows=tuple(learned), parts=(part,), rate=rate, measured=measured | self._look())
+        return Allocation(
+            rows=tuple(learned), parts=(part,), rate=rate, measured=measured | self._look(), use=use
+        )
+
+    def _owner(self, domain: str) -> str | None:
+        """The Part that rows of a known domain are left to; None: the base."""
+        answers = self.domains[domain].answers
+        is_continued = self.open is not None and answers is not None and answers == self._version_of
+        return self.open if is_continued else answers
+
+    @property
+    def parts(self) -> list[str]:
+        """The Parts that answer a known domain, the one that is being taught and the one that waits."""
+        answering = [domain.answers for domain in self.domains.values()]
+        return list(dict.fromkeys(part for part in (*answering, self._next) if part is not None))
+
+    def told(self) -> list[StreamEvent]:
+        """What was decided since this was asked last."""
+        events, self._events = self._events, []
+        return events
+
+    def _tell(self, what: str, part: str | None, reason: str) -> None:
+        self._events.append(StreamEvent(what, part, reason))
 
     def _look(self) -> dict[str, float]:
         """Measure the open Part once in a while; a mature one consolidates."""
-        every = self.course.measure_steps
-        if every is None or self.open is None or not len(self._yardstick):
+        every, yardstick = self.course.measure_steps, self.material.yardstick
+        if every is None or self.open is None or not len(yardstick):
             return {}
         if self.phase != "seeding" or self.steps < every * (len(self.losses) + 1):
             return {}
-        self.losses.append(self.loss(self.open, self._yardstick))
+        self.losses.append(float(self.losses_of(self.open, yardstick).mean()))
+        progress = self.course.maturity.progress(self.losses)
         if self.course.maturity.reached(self.losses):
-            self.consolidate()
-        return {"held_out_loss": self.losses[-1]}
+            self.consolidate("mature: its loss on held-out rows no longer falls")
+        return {"held_out_loss": self.losses[-1], "maturity": progress}
 
     def lesson(self, batch_size: int) -> Batch | None:
         """What is to be read out of memory before the stream goes on; None: nothing."""
@@ -176,42 +186,42 @@ class StreamAllocator:
         if self.open is None:
             return None
         if self.phase == "consolidating":
-            chosen = torch.randperm(len(self._memory), generator=self._generator)[:batch_size]
-            return self._memory.take(chosen.tolist()).batch(self.open)
-        if len(self._due):
-            return self._due.take(range(min(batch_size, len(self._due)))).batch(self.open)
-        return None
+            memory = self.material.memory
+            chosen = torch.randperm(len(memory), generator=self._generator)[:batch_size]
+            return memory.take(chosen.tolist()).batch(self.open)
+        due = self.material.first_due(batch_size)
+        return due.batch(self.open) if len(due) else None
 
     def _lesson_given(self, batch: Batch) -> Allocation:
         assert self.open is not None
         if self.phase == "seeding":
-            count = len(batch.input_ids)
-            self._remember(self._due.take(range(count)))
-            self._due = self._due.take(range(count, len(self._due)))
+            self.material.read_due(len(batch.input_ids), self.course.memory_rows)
         return Allocation(parts=(self.open,), rate=self._rate())
 
     def _rate(self) -> float:
         """The rate of the open Part's next step, as a share of the highest."""
         self.steps += 1
-        if self.phase == "consolidating":
-            return 1 - (self.steps - 0.5) / self.course.consolidation_steps
-        return min(1.0, self.steps / (self.course.warmup_steps + 1))
+        return self.course.rate(self.phase, self.steps)
 
     # ---- a Part's life -----------------------------------------------------------------------------
 
     def begin(self, name: str) -> None:
         """A new Part has come; it reads what lies in quarantine once the open one is sealed."""
+        if name != self._next:
+            waiting = f"{len(self.quarantine.rows)} strange rows wait for it"
+            self._tell("grew", name, f"a new version of {self._asked_for}" if self._asked_for else waiting)
         self._asked = False
         self._next = name
         if self.open is None:
             self._open(name)
         else:
-            self.consolidate()
+            self.consolidate("something else has come")
 
-    def consolidate(self) -> None:
+    def consolidate(self, reason: str) -> None:
         """The open Part has learned enough, or something else has come."""
         if self.phase == "seeding":
             self.phase, self.steps = "consolidating", 0
+            self._tell("consolidating", self.open, reason)
 
     def settle(self) -> None:
         """Seal the open Part if it has had its last step."""
@@ -220,27 +230,28 @@ class StreamAllocator:
 
     def finish(self) -> None:
         """The stream has ended: what is left is to consolidate the open Part."""
-        if self.open is not None and not len(self._due):
-            self.consolidate()
-
-    @property
-    def held_out(self) -> ReadRows:
-        """Rows of the open Part's domain that it is not trained on."""
-        return _joined(self._yardstick, self._waiting)
+        if self.open is not None and not len(self.material.due):
+            self.consolidate("the stream has ended")
 
     @property
     def _is_over(self) -> bool:
-        return self.steps >= self.course.consolidation_steps or not len(self._memory)
+        return self.steps >= self.course.consolidation_steps or not len(self.material.memory)
 
     def _open(self, name: str) -> None:
-        rows = self._quarantine
+        self._version_of, self._asked_for = self._asked_for, None
+        if self._version_of is None:
+            rows, sources = self.quarantine.rows, self.quarantine.sources
+            self._forget_quarantine()
+        else:
+            rows, sources = self.returns.take(self._version_of)
         domain = Domain(name, self.vocab_size, rows.features.shape[1])
         self.domains[name] = domain
-        self.open, self.phase, self.steps, self._next, self._arrived = name, "seeding", 0, None, 0
+        self.open, self.phase, self.steps, self._next = name, "seeding", 0, None
         self.losses = []
-        self.at_birth(name, rows)
-        kept = len(rows) - min(self.course.held_rows, len(rows) // 3)
-        self._due, self._yardstick = rows.take(range(kept)), rows.take(range(kept, len(rows)))
+        self.at_birth(name, rows, self._version_of)
+        held = min(self.course.held_rows, len(rows) // 3)
+        kept = len(rows) - held
+        self.material.begin(rows, held)
         # One half says what is ordinary to the other. Rows that follow each other are alike, so by stretches.
         stretch = max(1, min(_STRETCH, len(rows) // 4))
         halves = [[i for i in range(len(rows)) if i // stretch % 2 == half] for half in (0, 1)]
@@ -249,9 +260,7 @@ class StreamAllocator:
         self.detector.remember(name, read_by([domain], rows.take(halves[1]), self.background))
         domain.observe(rows.take([i for i in halves[1] if i < kept]))
         self._refresh()
-        self._memory = self._waiting = rows.take([])
-        self._count(name, self._sources)
-        self._forget_quarantine()
+        self._count(name, sources)
 
     def _count(self, name: str, sources: Sequence[str]) -> None:
         counts = self.taught.setdefault(name, {})
@@ -264,30 +273,22 @@ class StreamAllocator:
         best = max(counts, key=counts.__getitem__, default=None)
         return None if best is None or not counts[best] else self.domains[best].answers
 
-    def _hold(self, mine: list[int], rows: ReadRows) -> list[int]:
-        """Keep some of the open domain's rows back, and say which are left; what is too much is due now."""
-        places = range(self._arrived, self._arrived + len(mine))
-        self._arrived += len(mine)
-        if not self.course.calibration_rows:
+    def _learn(self, mine: list[int], rows: ReadRows, verdict: Verdict) -> list[int]:
+        """Rows of the domain that is being learned: those of them that train its Part now."""
+        if self.open is None or not mine:
             return mine
-        held = [i for i, place in zip(mine, places, strict=True) if place % _HELD == _HELD - 1]
-        waiting = _joined(self._waiting, rows.take(held))
-        over = len(waiting) - self.course.calibration_rows
-        if over < len(rows) or self.open is None:  # not a step for a few rows
-            over = 0
-        else:
-            self.domains[self.open].observe(waiting.take(range(over)))
-            self._due = _joined(self._due, waiting.take(range(over)))
-        self._waiting = waiting.take(range(over, len(waiting)))
-        return [i for i in mine if i not in held]
-
-    def _learn(self, rows: ReadRows) -> None:
-        """Rows of the domain that is being learned."""
-        assert self.open is not None
-        self.domains[self.open].observe(rows)
-        self._remember(rows)
-        if self.domains[self.open].rows >= self._refresh_at:
+        # First how strange they were, then what is in them: so it is seen what is ordinary for new rows.
+        self.detector.remember(self.open, verdict.rows(torch.tensor(mine)))
+        domain = self.domains[self.open]
+        most = self.course.calibration_rows
+        left, freed = self.material.hold(rows.take(mine), most, at_once=len(rows))
+        domain.observe(freed)
+        learned = [mine[i] for i in left]
+        domain.observe(rows.take(learned))
+        self.material.remember(rows.take(learned), self.course.memory_rows)
+        if domain.rows >= self._refresh_at:
             self._refresh()
+        return learned
 
     def _refresh(self) -> None:
         """The densities of the open domain are brought up to date, more and more seldom."""
@@ -296,58 +297,103 @@ class StreamAllocator:
         domain.refresh()
         self._refresh_at = _REFRESH * domain.rows
 
-    def _remember(self, rows: ReadRows) -> None:
-        memory = _joined(self._memory, rows)
-        self._memory = memory.take(range(max(0, len(memory) - self.course.memory_rows), len(memory)))
-
     def _seal(self) -> None:
         assert self.open is not None
         self._refresh()
         domain = self.domains[self.open]
         if self.open in self.router.domains:
             self.router.forget(self.open)
-        domain.answers = self.at_end(self.open, self.held_out)
+        outcome = self.at_end(self.open, self.material.held_out)
+        domain.answers = outcome.answers
+        self._tell("sealed" if outcome.answers == self.open else "dropped", self.open, outcome.reason)
+        self._succeeded(self.open, outcome)
         domain.seal()
         self._introduce(domain, sealed=True)
         self.open, self.steps = None, 0
-        self._memory = self._due = self._yardstick = self._waiting = self._memory.take([])
+        self.material.end()
         if self._next is not None:
             self._open(self._next)
 
+    def _succeeded(self, name: str, outcome: Outcome) -> None:
+        """A Part is kept or not. A new version that is kept answers whatever the old one answered."""
+        old, self._version_of = self._version_of, None
+        if outcome.answers != name:
+            if old is not None:
+                self.returns.failed_once_more(old)
+            return
+        if len(self.material.held_out):  # whatever the setting is: a run that goes on may have another
+            self.returns.sealed(name, self.losses_of(name, self.material.held_out))
+        if old is not None:
+            for domain in self.domains.values():
+                if domain.answers == old:
+                    domain.answers = name
+            self.router.succeed(old, name)
+
     def introduce(self) -> None:
-        """Let the router know the open Part as it is now."""
-        if self.open is not None:
-            self._introduce(self.domains[self.open], sealed=False)
+        """Let the router know the open Part as it is now; nothing where it knows it so already."""
+        if self.open is None:
+            return
+        domain, arrived = self.domains[self.open], self.material.arrived
+        now = (self.open, self.phase, self.steps, arrived, domain.rows, self._refresh_at)
+        if now != self._introduced or self.open not in self.router.domains:
+            self._introduce(domain, sealed=False)
+            self._introduced = now
 
     def _introduce(self, domain: Domain, *, sealed: bool) -> None:
-        rows = self.held_out
+        rows, memory = self.material.held_out, self.material.memory
         if sealed and len(rows) < LEAST_ROWS:  # too few came: better by rows that were learned from than not
-            rows = _joined(self._memory, rows).take(range(-min(LEAST_ROWS, len(rows) + len(self._memory)), 0))
+            rows = joined(memory, rows).take(range(-min(LEAST_ROWS, len(rows) + len(memory)), 0))
         if len(rows) >= LEAST_ROWS:
             known = domain.densities_so_far
             held = self.prefixes(rows.input_ids)
-            self.router.add(domain.name, *known, held, answers=domain.answers, sealed=sealed)
+            # A new version answers once it is sealed, and until then the old one.
+            answers = domain.answers if self._version_of is None else self._version_of
+            self.router.add(domain.name, *known, held, answers=answers, sealed=sealed)
 
     # ---- quarantine --------------------------------------------------------------------------------
 
     def _release(self) -> None:
         """It was nothing new: rows that the open domain is nearest to are read after all."""
-        back = [i for i, name in enumerate(self._nearest) if name is not None and name == self.open]
-        rows = self._quarantine.take(back)
-        self._due = _joined(self._due, rows)
-        if self.open is not None and len(rows):
+        rows = self.quarantine.of(self.open)
+        if len(self.quarantine.rows):
+            of = f"{len(rows)} of {len(self.quarantine.rows)} strange rows are {self.open}'s after all"
+            self._tell("released", self.open, of if len(rows) else "nothing to learn: no more came")
+        self.material.due = joined(self.material.due, rows)
+        if self.open is not None:
             self.domains[self.open].observe(rows)
         self._forget_quarantine(reset=False)
 
     def _turned_down(self) -> None:
         """Nothing grew: the model may not become larger."""
         self._asked = False
+        old, self._asked_for = self._asked_for, None
+        if old is not None:
+            self._tell("turned down", old, "no new version of it has come")
+            self.returns.failed_once_more(old)
+            return
+        self._tell("turned down", None, f"nothing grew for {len(self.quarantine.rows)} strange rows")
         self._forget_quarantine()
 
     def _forget_quarantine(self, *, reset: bool = True) -> None:
-        self._quarantine, self._nearest, self._sources = self._quarantine.take([]), [], []
+        self.quarantine.clear()
         if reset:
             self.detector.reset()
+
+    # ---- text that comes again ---------------------------------------------------------------------
+
+    def _watch_returns(self, owners: Sequence[str | None], rows: ReadRows, source: str) -> None:
+        """Rows that sealed Parts answer; where they are reason enough, a new version is asked for."""
+        for part in dict.fromkeys(owners):
+            if part is not None and part != self.open:
+                its_own = [i for i, owner in enumerate(owners) if owner == part]
+                self.returns.add(part, rows.take(its_own), source)
+        if self._asked or (self.open is not None and self.open in owners):  # that one comes first
+            return
+        self._asked_for = self.returns.asks(self.losses_of)
+        if self._asked_for is not None:
+            self._asked = True
+            rows_of = f"{self.returns.enough(self._asked_for)} rows of its text have come"
+            self._tell("reopened", self._asked_for, rows_of)
 
     # ---- what must survive a restart ---------------------------------------------------------------
 
@@ -359,8 +405,11 @@ class StreamAllocator:
             ],
             "detector": self.detector.state_dict(),
             "generator": self._generator.get_state(),
+            "quarantine": self.quarantine.state_dict(),
+            "material": self.material.state_dict(),
+            "returns": self.returns.state_dict(),
+            "events": [asdict(event) for event in self._events],
             "plain": {name: getattr(self, name) for name in _PLAIN},
-            "rows": {name: getattr(self, name).state_dict() for name in _ROWS},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -369,44 +418,22 @@ class StreamAllocator:
             self.domains[saved["name"]] = Domain.from_state(saved, self.vocab_size, self.router)
         self.detector.load_state_dict(state["detector"])
         self._generator.set_state(state["generator"])
+        self.quarantine.load_state_dict(state["quarantine"])
+        self.material.load_state_dict(state["material"])
+        self.returns.load_state_dict(state["returns"])
+        self._events = [StreamEvent(**event) for event in state["events"]]
         for name in _PLAIN:
             setattr(self, name, state["plain"][name])
-        for name in _ROWS:
-            setattr(self, name, ReadRows(**state["rows"][name]))
+        self._introduced = None
 
 
 _PLAIN = (
-    "open",
-    "phase",
-    "steps",
-    "losses",
-    "_next",
-    "_asked",
-    "_arrived",
-    "_refresh_at",
-    "_nearest",
-    "_sources",
-    "taught",
+    *("open", "phase", "steps", "losses", "taught"),
+    *("_next", "_version_of", "_asked", "_asked_for", "_refresh_at"),
 )
-_ROWS = ("_quarantine", "_due", "_memory", "_yardstick", "_waiting")
 _UNCERTAIN = 0.999
 """The novelty of what could still be chance: a rule acts at 1."""
 _STRETCH = 8
 """Rows of the quarantine that are held back, or counted, together."""
-_HELD = 8
-"""One in so many rows of the open domain waits."""
 _REFRESH = 1.25
 """Densities are worked out anew when so much more text has been seen."""
-
-
-def _joined(rows: ReadRows, more: ReadRows) -> ReadRows:
-    if not len(rows):
-        return more
-    return rows.and_then(more) if len(more) else rows
-
-
-def _least_strange(verdict: Verdict) -> list[str | None]:
-    """For each row the domain that it is least strange to, novel or not; None where none is known."""
-    if not verdict.domains:
-        return [None] * len(verdict.novel)
-    return [verdict.domains[i] for i in verdict.strangeness.argmin(1).tolist()]

@@ -94,13 +94,12 @@ class TwoPhaseLRScheduler(LRScheduler):
         if step < self.seeding_steps:
             if self.cycle_steps is None:
                 return self.high_lr
-            return self._falling((step - self.warmup_steps) % self.cycle_steps / self.cycle_steps)
+            done = (step - self.warmup_steps) % self.cycle_steps / self.cycle_steps
+            return half_cosine(done, self.high_lr, self.low_lr)
         passed = step - self.seeding_steps + 1
-        return self._falling(passed / (self.decay_steps + 1)) if passed <= self.decay_steps else self.low_lr
-
-    def _falling(self, done: float) -> float:
-        """Half a cosine from the high rate, at `done` 0, to the low one, at 1."""
-        return self.low_lr + (self.high_lr - self.low_lr) * 0.5 * (1 + math.cos(math.pi * done))
+        if passed > self.decay_steps:
+            return self.low_lr
+        return half_cosine(passed / (self.decay_steps + 1), self.high_lr, self.low_lr)
 
     def get_lr(self) -> list[float | Tensor]:
         """The rates of all groups at the current step."""
@@ -126,6 +125,11 @@ class TwoPhaseLRScheduler(LRScheduler):
                     group["lr"].fill_(rate)
                 else:
                     group["lr"] = rate
+
+
+def half_cosine(done: float, high: float, low: float) -> float:
+    """From the high rate, at `done` 0, to the low one, at 1."""
+    return low + (high - low) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _given(group: dict[str, Any]) -> float:

@@ -75,7 +75,8 @@ def _same_base(trainer: Trainer, checkpoint: Path) -> None:
 
 
 def _same_rows(state: Mapping[str, Any], sequence_length: int, checkpoint: Path) -> None:
-    waiting = [rows["input_ids"] for rows in state["rows"].values() if len(rows["input_ids"])]
+    kept = [state["quarantine"]["rows"], *state["material"]["rows"].values()]
+    waiting = [rows["input_ids"] for rows in kept if len(rows["input_ids"])]
     if waiting and waiting[0].shape[1] != sequence_length:
         raise ConfigError(
             f"in {checkpoint} rows of {waiting[0].shape[1]} tokens wait to be learned from, and "

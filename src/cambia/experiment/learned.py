@@ -17,6 +17,7 @@ from cambia import rundir
 from cambia.continual.methods.experts import Experts
 from cambia.data.streams import Stream
 from cambia.evaluation import Route, task_matrix
+from cambia.models.routing.routes import Routes
 from cambia.rundir import RunReader
 from cambia.training import Trainer
 
@@ -76,7 +77,7 @@ def _texts(trainer: Trainer, method: Experts, stream: Stream, run: RunReader) ->
             base = trainer.scorer.task(stream, task, "test", "own")
         right = method.right(name)
         routes = _routes(trainer, stream, task)
-        rows = routes.total()
+        counts, rows = Counter(routes.names), len(routes.names)
         found.append(
             {
                 "name": name,
@@ -85,8 +86,10 @@ def _texts(trainer: Trainer, method: Experts, stream: Stream, run: RunReader) ->
                 "told": told[name],
                 "expert": right,
                 "passages": rows,
-                "right": routes[right] / rows,
-                "covered": 1 - routes[None] / rows,
+                "right": counts[right] / rows,
+                "covered": 1 - counts[None] / rows,
+                "confidence": float(routes.confidence.mean()),
+                "entropy": float(routes.entropy.mean()),
             }
         )
     return found
@@ -98,11 +101,11 @@ def _last(scored: Sequence[Mapping[str, Any]], route: Route) -> dict[str, float]
     return dict(zip(matrix.tasks, matrix.rows[-1], strict=True))
 
 
-def _routes(trainer: Trainer, stream: Stream, task: int) -> Counter[str | None]:
-    """Who answers how many passages of a text."""
-    found: Counter[str | None] = Counter()
+def _routes(trainer: Trainer, stream: Stream, task: int) -> Routes:
+    """Who answers passages of a text."""
+    found: list[Routes] = []
     for batch in trainer.scorer.texts(stream, task, "test"):
-        found.update(trainer.method.answerer(trainer.model).route(batch.input_ids))
-        if found.total() >= _ROWS:
+        found.append(trainer.method.answerer(trainer.model).decide(batch.input_ids))
+        if sum(len(routes.names) for routes in found) >= _ROWS:
             break
-    return found
+    return Routes.joined(found)

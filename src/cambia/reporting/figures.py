@@ -43,7 +43,7 @@ def loss_figure(run: Run) -> Figure | None:
     if not np.isfinite(loss).any():
         return None
     figure, axes = one_axes(3.3)
-    _marks(axes, run, labels=True)
+    mark_stretches(axes, run, labels=True)
     raw, smooth = [], []
     for stretch in run.stretches():
         keep = np.isfinite(loss[stretch.rows])
@@ -59,7 +59,7 @@ def loss_figure(run: Run) -> Figure | None:
     raw[0].set_label(f"each logged step ({above:,} above the axis)" if above else "each logged step")
     smooth[0].set_label("smoothed")
     axes.set_ylabel("loss (nats per token)")
-    _tokens_axis(axes)
+    tokens_axis(axes)
     legend(figure, axes)
     return figure
 
@@ -92,7 +92,7 @@ def size_figure(run: Run) -> Figure | None:
     upper, lower = figure.subplots(2, 1, sharex=True)
     for axes in (upper, lower):
         dress(axes)
-        _marks(axes, run, labels=axes is upper, numbers=axes is lower)
+        mark_stretches(axes, run, labels=axes is upper, numbers=axes is lower)
     x = np.append(0, tokens)
     start = run.parameters_start if run.parameters_start is not None else run.metrics["parameters"][0]
     # A row holds what the model is after its step: the step line stands at the old size until then.
@@ -114,7 +114,7 @@ def size_figure(run: Run) -> Figure | None:
     lower.set_ylabel("operations (FLOP)")
     lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: units.flops(value) if value else "0"))
     lower.set_ylim(bottom=0)
-    _tokens_axis(lower)
+    tokens_axis(lower)
     legend(figure, lower)
     return figure
 
@@ -130,7 +130,7 @@ def rate_figure(run: Run) -> Figure | None:
     panels = np.atleast_1d(figure.subplots(2 if has_norm else 1, 1, sharex=True))
     for axes in panels:
         dress(axes)
-        _marks(axes, run, labels=axes is panels[0], numbers=axes is panels[-1])
+        mark_stretches(axes, run, labels=axes is panels[0], numbers=axes is panels[-1])
     keep = np.isfinite(rate)
     line(panels[0], *thinned(tokens[keep], rate[keep]), color="leaf", width=1.7)
     panels[0].set_ylabel("learning rate")
@@ -146,7 +146,7 @@ def rate_figure(run: Run) -> Figure | None:
         panels[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panels[1].yaxis.set_minor_locator(NullLocator())
         panels[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    _tokens_axis(panels[-1])
+    tokens_axis(panels[-1])
     return figure
 
 
@@ -253,7 +253,7 @@ def task_labels(run: Run) -> list[str]:
     return [number if len(number) <= letters else "" for number, letters in zip(numbers, room, strict=True)]
 
 
-def _marks(axes: Axes, run: Run, *, labels: bool, numbers: bool = True) -> None:
+def mark_stretches(axes: Axes, run: Run, *, labels: bool, numbers: bool = True) -> None:
     """Every second task shaded, their names above, a vertical line at each growth."""
     stretches = run.stretches()
     total = max(1, stretches[-1].last_token)
@@ -317,7 +317,8 @@ def _limits(axes: Axes, low: float, high: float) -> None:
     axes.set_ylim(low - 0.12 * height, high + 0.06 * height)
 
 
-def _tokens_axis(axes: Axes) -> None:
+def tokens_axis(axes: Axes) -> None:
+    """Training tokens, across."""
     axes.set_xlabel("training tokens")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: units.count(value)))
 

@@ -19,11 +19,12 @@ from cambia.evaluation import TaskMatrix
 from cambia.reporting import units
 from cambia.reporting.continual import measures_table
 from cambia.reporting.drawing import picture, to_svg
-from cambia.reporting.experts import experts_section
+from cambia.reporting.experts import decisions_table, experts_section
 from cambia.reporting.figures import FIGURES, task_labels
 from cambia.reporting.health import check_health
 from cambia.reporting.markup import RINGS, Html, document, join, note, section, tag, tiles
 from cambia.reporting.run import Run
+from cambia.reporting.stream_figures import stream_drawing
 from cambia.reporting.tables import (
     data_table,
     growth_table,
@@ -52,6 +53,7 @@ def page(run: Run) -> str:
         _health(run),
         _matrix(run),
         experts_section(run),
+        _stream(run),
         _loss(run),
         _growth(run),
         _size(run),
@@ -214,6 +216,15 @@ def _bits_per_byte() -> Html:
 
 
 # ---- pictures ------------------------------------------------------------------------------------
+
+
+def _stream(run: Run) -> Html:
+    """What a stream of text has shown, of runs with experts; empty for others."""
+    drawing = stream_drawing(run)
+    if drawing is None:
+        return Html("")
+    shown = picture(drawing, "stream", "Novelty, experts and certainty over the stream")
+    return section("The stream", shown, decisions_table(run))
 
 
 def _picture(run: Run, name: str, title: str, empty: str, *caption: object) -> Html:

@@ -1,8 +1,8 @@
 """Who answers the passages that were kept when a task had just been learned: then, and now.
 
 What experts lose is never lost by their weights, which do not change, but by texts that go astray once there
-are more experts. `Routes` says how many do, and what it costs; and how many passages any expert answers at
-all, since an expert that answers nothing forgets nothing.
+are more experts. `KeptRoutes` says how many do, and what it costs; and how many passages any expert answers
+at all, since an expert that answers nothing forgets nothing.
 """
 
 # N passages, T their tokens
@@ -21,7 +21,7 @@ from cambia.training.audit import passage_losses, read_probes
 
 
 @dataclass(frozen=True)
-class Routes:
+class KeptRoutes:
     """The passages of one task that were kept at the end of one stage."""
 
     stage: str
@@ -39,7 +39,7 @@ class Routes:
     """Whether the expert that was asked then was sealed already; another one went on learning."""
 
 
-def routes_of(run: RunReader, opened: Reopened) -> tuple[Routes, ...]:
+def routes_of(run: RunReader, opened: Reopened) -> tuple[KeptRoutes, ...]:
     """Route the passages again that a run has kept; nothing where its method does not route."""
     lines = {line["stage"]: line for line in run.promises()}
     probes = {int(path.stem.removeprefix("stage")): path for path in run.probes()}
@@ -57,7 +57,7 @@ def routes_of(run: RunReader, opened: Reopened) -> tuple[Routes, ...]:
             now = opened.method.routes(probe.passages)
             losses = passage_losses(opened.method.answerer(opened.model), probe.passages)
             found.append(
-                Routes(
+                KeptRoutes(
                     stage=f"{stage + 1} {opened.stream.stages[stage].name}",
                     task=opened.stream.names[probe.task],
                     passages=len(now),
@@ -71,13 +71,13 @@ def routes_of(run: RunReader, opened: Reopened) -> tuple[Routes, ...]:
     return tuple(found)
 
 
-def lost_by_routes(routes: Iterable[Routes]) -> float | None:
+def lost_by_routes(routes: Iterable[KeptRoutes]) -> float | None:
     """F_route: the mean rise of the loss of passages whose experts were sealed then, nats per token."""
     final = [one for one in routes if one.final]
     return fmean(one.loss_now - one.loss_then for one in final) if final else None
 
 
-def coverage(routes: Sequence[Routes]) -> float | None:
+def coverage(routes: Sequence[KeptRoutes]) -> float | None:
     """The share of passages that an expert answers now."""
     passages = sum(one.passages for one in routes)
     return sum(one.covered for one in routes) / passages if passages else None

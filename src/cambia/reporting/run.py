@@ -82,6 +82,8 @@ class Run:
     """In the order in which the model grew."""
     not_grown: tuple[GrowthEvent, ...]
     """Growths that were asked for and left undone; their reasons say why."""
+    stream: tuple[Mapping[str, Any], ...]
+    """Of a run with experts: whose the rows of each logged batch were, and what was decided, in order."""
     scores: tuple[Mapping[str, Any], ...]
     """Rows of eval.csv."""
 
@@ -252,6 +254,7 @@ def load_run(name: str | Path) -> Run:
         timing=_columns(reader.rows(rundir.TIMING), _TIMING),
         growth=tuple(event for event in events if event.done),
         not_grown=tuple(event for event in events if not event.done),
+        stream=tuple(reader.stream()),
         scores=tuple(reader.rows(rundir.EVAL)),
     )
 

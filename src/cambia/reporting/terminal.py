@@ -16,7 +16,7 @@ from rich.text import Text
 
 from cambia.evaluation import TaskMatrix, TransferMetrics
 from cambia.reporting import units
-from cambia.reporting.experts import NOTE, after_learning, learned_tables
+from cambia.reporting.experts import after_learning, learned_tables, note_of
 from cambia.reporting.run import Run, stage_names
 from cambia.reporting.sweeps.sweep import Sweep
 from cambia.reporting.sweeps.tables import (
@@ -153,7 +153,7 @@ def _print_experts(run: Run, console: Console) -> None:
     for title, head, rows, words in tables:
         print_table(console, title, head, rows, words=words)
     if tables:
-        console.print(Text(f"{NOTE}\n", style="dim"), width=min(_WIDTH, console.width))
+        console.print(Text(f"{note_of(run)}\n", style="dim"), width=min(_WIDTH, console.width))
 
 
 def _print_facts(run: Run, console: Console) -> None:

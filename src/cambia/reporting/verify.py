@@ -35,7 +35,7 @@ from cambia.experiment.tree import Experiment, experiment_from
 from cambia.models.hashing import sha256
 from cambia.reporting.answers import TOLERANCE, Answer, Heard, answers_of
 from cambia.reporting.movement import Movement, movements
-from cambia.reporting.routes import Routes, routes_of
+from cambia.reporting.routes import KeptRoutes, routes_of
 from cambia.reporting.run import Status
 from cambia.rundir import RunReader
 from cambia.training.checkpoint import STATE_JSON
@@ -103,7 +103,7 @@ class Audit:
     broken: tuple[Broken, ...]
     answers: tuple[Answer, ...]
     """To all probes, of the newest checkpoint."""
-    routes: tuple[Routes, ...]
+    routes: tuple[KeptRoutes, ...]
     """Of all passages that were kept, in the newest checkpoint; empty where the method does not route."""
     movements: tuple[Movement, ...]
     """From each checkpoint to the next."""
@@ -154,7 +154,7 @@ class _Seen:
     """Of all that the method promises there."""
     heard: Heard
     """Its answers to the probes; of the newest checkpoint alone."""
-    routes: tuple[Routes, ...] = ()
+    routes: tuple[KeptRoutes, ...] = ()
     """Likewise."""
 
     @property

@@ -42,7 +42,7 @@ from cambia.growth.parts import AddLoraExpert
 from cambia.growth.rules import GrowthManager, GrowthRule
 from cambia.growth.watching import NoveltyTrigger
 from cambia.models.parts.lora_experts import LoraExperts
-from cambia.records import Allocation, GrowthEvent, Signals
+from cambia.records import Allocation, GrowthEvent, Signals, StreamEvent
 from cambia.training.optim import set_learning_rate
 
 
@@ -68,6 +68,8 @@ class ExpertsCallback(TrainerCallback):
         self._allocation = Allocation(train=False)
         self._teaching = False  # a lesson of the callback's own, or a question of its allocator
         self._step = 0
+        self.told: list[StreamEvent] = []
+        """What was decided about the stream and its experts, in order."""
 
     @property
     def experts(self) -> LoraExperts:
@@ -145,6 +147,7 @@ class ExpertsCallback(TrainerCallback):
         if self._manager is not None:
             self._allocator.finish()
             self._lessons()
+            self.told += self.method.told()
 
     # ---- a batch ---------------------------------------------------------------------------------
 
@@ -200,6 +203,7 @@ class ExpertsCallback(TrainerCallback):
         measured: dict[str, float | None] = {**allocation.measured}
         self._manager.step(None, **measured)
         self.method.meet_newcomer()
+        self.told += self.method.told()
 
     # ---- lessons ---------------------------------------------------------------------------------
 

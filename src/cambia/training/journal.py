@@ -5,12 +5,13 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import torch
 
 from cambia import rundir
 from cambia.probes import Likelihood
-from cambia.records import GrowthEvent, Signals
+from cambia.records import GrowthEvent, Signals, StreamEvent
 from cambia.rundir import RunWriter
 from cambia.training.settings import Progress
 from cambia.training.tracking import Tracker
@@ -55,6 +56,21 @@ class Journal:
         self.run.append_row(rundir.METRICS, row)
         for tracker in self.trackers:
             tracker.row(row)
+
+    def used(self, progress: Progress, use: Mapping[str, int], rows: int) -> None:
+        """For each Part, how many rows of a batch are its own; Parts without any are left out of the file."""
+        line = {"rows": rows, "use": {part: count for part, count in use.items() if count}}
+        self.run.append_json(rundir.STREAM, {"step": progress.step, "tokens": progress.tokens, **line})
+        for tracker in self.trackers:
+            tracker.used(progress.step, {part: count / rows for part, count in use.items()})
+
+    def told(self, progress: Progress, events: Sequence[StreamEvent]) -> None:
+        """What was decided about a stream of text and the Parts that learn from it."""
+        for event in events:
+            line = {"step": progress.step, "tokens": progress.tokens, **asdict(event)}
+            self.run.append_json(rundir.STREAM, line)
+            for tracker in self.trackers:
+                tracker.told(progress.step, event)
 
     def clocked(
         self, step: int, *, seconds: float, tokens: int, events: Sequence[GrowthEvent], device: torch.device

@@ -16,14 +16,14 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 from cambia.errors import MissingExtraError
 from cambia.files import read_json
-from cambia.records import GrowthEvent
+from cambia.records import GrowthEvent, StreamEvent
 from cambia.rundir import CONFIG_JSON, EVAL, GROWTH
 
 TRACKERS: dict[str, str] = {
@@ -72,6 +72,13 @@ class Tracker(ABC):
 
     def grew(self, event: GrowthEvent) -> None:
         self.text("growth", event.step, json.dumps(event.as_dict(), indent=1))
+
+    def told(self, step: int, event: StreamEvent) -> None:
+        self.text("stream", step, json.dumps(asdict(event), indent=1))
+
+    def used(self, step: int, shares: Mapping[str, float]) -> None:
+        """The share of a batch's rows that are each Part's own."""
+        self.log(step, {f"use/{part}": share for part, share in shares.items()})
 
     def scored(self, step: int, split: str, scores: Mapping[str, float]) -> None:
         """A row of the task matrix: bits per byte by task."""

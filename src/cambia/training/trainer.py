@@ -239,6 +239,7 @@ class Trainer:
                     for event in events:
                         journal.grew(event)
                         display.grew(event)
+                    journal.told(p, self.method.told())
                     if events:
                         self._shape_changed()
 
@@ -251,6 +252,8 @@ class Trainer:
                             parameters=self.parameters,
                             skipped=p.skipped,
                         )
+                        if allocation.use is not None:
+                            journal.used(p, allocation.use, len(batch.input_ids))
                         journal.clocked(
                             p.step,
                             seconds=time.perf_counter() - began,
@@ -271,6 +274,7 @@ class Trainer:
                 if stream.boundaries:
                     self.method.end_stage(stream, p.stage)
                     self._count_flops(0)
+                journal.told(p, self.method.told())
                 p.stage += 1
                 p.stage_step = 0
                 self._score(stream, journal, task_trained=names[p.stage - 1])

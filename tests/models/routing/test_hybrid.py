@@ -137,7 +137,9 @@ def test_balance_evens_out_how_much_each_part_is_used() -> None:
     ],
 )
 def test_maturity_is_the_end_of_the_fall(losses: list[float], reached: bool) -> None:
-    assert Maturity(window=4, slope=0.005).reached(losses) is reached
+    maturity = Maturity(window=4, slope=0.005)
+    assert maturity.reached(losses) is reached
+    assert (maturity.progress(losses) == 1) is reached
     made = router(1)
     made.maturity = Maturity(window=4, slope=0.005)
     told = [made.observe_loss("part-0", loss) for loss in losses]

@@ -20,11 +20,15 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cambia.continual.allocators import Course, StreamAllocator
+from cambia.continual.allocators import Outcome, StreamAllocator
+from cambia.continual.course import Course
 from cambia.continual.domains import ReadRows
 from cambia.continual.methods.method import AnyStream, Contract, Method, Parameters, Situation
+from cambia.continual.monitoring import MEASURES
 from cambia.continual.novelty.detector import NoveltyDetector
+from cambia.continual.returns import Reopen
 from cambia.data.batches import Batch
+from cambia.errors import ConfigError
 from cambia.generation import written_rows
 from cambia.models.bodies import count_parameters
 from cambia.models.parts.lora_expert import LoraExpert
@@ -33,7 +37,7 @@ from cambia.models.parts.lora_shape import LoraShape, new_deltas
 from cambia.models.parts.optimizing import let_go, take_up
 from cambia.models.routing.gaussians import FeatureGaussian
 from cambia.models.routing.prefixes import PrefixReader
-from cambia.records import Allocator
+from cambia.records import Allocator, StreamEvent
 
 EXPERTS_FOLDER = "experts"
 """In a checkpoint: ``LoraExperts.from_pretrained("RUN/latest/experts", cambia.load("RUN"))``."""
@@ -61,10 +65,22 @@ class Experts(Method):
     (what that answers once, it answers for good); or whoever foretells the beginning best."""
     prefix_tokens: Annotated[int, Ge(2)] = 64
     """First tokens of a text from which is decided who answers it; until then the base answers."""
+    reopen: Reopen = "never"
+    """When text of a sealed expert gives a new version of it, which begins as a copy and answers in its place
+    once it is sealed; the old one stays as it is, bit by bit. `never`: such text trains nobody. `drifted`:
+    once the expert foretells it clearly worse than rows that were held back from it in its own time.
+    `always`: whenever `detector.min_windows` rows of it have come. Not with `routing: first_claim`."""
     feature_layer: int = -1
     """The hidden layer of the base whose outputs are the features: 0 are the embeddings."""
     background_rows: Annotated[int, Gt(1)] = 128
     """Rows of the base's own writing that stand for text in general."""
+
+    def check(self, *, sequence_length: int, vocab_size: int) -> None:
+        if self.reopen != "never" and self.routing == "first_claim":
+            raise ConfigError(
+                "routing first_claim promises that an expert answers for good what it once accepted, and "
+                f"reopen {self.reopen} lets a new version answer in its place: leave one of them out"
+            )
 
     def prepare(self, model: PreTrainedModel) -> nn.Module:
         self.experts = LoraExperts(model, self.shape)
@@ -83,11 +99,12 @@ class Experts(Method):
             self.detector,
             self.course,
             vocab_size=model.config.vocab_size,
-            loss=self._loss,
+            losses=self._losses,
             at_birth=self._born,
             at_end=self._ended,
             router=self.experts.router,
             prefixes=self.reader.read,
+            reopen=self.reopen,
             seed=situation.seed,
         )
 
@@ -98,7 +115,10 @@ class Experts(Method):
 
     @property
     def measures(self) -> tuple[str, ...]:
-        return ("novelty", "novel_rows", "known_rows", "held_out_loss")
+        return MEASURES
+
+    def told(self) -> list[StreamEvent]:
+        return self._allocator.told()
 
     def batch(self, stream: AnyStream, stage: int, at: float) -> Batch:
         self.meet_newcomer()
@@ -152,30 +172,39 @@ class Experts(Method):
         background.seal()
         return background
 
-    def _born(self, name: str, rows: ReadRows) -> None:
-        """An expert begins to be taught, as nothing or as the one that foretells its first rows best."""
-        if self.course.birth == "nearest":
+    def _born(self, name: str, rows: ReadRows, version_of: str | None) -> None:
+        """An expert begins to be taught: as nothing, as the one of which it is a new version, or as the one
+        that foretells its first rows best."""
+        if version_of is not None:
+            self.experts[name].become(self.experts[version_of])
+        elif self.course.birth == "nearest":
             best = min((None, *self.experts.sealed), key=lambda other: self._loss(other, rows))
             if best is not None:
                 self.experts[name].become(self.experts[best])
 
-    def _ended(self, name: str, held: ReadRows) -> str | None:
+    def _ended(self, name: str, held: ReadRows) -> Outcome:
         """An expert has been taught: it stays if it is worth it, and never changes again."""
         part = self.experts[name]
         losses = {other: self._loss(other, held) for other in (None, *self.experts.sealed)}
         best = min(losses, key=lambda other: losses[other])
+        mine = self._loss(name, held)
         let_go(self.situation.optimizer, part)
-        if len(held) and self._loss(name, held) > losses[best] - self.keep_margin:
+        said = (
+            f"{mine:.3f} nats per token on {len(held)} held-out rows, {best or 'the model alone'} "
+            f"{losses[best]:.3f}"
+        )
+        if len(held) and mine > losses[best] - self.keep_margin:
             self.experts.drop(name)
-            return best
+            return Outcome(best, said)
         self.experts.seal(name)
-        return name
+        return Outcome(name, said)
+
+    def _losses(self, name: str | None, rows: ReadRows) -> Tensor:
+        """(N,) nats per token that an expert, or the base, gives rows."""
+        return self.reader.read(rows.input_ids).losses(name)
 
     def _loss(self, name: str | None, rows: ReadRows) -> float:
-        """Nats per token that an expert, or the base, gives rows."""
-        if not len(rows):
-            return 0.0
-        return float(self.reader.read(rows.input_ids).losses(name).mean())
+        return float(self._losses(name, rows).mean()) if len(rows) else 0.0
 
     # ---- who answers -------------------------------------------------------------------------------
 
@@ -209,7 +238,8 @@ class Experts(Method):
         """For each expert, how many rows of which source it was taught."""
         found: dict[str, dict[str, int]] = {}
         for name, rows in self._allocator.taught.items():
-            answers = self._allocator.domains[name].answers
+            is_there = name in self.experts  # else who answers in its place, so that no text is left out
+            answers = name if is_there else self._allocator.domains[name].answers
             if answers is not None:
                 counts = found.setdefault(answers, {})
                 for source, count in rows.items():

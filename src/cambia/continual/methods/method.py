@@ -34,7 +34,7 @@ from cambia.data.batches import Batch
 from cambia.data.loaders import LoaderStream
 from cambia.data.streams import Stream
 from cambia.models.bodies import count_parameters
-from cambia.records import Allocator
+from cambia.records import Allocator, StreamEvent
 
 AnyStream = Stream | LoaderStream
 Backward = Callable[[Batch], float]
@@ -145,6 +145,10 @@ class Method:
     def measures(self) -> tuple[str, ...]:
         """Names of what its allocator measures, for triggers to read."""
         return ()
+
+    def told(self) -> list[StreamEvent]:
+        """What its allocator has decided since this was asked last."""
+        return []
 
     # ---- what the loop calls -----------------------------------------------------------------------
 

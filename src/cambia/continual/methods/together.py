@@ -19,7 +19,7 @@ from cambia.continual.methods.method import AnyStream, Backward, Contract, Metho
 from cambia.continual.methods.registry import CONTINUAL_METHODS
 from cambia.data.batches import Batch
 from cambia.errors import ConfigError
-from cambia.records import Allocator
+from cambia.records import Allocator, StreamEvent
 
 
 @dataclass
@@ -68,6 +68,9 @@ class Methods(Method):
     @property
     def measures(self) -> tuple[str, ...]:
         return tuple(name for member in self.members for name in member.measures)
+
+    def told(self) -> list[StreamEvent]:
+        return [event for member in self.members for event in member.told()]
 
     def begin_stage(self, stage: int) -> None:
         for member in self.members:

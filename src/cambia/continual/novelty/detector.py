@@ -56,12 +56,17 @@ class Verdict:
         return _least(self.p_values, 0.0, largest=True)
 
     @property
-    def nearest(self) -> list[str | None]:
-        """The domain that each row is least strange to; None for novel rows."""
+    def least_strange(self) -> list[str | None]:
+        """The domain that each row is least strange to, novel or not; None where none is known."""
         if not self.domains:
             return [None] * len(self.novel)
-        places = self.strangeness.argmin(1).tolist()
-        return [None if new else self.domains[i] for i, new in zip(places, self.novel.tolist(), strict=True)]
+        return [self.domains[i] for i in self.strangeness.argmin(1).tolist()]
+
+    @property
+    def nearest(self) -> list[str | None]:
+        """The same; None for novel rows."""
+        found = zip(self.least_strange, self.novel.tolist(), strict=True)
+        return [None if new else name for name, new in found]
 
     def rows(self, chosen: slice | Tensor) -> Verdict:
         """What some of the rows are."""

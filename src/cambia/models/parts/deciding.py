@@ -85,7 +85,7 @@ def decided(experts: LoraExperts, prefixes: Prefixes, before: Sequence[str | Non
         return _by_weight(experts, prefixes)
     if experts.routing == "likelihood":
         return likeliest(prefixes, [None, *experts.names])
-    unknown = [name for name in experts.names if name not in experts.router.answering]
+    unknown = [name for name in experts.names if not experts.router.knows(name)]
     if experts.routing == "first_claim":
         for name in unknown:
             if experts[name].state == "sealed":

@@ -46,8 +46,23 @@ class Maturity:
         recent = np.asarray(losses[-self.window :], dtype=np.float64)
         if len(recent) < self.window:
             return False
-        falling = -np.polyfit(np.arange(self.window), recent, 1)[0]
-        return bool(falling < self.slope * recent.mean())
+        return bool(_fall(recent) < self.slope * recent.mean())
+
+    def progress(self, losses: Sequence[float]) -> float:
+        """How far these validation losses are on the way there: 1 where `reached`, else the smaller of two
+        shares, of the measurements that it takes and of the steepness that is left to lose."""
+        if self.reached(losses):
+            return 1.0
+        recent = np.asarray(losses[-self.window :], dtype=np.float64)
+        if len(recent) < 2:
+            return 0.0
+        falls, least = _fall(recent), self.slope * float(recent.mean())
+        return min(len(recent) / self.window, least / falls if falls > least else 1.0)
+
+
+def _fall(losses: np.ndarray) -> float:
+    """By how much they fall from one to the next, along a straight line through them."""
+    return -float(np.polyfit(np.arange(len(losses)), losses, 1)[0])
 
 
 @dataclass(eq=False)

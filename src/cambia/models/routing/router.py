@@ -182,10 +182,15 @@ class Router:
                     f"{len(other.gaussian.mean)}: all have to be of one layer of one model"
                 )
 
-    @property
-    def answering(self) -> set[str | None]:
-        """The Parts that a domain is answered by."""
-        return {domain.answers for domain in self.domains.values()}
+    def succeed(self, old: str, new: str) -> None:
+        """A new version of a Part answers what the old one answered; all that is known of the text stays."""
+        for domain in self.domains.values():
+            if domain.answers == old:
+                domain.answers = new
+
+    def knows(self, name: str) -> bool:
+        """Whether it can choose a Part, or knows that a newer version is to be chosen in its place."""
+        return name in self.domains or any(domain.answers == name for domain in self.domains.values())
 
     def seal(self, name: str) -> None:
         """What is known of a domain stays as it is."""

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,16 @@ class Routes:
         """The model alone answers all of so many, for certain."""
         sure = torch.ones(rows, dtype=torch.float64)
         return cls((None,) * rows, sure, torch.zeros_like(sure))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Routes]) -> Routes:
+        """Those of some sequences and of others behind them."""
+        return cls(
+            tuple(name for part in parts for name in part.names),
+            torch.cat([part.confidence for part in parts]),
+            torch.cat([part.entropy for part in parts]),
+            sum(part.passes for part in parts),
+        )
 
 
 def entropy(shares: Tensor, dim: int = 0) -> Tensor:

@@ -28,7 +28,7 @@ import torch
 from forgetting.runs import sweep_seeds
 from forgetting.stories import piece_bytes, stories_folder
 from forgetting.streams import PREFIX
-from harness import Parts, PathOption, arguments, keep, over_seeds, table
+from harness import Parts, PathOption, arguments, keep, over_seeds, seeds_told, table
 from peers.llama import BEGIN, Pieces
 from routes.deciders import Learned
 from torch import Tensor, nn
@@ -38,7 +38,6 @@ from cambia import rundir
 from cambia.experiment.learn import learning
 from cambia.experiment.tree import plain_tree
 from cambia.generation import written_rows
-from cambia.reporting.units import plural
 from cambia.rundir import RunReader
 
 TEXTS = {
@@ -190,7 +189,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             f"stories260K after {', '.join(TEXTS)}, {preset['steps']} steps of 2,048 tokens each, free "
-            f"routing; {plural(len(cells), 'seed')}, mean ± standard deviation. Bits per byte of the last "
+            f"routing; {seeds_told(len(cells))}. Bits per byte of the last "
             f"{WINDOW - PREFIX} tokens of windows of {WINDOW}:",
             table(
                 ["stories", "before", "after", "left to the model", "of which with the same bits, by seed"],

@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forgetting.runs import sweep_seeds
+from forgetting.runs import NATIVE, sweep_seeds
 from forgetting.streams import PREFIX, base_model, domains_of, experiment, learner
-from harness import Parts, PathOption, arguments, keep, over_seeds, table
+from harness import Parts, PathOption, arguments, keep, over_seeds, seeds_told, table
 from routes import in_peft
 from routes.deciders import LABELS, WAYS, Learned, bits, by_tokens, compared, suffix_losses
 from routes.detectors import TOGETHER, Amount, Texts, detected
@@ -79,16 +79,22 @@ class Preset:
     rows: int = 16
     """Sequences of 128 bytes in each step."""
     base_steps: int = 800
-    seeds: int = 3
+    base: str = "bench-experts-headline-llama"
+    """The run that trains it: the one of `experts`."""
+    shape: Mapping[str, Any] = field(default_factory=lambda: dict(NATIVE))
+    """Of the base."""
+    seeds: int = 1
+    beside_peft: tuple[str, ...] = ("far", "near")
+    """Streams on which PEFT's ways are measured too."""
     low_rank_seeds: int = 1
-    """Of the experts beside PEFT's ways."""
-    windows: int = 160
+    """Of the experts there."""
+    windows: int = 120
     """Test windows of each domain."""
     lengths: tuple[int, ...] = (8, 16, 32, 64, 128)
     """Bytes of prefixes."""
-    gate_steps: int = 100
+    gate_steps: int = 80
     """Steps of 16 rows of all domains' text in which X-LoRA's gate is trained."""
-    amount: Amount = field(default_factory=lambda: Amount(rows=1280, batches=24))
+    amount: Amount = field(default_factory=lambda: Amount(rows=800, batches=24))
     """Text for the detectors."""
     workers: int | None = None
 
@@ -97,15 +103,17 @@ PRESETS = {
     "quick": Preset(
         ("far",),
         steps=20,
-        base_steps=60,
+        base_steps=40,
+        base="",
+        shape={**NATIVE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
         seeds=1,
         windows=24,
         lengths=(16, 64),
         gate_steps=5,
-        amount=Amount(rows=160, batches=6, trials=2),
+        amount=Amount(rows=320, batches=6, trials=2),
     ),
     "headline": Preset(),
-    "full": Preset(seeds=9, low_rank_seeds=3),
+    "full": Preset(seeds=3, low_rank_seeds=3, windows=160),
 }
 
 
@@ -128,18 +136,24 @@ class Place:
             stream, None, self.data, self.base, steps=preset.steps, rows=preset.rows, scored_bytes=4096
         )
 
-    @functools.cached_property
-    def seeds(self) -> dict[str, list[int]]:
-        return {
-            "experts": list(range(self.preset.seeds)),
-            "low_rank": list(range(self.preset.low_rank_seeds)),
-        }
+    def seeds(self, stream: str) -> dict[str, range]:
+        """Of each kind of experts."""
+        low_rank = self.preset.low_rank_seeds if stream in self.preset.beside_peft else 0
+        return {"experts": range(self.preset.seeds), "low_rank": range(low_rank)}
 
     @functools.cache  # noqa: B019 (lives as long as the benchmark)
     def runs(self, stream: str) -> dict[str, list[RunReader]]:
         """Trained, by kind, in the order of the seeds."""
-        settings, name = self.settings(stream), f"{self.name}-{stream}"
-        return sweep_seeds(name, settings, KINDS, self.seeds, self.preset.workers, keep_checkpoints=True)
+        seeds = self.seeds(stream)
+        kinds = {kind: settings for kind, settings in KINDS.items() if seeds[kind]}
+        return sweep_seeds(
+            f"{self.name}-{stream}",
+            self.settings(stream),
+            kinds,
+            seeds,
+            self.preset.workers,
+            keep_checkpoints=True,
+        )
 
     def detectors(self, stream: str) -> list[list[dict[str, Any]]]:
         """What `detected` finds, for each seed's order."""
@@ -221,7 +235,7 @@ def shares_of(cells: Sequence[Mapping[str, Any]], way: str, at: int) -> list[flo
 
 def routes_table(result: Mapping[str, Any], kind: str) -> str:
     """Every way on every stream, lowest loss first."""
-    streams = {stream: found[kind] for stream, found in result["streams"].items()}
+    streams = {stream: found[kind] for stream, found in result["streams"].items() if found[kind]}
     first = next(iter(streams.values()))
     at = result["preset"]["lengths"].index(PREFIX)
     rows = [row for row in LABELS if row == "single" or row in first[0]["losses"]]
@@ -287,12 +301,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             f"Test windows routed by their first {PREFIX} bytes, {preset['windows']} a domain, and bits per "
-            f"byte of what follows; {plural(counts['experts'], 'seed')}, mean ± standard deviation. Goals of "
-            f"`compete`: {'; '.join(reached)}.",
+            f"byte of what follows; {seeds_told(counts['experts'])}. Goals of `compete`: "
+            f"{'; '.join(reached)}.",
             routes_table(result, "experts"),
-            f"![the share of windows routed right over the length of the prefix]({picture}_curves.png)",
+            f"![windows routed right over the length of the prefix; dotted: goals]({picture}_curves.png)",
             "Experts of low-rank deltas alone, as PEFT's ways need them "
-            f"({plural(counts['low_rank'], 'seed')}). X-LoRA's gate read {preset['gate_steps']} batches of "
+            f"({seeds_told(counts['low_rank'])}). X-LoRA's gate read {preset['gate_steps']} batches of "
             "all domains at once; Arrow and X-LoRA decide token by token:",
             routes_table(result, "low_rank"),
             "New text against known text: each domain against those before it, "
@@ -300,7 +314,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             "128 bytes. Noticed by a bet whose probability of ever a false alarm is at most 0.01; "
             f"{quiet} batches of known text were watched:",
             detectors_table(result),
-            f"![how well each novelty score tells new text from known text]({picture}_detectors.png)",
+            f"![AUROC by novelty score; dots: changes, diamonds: their means]({picture}_detectors.png)",
         ]
     )
 
@@ -337,7 +351,7 @@ def draw(result: Mapping[str, Any]) -> None:
         for what in ("window", "batch")
     }
     figures = {
-        "curves": curves_figure(preset["lengths"], curves, LABELS),
+        "curves": curves_figure(preset["lengths"], curves, LABELS, GOALS),
         "detectors": detectors_figure(scores, SCORES),
     }
     for kind, figure in figures.items():
@@ -354,14 +368,14 @@ def main() -> None:
     data, preset = Path(os.environ["CAMBIA_DATA"]), PRESETS[options.preset]
     name = f"bench-expert_routes-{options.preset}"
     parts = Parts(options.parts, asdict(replace(preset, workers=None)))
-    folder = rundir.run_folder(f"{name}-base")
-    base = base_model("llama", data, folder, steps=preset.base_steps, rows=preset.rows)
+    folder = rundir.run_folder(preset.base or f"{name}-base")
+    base = base_model("llama", data, folder, steps=preset.base_steps, rows=preset.rows, shape=preset.shape)
     place = Place(name, data, base, preset)
     streams: dict[str, dict[str, list[Any]]] = {}
     detectors = {}
     for stream in preset.streams:
         streams[stream] = {kind: [] for kind in KINDS}
-        for kind, seeds in place.seeds.items():
+        for kind, seeds in place.seeds(stream).items():
             for i, seed in enumerate(seeds):
                 measure = functools.partial(
                     lambda s, k, i: cell(place.runs(s)[k][i], k, preset), stream, kind, i

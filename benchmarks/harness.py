@@ -189,6 +189,11 @@ def over_seeds(values: Sequence[float | None], digits: int = 3) -> str:
     return mean if len(numbers) < 2 else f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
 
 
+def seeds_told(count: int) -> str:
+    """Over how many seeds `over_seeds` was taken, and what it gives."""
+    return "1 seed" if count == 1 else f"{count} seeds, mean ± standard deviation"
+
+
 def keep(script: str, options: argparse.Namespace, result: Mapping[str, Any]) -> None:
     """Keep a result beside its script, with the command that made it, and renew the pages.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ PREFIX = 64
 """Bytes from which is decided who answers; only what follows them is scored."""
 
 
-def base_model(kind: str, data: Path, folder: Path, *, steps: int, rows: int) -> Path:
-    """A model of a million parameters that has read WikiText-2.
+def base_model(
+    kind: str, data: Path, folder: Path, *, steps: int, rows: int, shape: Mapping[str, Any] = NATIVE
+) -> Path:
+    """A model that has read WikiText-2, by default one of a million parameters.
 
     Args:
         kind: llama or gpt2.
         folder: of its run.
+        shape: of a llama.
     """
-    model: dict[str, Any] = dict(NATIVE)
+    model: dict[str, Any] = dict(shape)
     if kind == "gpt2":
         # With Cambia's tokens: 256 bytes and what it marks.
         torch.manual_seed(0)

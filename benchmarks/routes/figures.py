@@ -11,8 +11,10 @@ Curves = Mapping[str, Mapping[str, Sequence[float]]]
 """Stream -> way -> the share of right routes at each length."""
 
 
-def curves_figure(lengths: Sequence[int], curves: Curves, labels: Mapping[str, str]) -> Figure:
-    """One panel a stream."""
+def curves_figure(
+    lengths: Sequence[int], curves: Curves, labels: Mapping[str, str], goals: Mapping[str, float]
+) -> Figure:
+    """One panel a stream, with its goal as a dotted line."""
     figure = Figure(figsize=(9.6, 3.6), layout="constrained")
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
     for axes, (stream, ways) in zip(panels, curves.items(), strict=True):
@@ -27,7 +29,7 @@ def curves_figure(lengths: Sequence[int], curves: Curves, labels: Mapping[str, s
                 label=labels[way].replace("`", ""),
                 zorder=9 - i,
             )
-        axes.axhline(0.99 if stream == "far" else 0.90, color="0.6", linewidth=0.8, linestyle=":")
+        axes.axhline(goals[stream], color="0.6", linewidth=0.8, linestyle=":")
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [str(length) for length in lengths])
         axes.minorticks_off()
@@ -43,7 +45,7 @@ def curves_figure(lengths: Sequence[int], curves: Curves, labels: Mapping[str, s
 def detectors_figure(
     scores: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], labels: Mapping[str, str]
 ) -> Figure:
-    """AUROC of each score, by window and by batch.
+    """AUROC of each score, by window and by batch: a dot for each change, a diamond for their mean.
 
     Args:
         scores: window or batch -> stream -> score -> one for each change.
@@ -60,7 +62,7 @@ def detectors_figure(
                 name = stream.replace("_", ", ") if row == 0 else None
                 axes.plot([mean], [place], "D", markersize=5, color=colormaps["tab10"](i), label=name)
         axes.axvline(0.5, color="0.6", linewidth=0.8, linestyle=":")
-        axes.set_xlim(0.3, 1.02)
+        axes.set_xlim(right=1.02)
         axes.set_yticks([-row for row in range(len(labels))], list(labels.values()), fontsize=8)
         axes.set_xlabel(f"AUROC of new against known text, by {what}")
         axes.spines[["top", "right"]].set_visible(False)

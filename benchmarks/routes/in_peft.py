@@ -1,7 +1,8 @@
 """PEFT's own ways to mix adapters, on the same experts as stock adapters: Arrow and X-LoRA.
 
-Both decide token by token. Arrow is free of training; the gate of X-LoRA is trained on text of all domains at
-once, which a stream does not offer.
+Both decide token by token. Arrow is free of training. The gate of X-LoRA (Buehler and Buehler 2024, X-LoRA:
+Mixture of Low-Rank Adapter Experts, https://arxiv.org/abs/2402.07148) is trained, here on text of all domains
+at once, which a stream does not offer.
 """
 
 # B batch (rows), T time

@@ -34,12 +34,14 @@ from forgetting.streams import base_model, experiment, learner
 from harness import Parts, PathOption, arguments, keep, over_seeds, table
 
 from cambia import bench, rundir
-from cambia.evaluation import run_metrics
+from cambia.evaluation import run_metrics, task_matrix
 from cambia.reporting.units import plural
 from cambia.rundir import RunReader
 
 BASELINES = ("naive", "replay", "lora", "lora_per_task", "full_per_task", "joint")
 """Rows of the continual benchmark, with the settings that it has chosen."""
+CLAIMED = ("far", "near")
+"""Streams on which the first claim decides, too."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,8 @@ def baselines() -> dict[str, Settings]:
 def rows_of(stream: str, kind: str) -> dict[str, Settings]:
     """Who learns a stream, on a base of a kind."""
     if stream == "gradual" or kind != "llama":
-        return EXPERTS
-    return {**EXPERTS, **baselines()}
+        return {"experts": EXPERTS["experts"]}
+    return {**(EXPERTS if stream in CLAIMED else {"experts": EXPERTS["experts"]}), **baselines()}
 
 
 # ---- what came out -------------------------------------------------------------------------------
@@ -101,14 +103,17 @@ def measured(run: RunReader) -> dict[str, Any]:
     summary = run.summary() or {}
     found = run_metrics(run.rows(rundir.EVAL))
     assert found is not None
-    results = summary["results"]
+    results, texts = summary["results"], summary.get("texts", ())
     return {
         "final": found.final_mean,
         "forgetting": found.forgetting,
         "learned": found.learning_loss,
-        "lost_by_weights": found.forgetting_by_weights,
+        "moved_since_sealed": moved_since_sealed(run),
         "lost_by_routes": found.forgetting_by_routes,
         "regret": found.regret_to_oracle,
+        "right": statistics.fmean(text["right"] for text in texts) if texts else None,
+        "texts": list(texts),
+        "kept": len(summary.get("experts", ())),
         "grew_at": [event["step"] for event in run.growth() if event["done"]],
         "begins": begins(run.rows(rundir.METRICS)),
         **{f"{kind}_parameters": results[f"{kind}_parameters"] for kind in ("trained", "stored", "active")},
@@ -116,6 +121,17 @@ def measured(run: RunReader) -> dict[str, Any]:
         "ms_per_token": summary["scoring_ms_per_token"],
         "wall_seconds": summary["wall_seconds"],
     }
+
+
+def moved_since_sealed(run: RunReader) -> float | None:
+    """By how much a text's loss has changed at most since its expert, told, was sealed: bits per byte."""
+    matrix = task_matrix(run.rows(rundir.EVAL), route="oracle")
+    moved = []
+    for place in range(len(matrix.tasks)):
+        sealed = [line["stage"] for line in run.promises() if str(place) in line.get("answerers", {})]
+        since = [row[place] for row in matrix.rows[min(sealed) + 1 :]] if sealed else []
+        moved += [max(since) - min(since)] if since else []
+    return max(moved, default=None)
 
 
 def begins(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
@@ -139,8 +155,9 @@ def delays(cell: Mapping[str, Any]) -> list[int]:
 def stream_table(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """One stream, best final average first."""
     head = [
-        "method", "final average", "behind right routes", "forgetting", "lost by weights", "lost by routes",
-        "learning", "experts", "batches until one came", "trained / stored / active (M)", "TFLOP",
+        "method", "final average", "behind right routes", "routed right", "forgetting", "moved since sealed",
+        "lost by routes", "learning", "experts born, kept", "batches until one came",
+        "trained / stored / active (M)", "TFLOP",
     ]  # fmt: skip
     found = []
     for method, runs in cells.items():
@@ -154,10 +171,12 @@ def stream_table(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                     ROWS[method].label if method in ROWS else method,
                     over_seeds([run["final"] for run in runs]),
                     over_seeds([run["regret"] for run in runs]),
-                    *("" if method == "joint" else over_seeds([r[k] for r in runs]) for k in ("forgetting",)),
-                    *(over_seeds([r[f"lost_by_{kind}"] for r in runs]) for kind in ("weights", "routes")),
+                    over_seeds([run["right"] for run in runs]),
+                    "" if method == "joint" else over_seeds([run["forgetting"] for run in runs]),
+                    f"{max(run['moved_since_sealed'] for run in runs):g}" if mine else "",
+                    over_seeds([run["lost_by_routes"] for run in runs]) if mine else "",
                     "" if method == "joint" else over_seeds([run["learned"] for run in runs]),
-                    ", ".join(str(len(run["grew_at"])) for run in runs) if mine else "",
+                    "; ".join(f"{len(run['grew_at'])}, {run['kept']}" for run in runs) if mine else "",
                     f"{statistics.median(late):.0f} (at most {max(late)})" if mine and late else "",
                     " / ".join(f"{count:.2f}" for count in counts),
                     f"{statistics.fmean(run['flops'] for run in runs) / 1e12:.1f}",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from cambia.data.tokenizers import BytesTokenizer, build_tokenizer
 from cambia.experiment.tree import read_tree
 from forgetting.rows import RATE, Settings
 from forgetting.runs import FAR, NATIVE, NEAR, pretrained, source
@@ -44,6 +45,7 @@ def base_model(
         random = folder.with_name(f"{folder.name}-random")
         if not random.exists():
             GPT2LMHeadModel(config).save_pretrained(random)
+            build_tokenizer(BytesTokenizer()).save(random)
         model = {"type": "pretrained", "path": str(random)}
     text = source("wikitext", data, plain=False)
     return pretrained(folder, text, model, steps=steps, rows=rows)

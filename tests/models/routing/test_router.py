@@ -103,6 +103,15 @@ def test_a_text_stays_with_its_part_unless_another_is_clearly_likelier() -> None
     assert share(router.route(world.read(long), before=["0"] * 40), "1") >= 0.95
 
 
+def test_what_the_base_answers_claims_nothing() -> None:
+    world = World()
+    router = world.router(0, 1, routing="first_claim")
+    router.domains["0"].answers = None
+    for known in (router.domains["0"].cheap, router.domains["0"].full):
+        known.average[:, 0] += 1000  # nothing is strange to it
+    assert share(router.route(world.read(world.text(1, 100, 32))), "1") >= 0.95
+
+
 def test_first_claim_lets_go_of_a_text_only_by_a_margin() -> None:
     world = World()
     router = world.router(0, 1, routing="first_claim", bound=1.0)

@@ -8,9 +8,9 @@ far too strange are out; only where several are left do they read the prefix the
 * ``compete``: of the Parts that accept a prefix the likeliest answers (`pooling` says how kinds of evidence
   add up). The one that n-grams point at is among them also where the prefix is strange to it, if it foretells
   it far better than the base. A Part that comes later may take over what it foretells better.
-* ``first_claim``: the first Part, in order of birth, that accepts a prefix answers it. What decides over a
-  Part is measured at its birth, on it, the base and the prefix alone; so what was accepted once stays with
-  its Part, to the bit, whatever comes later.
+* ``first_claim``: the first Part, in order of birth, that accepts a prefix answers it; domains that the base
+  answers claim nothing. What decides over a Part is measured at its birth, on it, the base and the prefix
+  alone; so what was accepted once stays with its Part, to the bit, whatever comes later.
 
     >>> router = Router(vocab_size=264)
     >>> router.add("sql", grams, gaussian, held=reader.read(held_out_rows))
@@ -246,6 +246,8 @@ class Router:
         inside = torch.full((len(had),), -math.inf, dtype=torch.float64)  # how far, in standard deviations
         free = read.prefixes.lengths >= 2
         for domain in self.domains.values():
+            if domain.answers is None:
+                continue  # the base answers whatever no Part claims
             grams = read.grams(domain.grams)
             slack = torch.tensor([self._slack(name, domain.answers) for name in had])
             near = self._bound + slack.clamp_min(0) + _SLACK

@@ -72,6 +72,18 @@ def test_what_was_claimed_once_is_answered_by_the_same_bits_for_good() -> None:
     assert len({name for name in after if name}) > 4, "the later ones answer something too"
 
 
+def test_what_nobody_claims_is_answered_by_the_bits_of_the_model_alone() -> None:
+    experts = with_kinds(0, 1)
+    alone = bare_copy(experts.model).eval()
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(5):  # whoever stands beside it in a batch
+        rows = BATCH[torch.randperm(len(BATCH), generator=generator)]
+        left = torch.tensor([name is None for name in experts.route(rows)])
+        assert 0 < left.sum() < len(rows)
+        with torch.no_grad():
+            assert torch.equal(experts(rows).logits[left], alone(input_ids=rows).logits[left])
+
+
 @pytest.mark.parametrize("routing", ["compete", "first_claim"])
 def test_routes_are_read_as_they_were_written(routing: str, tmp_path: Path) -> None:
     experts = with_kinds(0, 1, routing=routing)

@@ -195,7 +195,7 @@ class StreamAllocator:
     def _lesson_given(self, batch: Batch) -> Allocation:
         assert self.open is not None
         if self.phase == "seeding":
-            self.material.read_due(len(batch.input_ids), self.course.memory_rows)
+            self.material.read_due(len(batch.input_ids), self.course.memory_rows, self._generator)
         return Allocation(parts=(self.open,), rate=self._rate())
 
     def _rate(self) -> float:
@@ -285,7 +285,7 @@ class StreamAllocator:
         domain.observe(freed)
         learned = [mine[i] for i in left]
         domain.observe(rows.take(learned))
-        self.material.remember(rows.take(learned), self.course.memory_rows)
+        self.material.remember(rows.take(learned), self.course.memory_rows, self._generator)
         if domain.rows >= self._refresh_at:
             self._refresh()
         return learned

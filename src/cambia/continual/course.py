@@ -28,9 +28,10 @@ class Course:
     cycle_low: Annotated[float, Ge(0), Le(1)] = 0.1
     """Where a cycle ends, as a share of the highest rate."""
     consolidation_steps: Annotated[int, Ge(0)] = 40
-    """Steps at a falling rate at its end, on the rows that it has read last."""
+    """Steps at a falling rate at its end, on rows that it has read."""
     memory_rows: Annotated[int, Gt(0)] = 640
-    """Rows of its text that are kept until it is sealed, the latest ones."""
+    """Rows of its text that are kept for that until it is sealed: a random sample; the latest ones would
+    be of one place in a text that drifts."""
     held_rows: Annotated[int, Ge(0)] = 16
     """Of its first rows so many are not trained on, to see what it has learned; at most a third."""
     calibration_rows: Annotated[int, Ge(0)] = 48

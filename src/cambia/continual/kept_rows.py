@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from cambia.continual.domains import ReadRows
 
 
@@ -51,7 +53,8 @@ class Material:
         self.due = ReadRows.none(1, 1)
         """To be read as soon as there is time."""
         self.memory = ReadRows.none(1, 1)
-        """The latest that it has read."""
+        """A sample of all that it has read, each row as likely as any other."""
+        self._keys = torch.zeros(0, dtype=torch.float64)  # of the rows in memory: those of the largest stay
         self.yardstick = ReadRows.none(1, 1)
         """Held back for good."""
         self.waiting = ReadRows.none(1, 1)
@@ -63,10 +66,12 @@ class Material:
         self.arrived = 0
         self.due, self.yardstick = rows.take(range(kept)), rows.take(range(kept, len(rows)))
         self.memory = self.waiting = rows.take([])
+        self._keys = self._keys[:0]
 
     def end(self) -> None:
         """The Part is sealed: nothing is kept."""
         self.memory = self.due = self.yardstick = self.waiting = self.memory.take([])
+        self._keys = self._keys[:0]
 
     @property
     def held_out(self) -> ReadRows:
@@ -95,26 +100,28 @@ class Material:
         self.due = joined(self.due, freed)
         return left, freed
 
-    def remember(self, rows: ReadRows, most: int) -> None:
-        """Rows that the Part has read."""
+    def remember(self, rows: ReadRows, most: int, generator: torch.Generator) -> None:
+        """Rows that the Part has read; of more than `most` a random sample stays."""
         memory = joined(self.memory, rows)
-        self.memory = memory.take(range(max(0, len(memory) - most), len(memory)))
+        keys = torch.cat([self._keys, torch.rand(len(rows), generator=generator, dtype=torch.float64)])
+        kept = keys.topk(min(most, len(keys))).indices.sort().values
+        self.memory, self._keys = memory.take(kept.tolist()), keys[kept]
 
     def first_due(self, count: int) -> ReadRows:
         """The rows that are read next."""
         return self.due.take(range(min(count, len(self.due))))
 
-    def read_due(self, count: int, most: int) -> None:
-        """So many of the rows that were due have been read."""
-        self.remember(self.first_due(count), most)
+    def read_due(self, count: int, most: int, generator: torch.Generator) -> None:
+        """So many of the rows that were due have been read; of all that were read `most` stay in memory."""
+        self.remember(self.first_due(count), most, generator)
         self.due = self.due.take(range(min(count, len(self.due)), len(self.due)))
 
     def state_dict(self) -> dict[str, Any]:
         rows = {name: getattr(self, name).state_dict() for name in _KINDS}
-        return {"arrived": self.arrived, "rows": rows}
+        return {"arrived": self.arrived, "keys": self._keys, "rows": rows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.arrived = state["arrived"]
+        self.arrived, self._keys = state["arrived"], state["keys"]
         for name in _KINDS:
             setattr(self, name, ReadRows(**state["rows"][name]))
 

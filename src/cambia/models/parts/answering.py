@@ -65,11 +65,15 @@ def routed_logits(
     tokens: int,
     **settings: Any,
 ) -> CausalLMOutputWithPast:
-    """Each row answered as was decided from its `tokens`-th token on, and by the model alone before."""
+    """Each row answered as was decided from its `tokens`-th token on, and by the model alone before.
+
+    A row that the model alone answers is left as one reading gave it, to the bit: read in parts it would be
+    rounded otherwise.
+    """
     model = experts.model
     with answer.block():
         outputs = model(input_ids=input_ids, attention_mask=attention_mask, **settings)
-    if answer.is_base:
+    if not any(answer.by_experts):
         return outputs
     with experts.using(None):
         first = slice(0, tokens - 1 + _padding(attention_mask))
@@ -77,6 +81,7 @@ def routed_logits(
         alone = model(input_ids=input_ids[:, first], attention_mask=mask, use_cache=False).logits
     outputs.logits = outputs.logits.clone()
     unread = _read(input_ids, attention_mask)[:, first] < tokens  # (B, P - 1): too little was read there
+    unread = unread & torch.tensor(answer.by_experts, device=unread.device)[:, None]
     outputs.logits[:, first][unread] = alone[unread]
     return outputs
 

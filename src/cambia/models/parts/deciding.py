@@ -56,17 +56,17 @@ class Answer:
 
     block: Callable[[], AbstractContextManager[Any]]
     """Inside of it they do."""
-    is_base: bool = False
-    """Whether the model alone answers all of them."""
+    by_experts: tuple[bool, ...]
+    """For each whether experts have a part in it; the others are answered by the model alone."""
 
 
 def answer_to(experts: LoraExperts, prefixes: Prefixes) -> Answer:
     """Who answers sequences that begin so."""
     if experts.routing == "hybrid" and (router := hybrid_of(experts)) is not None:
         weights = router.weights(prefixes.features()).to(experts.device)
-        return Answer(lambda: experts.mixed(router.names, weights))
+        return Answer(lambda: experts.mixed(router.names, weights), (True,) * len(prefixes))
     names = decided(experts, prefixes).names
-    return Answer(lambda: experts.routed(names), all(name is None for name in names))
+    return Answer(lambda: experts.routed(names), tuple(name is not None for name in names))
 
 
 def decided(experts: LoraExperts, prefixes: Prefixes, before: Sequence[str | None] | None = None) -> Routes:

@@ -29,7 +29,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cambia.errors import ConfigError
 from cambia.models.parts.answering import measured, prefixes_of, routed_logits
-from cambia.models.parts.deciding import Answer, answer_to, by_arrow, check_routing, decided
+from cambia.models.parts.deciding import answer_to, by_arrow, check_routing, decided
 from cambia.models.parts.folder import opened, read_base, read_experts, shape_of, write_experts
 from cambia.models.parts.lora_expert import LoraExpert
 from cambia.models.parts.lora_shape import LoraShape, new_deltas, places_of
@@ -369,10 +369,10 @@ class LoraExperts(nn.Module):
             settings: of `model.generate`.
         """
         if self.routing == "arrow":
-            answer = Answer(lambda: by_arrow(self))
+            block = by_arrow(self)
         else:
-            answer = answer_to(self, prefixes_of(self, input_ids, attention_mask, input_ids.shape[1]))
-        with answer.block():
+            block = answer_to(self, prefixes_of(self, input_ids, attention_mask, input_ids.shape[1])).block()
+        with block:
             return self.model.generate(  # ty: ignore[not-callable]
                 input_ids, attention_mask=attention_mask, **settings
             )

@@ -17,9 +17,7 @@ are found by CAMBIA_DATA.
 from __future__ import annotations
 
 import functools
-import os
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +26,7 @@ from typing import Any
 from forgetting.figures import draw
 from forgetting.rows import REFERENCE, ROWS, Settings
 from forgetting.runs import FAR, NATIVE, NEAR, pretrained, source, sweep
-from harness import Parts, PathOption, arguments, keep, over_seeds, table
+from harness import in_parts, keep, over_seeds, table
 
 from cambia import rundir
 from cambia.evaluation import task_matrix, transfer_metrics
@@ -247,14 +245,8 @@ def headlines(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    options = arguments(
-        __doc__, PRESETS, {"--parts": PathOption("where whole parts are kept", "FOLDER")}, clocked=False
-    )
-    if "CAMBIA_DATA" not in os.environ:
-        sys.exit("the corpora of this benchmark are found by CAMBIA_DATA, which is not set")
-    data, preset = Path(os.environ["CAMBIA_DATA"]), PRESETS[options.preset]
+    options, preset, data, parts = in_parts(__doc__, PRESETS)
     name = f"bench-continual-{options.preset}"
-    parts = Parts(options.parts, asdict(replace(preset, workers=None)))
     base = base_model(preset, rundir.run_folder(f"{name}-base"))
     shared = {
         "far": experiment(preset, FAR, data, base, plain=False),

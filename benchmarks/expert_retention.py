@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ import torch
 from forgetting.runs import sweep_seeds
 from forgetting.stories import piece_bytes, stories_folder
 from forgetting.streams import PREFIX
-from harness import Parts, PathOption, arguments, keep, over_seeds, seeds_told, table
+from harness import in_parts, keep, over_seeds, seeds_told, table
 from peers.llama import BEGIN, Pieces
 from routes.deciders import Learned
 from torch import Tensor, nn
@@ -217,14 +215,8 @@ def headlines(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    options = arguments(
-        __doc__, PRESETS, {"--parts": PathOption("where what was measured is kept", "FOLDER")}, clocked=False
-    )
-    if "CAMBIA_DATA" not in os.environ:
-        sys.exit("the model and the texts of this benchmark are found by CAMBIA_DATA, which is not set")
-    data, preset = Path(os.environ["CAMBIA_DATA"]), PRESETS[options.preset]
+    options, preset, data, parts = in_parts(__doc__, PRESETS)
     name = f"bench-expert_retention-{options.preset}"
-    parts = Parts(options.parts, asdict(replace(preset, workers=None)))
     rundir.runs_root().mkdir(parents=True, exist_ok=True)
     base = stories_folder(data / "stories260K", rundir.runs_root() / f"{name}-stories260K")
     seeds = list(range(preset.seeds))

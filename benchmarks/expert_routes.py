@@ -20,19 +20,17 @@ each run is kept in the folder of --parts. The corpora are found by CAMBIA_DATA.
 from __future__ import annotations
 
 import functools
-import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from forgetting.runs import NATIVE, sweep_seeds
 from forgetting.streams import PREFIX, base_model, domains_of, experiment, learner
-from harness import Parts, PathOption, arguments, keep, over_seeds, seeds_told, table
+from harness import in_parts, keep, over_seeds, seeds_told, table
 from routes import in_peft
 from routes.deciders import LABELS, WAYS, Learned, bits, by_tokens, compared, suffix_losses
 from routes.detectors import TOGETHER, Amount, Texts, detected
@@ -359,15 +357,9 @@ def draw(result: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    options = arguments(
-        __doc__, PRESETS, {"--parts": PathOption("where what was measured is kept", "FOLDER")}, clocked=False
-    )
-    if "CAMBIA_DATA" not in os.environ:
-        sys.exit("the corpora of this benchmark are found by CAMBIA_DATA, which is not set")
+    options, preset, data, parts = in_parts(__doc__, PRESETS)
     assert set(SCORES) == {*NOVELTY_SCORES, TOGETHER}
-    data, preset = Path(os.environ["CAMBIA_DATA"]), PRESETS[options.preset]
     name = f"bench-expert_routes-{options.preset}"
-    parts = Parts(options.parts, asdict(replace(preset, workers=None)))
     folder = rundir.run_folder(preset.base or f"{name}-base")
     base = base_model("llama", data, folder, steps=preset.base_steps, rows=preset.rows, shape=preset.shape)
     place = Place(name, data, base, preset)

@@ -20,18 +20,17 @@ are kept in the folder of --parts too. The corpora are found by CAMBIA_DATA.
 from __future__ import annotations
 
 import functools
-import os
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from forgetting.rows import ROWS, Settings
 from forgetting.runs import sweep
 from forgetting.streams import base_model, experiment, learner
-from harness import Parts, PathOption, arguments, keep, over_seeds, table
+from harness import in_parts, keep, over_seeds, table
 
 from cambia import bench, rundir
 from cambia.evaluation import run_metrics, task_matrix
@@ -217,14 +216,8 @@ def headlines(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    options = arguments(
-        __doc__, PRESETS, {"--parts": PathOption("where whole parts are kept", "FOLDER")}, clocked=False
-    )
-    if "CAMBIA_DATA" not in os.environ:
-        sys.exit("the corpora of this benchmark are found by CAMBIA_DATA, which is not set")
-    data, preset = Path(os.environ["CAMBIA_DATA"]), PRESETS[options.preset]
+    options, preset, data, parts = in_parts(__doc__, PRESETS)
     name = f"bench-experts-{options.preset}"
-    parts = Parts(options.parts, asdict(replace(preset, workers=None)))
     bases = {
         kind: base_model(
             kind, data, rundir.run_folder(f"{name}-{kind}"), steps=preset.base_steps, rows=preset.rows

@@ -22,9 +22,9 @@ import random
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -34,6 +34,8 @@ from cambia.bench import table as table
 from cambia.files import write_text
 
 BUSY_LOAD = 0.5
+
+Preset = TypeVar("Preset")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,26 @@ def arguments(
     options.load = load
     options.command = _command(name, options, paths)
     return options
+
+
+def in_parts(
+    description: str | None, presets: Mapping[str, Preset]
+) -> tuple[argparse.Namespace, Preset, Path, Parts]:
+    """How a benchmark begins that trains on the corpora for hours, by no clock.
+
+    Args:
+        presets: dataclasses; their `workers` change nothing that is measured.
+
+    Returns:
+        The options, the preset, where the corpora are, and what has been measured of it already.
+    """
+    told = PathOption("where what was measured is kept", "FOLDER")
+    options = arguments(description, presets, {"--parts": told}, clocked=False)
+    if "CAMBIA_DATA" not in os.environ:
+        sys.exit("the data of this benchmark is found by CAMBIA_DATA, which is not set")
+    preset = presets[options.preset]
+    parts = Parts(options.parts, {**asdict(preset), "workers": None})
+    return options, preset, Path(os.environ["CAMBIA_DATA"]), parts
 
 
 def _command(name: str, options: argparse.Namespace, paths: Mapping[str, PathOption]) -> str:

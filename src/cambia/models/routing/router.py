@@ -287,8 +287,7 @@ class Router:
         """
         own, lengths = read.own(domain.answers, rows), read.prefixes.lengths[rows]
         inside = self._bound + slack - domain.full.units(read.strangeness(grams, own, rows), lengths)
-        better = (own + read.prefixes.losses(None)[rows]) * (lengths - 1)
-        better = better + (slack > 0) * math.log(self.switch_odds)
+        better = _gained(read, own, rows) + (slack > 0) * math.log(self.switch_odds)
         if self.routing == "compete":
             better = better + math.log(_CLEARLY)
         return inside.minimum(better), own
@@ -305,29 +304,32 @@ class Router:
         units = torch.stack([d.cheap.units(s, lengths) for d, s in zip(domains, strange, strict=True)])
         near = self._bound + _SLACK + stays * _SLACK - units
         open_to = (near >= 0) & (lengths >= 2)
-        scores = (cheap * between(grid, cheap_weights, lengths)).sum(2) + bonus
+        pointed = (cheap * between(grid, cheap_weights, lengths)).sum(2)  # (K, B)
+        scores = pointed + bonus
         shares = _shares(scores, open_to)
         rank = (-shares).argsort(0).argsort(0)
         candidates = open_to & (shares >= self.doubt) & (rank < self.most_asked)
         asked = candidates & ~((candidates.sum(0) == 1) & (candidates & (units <= _HOME)).any(0))
         weights = between(grid, full_weights, lengths)  # (B, 3)
+
+        def weigh(k: int, rows: Tensor, own: Tensor) -> None:
+            evidence = torch.cat([cheap[k, rows], own[:, None]], 1)
+            scores[k, rows] = (evidence * weights[rows]).sum(1) + bonus[k, rows]
+
         for k, domain in enumerate(domains):
             rows = asked[k].nonzero()[:, 0]
             if len(rows):
                 slack = stays[k, rows] * _SLACK
                 near[k, rows], own = self._asked(read, domain, cheap[k, rows, 0], rows, slack)
-                evidence = torch.cat([cheap[k, rows], own[:, None]], 1)
-                scores[k, rows] = (evidence * weights[rows]).sum(1) + bonus[k, rows]
+                weigh(k, rows, own)
         candidates &= near >= 0
-        first = (cheap * between(grid, cheap_weights, lengths)).sum(2).argmax(0)  # (B,)
+        first = pointed.argmax(0)  # (B,)
         for k, domain in enumerate(domains):
             rows = ((first == k) & ~candidates[k] & (lengths >= 2)).nonzero()[:, 0]
             if len(rows) and domain.answers is not None:
                 own = read.own(domain.answers, rows)
-                gain = own + read.prefixes.losses(None)[rows]
-                candidates[k, rows] = gain * (lengths[rows] - 1) >= math.log(_CLEARLY)
-                evidence = torch.cat([cheap[k, rows], own[:, None]], 1)
-                scores[k, rows] = (evidence * weights[rows]).sum(1) + bonus[k, rows]
+                candidates[k, rows] = _gained(read, own, rows) >= math.log(_CLEARLY)
+                weigh(k, rows, own)
         return self._likeliest(domains, scores, candidates, near, read.passes)
 
     def _likeliest(
@@ -418,6 +420,11 @@ strange to it (text of narrow kinds drifts out of what was ordinary, and is stil
 def _likelihoods(read: Evidence, grams: TokenGrams, gaussian: FeatureGaussian, answers: str | None) -> Tensor:
     """(B, 3): by n-grams, by features, and by the Part itself."""
     return torch.stack([read.grams(grams), read.features(gaussian), read.own(answers)], 1)
+
+
+def _gained(read: Evidence, own: Tensor, rows: Tensor) -> Tensor:
+    """(R,) nats by which a Part of these likelihoods (R,) foretells prefixes better than the base does."""
+    return (own + read.prefixes.losses(None)[rows]) * (read.prefixes.lengths[rows] - 1)
 
 
 def _shares(scores: Tensor, allowed: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,20 @@ def test_an_altered_checkpoint_is_refused_and_nothing_is_lost(cambia, tmp_path):
     manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 99'))
     assert "format 99" in cambia("run", "--resume", "tiny")[2]
     assert cambia("report", "tiny")[0] == 0
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(cambia, tmp_path):
+    assert cambia("run", "tiny.yaml", "--training.steps", "2")[0] == 0
+    latest = tmp_path / "runs/tiny/latest"
+    state = json.loads((latest / "state.json").read_text())
+    del state["values"]
+    (latest / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((latest / "manifest.json").read_text())
+    manifest["sha256"]["state.json"] = sha256((latest / "state.json").read_bytes()).hexdigest()
+    (latest / "manifest.json").write_text(json.dumps(manifest))
+    code, _, err = cambia("run", "--resume", "tiny")
+    assert code == 2
+    assert "another version of Cambia" in err and "--name" in err and "Traceback" not in err
 
 
 def test_resume_refuses_what_would_make_it_another_run(cambia):

@@ -23,7 +23,7 @@ from cambia.data.prepare import prepare, train_texts
 from cambia.data.sources import TEST, VALID, Splits
 from cambia.data.streams import Stream, Task
 from cambia.data.tokenizers import Tokenizer, build_tokenizer
-from cambia.errors import ConfigError, OutOfMemoryError
+from cambia.errors import CheckpointError, ConfigError, OutOfMemoryError
 from cambia.experiment.continued import go_on, refuse_few
 from cambia.experiment.learned import learned, totals
 from cambia.experiment.machine import find_device, provenance
@@ -226,17 +226,28 @@ def assemble(experiment: Experiment, run: RunWriter) -> Assembly:
     )
     trainer.begin(stream)
     if resumed:
-        state = load_state(latest)
-        run.cut_logs(state["log_lengths"])
-        trainer.load_state_dict(
-            state, [GrowthEvent.from_dict(line) for line in RunReader(run.folder).growth()]
-        )
-        stream.load_state_dict(state["stream"])
+        _take_up(run, trainer, stream)
     else:
         run.cut_logs(dict.fromkeys(rundir.LOGS, 0))
         if not go_on(trainer, experiment.model, experiment.training.sequence_length):
             refuse_few(trainer, sum(stage_steps(experiment, stream)) * stream.batch_size)
     return Assembly(tokenizer, stream, stage_steps(experiment, stream), trainer, resumed)
+
+
+def _take_up(run: RunWriter, trainer: Trainer, stream: Stream) -> None:
+    """Go on where the run's latest checkpoint was written."""
+    latest = run.folder / rundir.LATEST
+    state = load_state(latest)
+    run.cut_logs(state["log_lengths"])
+    grown = [GrowthEvent.from_dict(line) for line in RunReader(run.folder).growth()]
+    try:
+        trainer.load_state_dict(state, grown)
+        stream.load_state_dict(state["stream"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{latest} is of another version of Cambia ({type(error).__name__}: {error}): go on with "
+            "that one, or begin a new run under another --name; its weights can be read, --model.path"
+        ) from error
 
 
 def open_stream(experiment: Experiment) -> tuple[Tokenizer, Stream]:

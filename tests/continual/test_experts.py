@@ -50,7 +50,7 @@ def learned(folder: Path, order: list[str], *, steps: int = 40, **changes: Any) 
         "model": {
             "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
         },
-        "optimizer": {"type": "adamw", "learning_rate": 0.02},
+        "optimizer": {"type": "adamw", "learning_rate": 0.005},
         "training": {"steps": steps, "batch_size": 16, "sequence_length": 32},
         "methods": [QUICK],
         "growth": {"rules": [RULE]},
@@ -213,6 +213,23 @@ def test_the_open_expert_is_measured_again_only_if_it_changed(
     allocator.load_state_dict(allocator.state_dict())
     allocator.introduce()
     assert measured == ["new"] * 3
+
+
+def test_few_rows_wait_until_a_whole_batch_is_due(recurring: RunReader) -> None:
+    method = opened(recurring)
+    allocator, ids = method._allocator, written("copy", 48)
+    allocator.quarantine.add(method.read(Batch(ids, ids, ids.numel())), [None] * 48, "copy")
+    method.experts.add("new")
+    method.meet_newcomer()
+    due = len(allocator.material.due)
+    assert 16 < due < 48, "some are held back"
+    assert len(allocator.lesson(16).input_ids) == 16
+    assert allocator.lesson(due + 1) is None
+    allocator.finish(due)
+    assert allocator.phase == "seeding", "a whole batch is to be read first"
+    allocator.finish(due + 1)
+    assert allocator.phase == "consolidating" and not len(allocator.material.due)
+    assert len(allocator.lesson(due + 1).input_ids) == due, "they are read now"
 
 
 def test_first_claim_is_not_reopened() -> None:

@@ -32,7 +32,7 @@ def learn(
     files or folders (text, or jsonl with texts, instructions or chats, also as .gz), in the order in which
     they are read. The model itself stays as it is, bit by bit: each kind of text gets an expert of its own,
     and who answers a text is found from its beginning. Each file is read once, and before an expert is sealed
-    it reads its latest rows again. This is the recipe `learn`: further settings stand behind the texts as
+    it reads some of its rows again. This is the recipe `learn`: further settings stand behind the texts as
     dotted flags (`--training.batch_size 8`).
 
     Args:

@@ -190,13 +190,16 @@ class StreamAllocator:
             chosen = torch.randperm(len(memory), generator=self._generator)[:batch_size]
             return memory.take(chosen.tolist()).batch(self.open)
         due = self.material.first_due(batch_size)
-        return due.batch(self.open) if len(due) else None
+        return due.batch(self.open) if len(due) == batch_size else None
 
     def _lesson_given(self, batch: Batch) -> Allocation:
         assert self.open is not None
         if self.phase == "seeding":
-            self.material.read_due(len(batch.input_ids), self.course.memory_rows, self._generator)
+            self._read_due(len(batch.input_ids))
         return Allocation(parts=(self.open,), rate=self._rate())
+
+    def _read_due(self, rows: int) -> None:
+        self.material.read_due(rows, self.course.memory_rows, self._generator)
 
     def _rate(self) -> float:
         """The rate of the open Part's next step, as a share of the highest."""
@@ -218,8 +221,9 @@ class StreamAllocator:
             self.consolidate("something else has come")
 
     def consolidate(self, reason: str) -> None:
-        """The open Part has learned enough, or something else has come."""
-        if self.phase == "seeding":
+        """The open Part has learned enough, or something else has come; what is still due is read now."""
+        if self.open is not None and self.phase == "seeding":
+            self._read_due(len(self.material.due))
             self.phase, self.steps = "consolidating", 0
             self._tell("consolidating", self.open, reason)
 
@@ -228,9 +232,9 @@ class StreamAllocator:
         while self.open is not None and self.phase == "consolidating" and self._is_over:
             self._seal()
 
-    def finish(self) -> None:
-        """The stream has ended: what is left is to consolidate the open Part."""
-        if self.open is not None and not len(self.material.due):
+    def finish(self, batch_size: int) -> None:
+        """The stream has ended: what is left is to consolidate the open Part, once no whole batch is due."""
+        if len(self.material.due) < batch_size:
             self.consolidate("the stream has ended")
 
     @property
@@ -285,9 +289,12 @@ class StreamAllocator:
         domain.observe(freed)
         learned = [mine[i] for i in left]
         domain.observe(rows.take(learned))
-        self.material.remember(rows.take(learned), self.course.memory_rows, self._generator)
         if domain.rows >= self._refresh_at:
             self._refresh()
+        if len(learned) < _LEAST_SHARE * len(rows):
+            self.material.due = joined(self.material.due, rows.take(learned))
+            return []
+        self.material.remember(rows.take(learned), self.course.memory_rows, self._generator)
         return learned
 
     def _refresh(self) -> None:
@@ -433,6 +440,9 @@ _PLAIN = (
 )
 _UNCERTAIN = 0.999
 """The novelty of what could still be chance: a rule acts at 1."""
+_LEAST_SHARE = 0.5
+"""Of a batch's rows that make a step of their own. A step on a row or two would be mostly noise, and its rate
+that of a whole batch: fewer are due, and wait until a whole batch is."""
 _STRETCH = 8
 """Rows of the quarantine that are held back, or counted, together."""
 _REFRESH = 1.25

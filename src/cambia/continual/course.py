@@ -27,9 +27,9 @@ class Course:
     """Steps of a cycle of its seeding: the rate falls as half a cosine and is set up again; null: none."""
     cycle_low: Annotated[float, Ge(0), Le(1)] = 0.1
     """Where a cycle ends, as a share of the highest rate."""
-    consolidation_steps: Annotated[int, Ge(0)] = 40
+    consolidation_steps: Annotated[int, Ge(0)] = 80
     """Steps at a falling rate at its end, on rows that it has read."""
-    memory_rows: Annotated[int, Gt(0)] = 640
+    memory_rows: Annotated[int, Gt(0)] = 1280
     """Rows of its text that are kept for that until it is sealed: a random sample; the latest ones would
     be of one place in a text that drifts."""
     held_rows: Annotated[int, Ge(0)] = 16

@@ -1,7 +1,7 @@
 """LoRA experts in `transformers.Trainer`: one kind of text is learned after another, without labels.
 
     callback = ExpertsCallback()
-    args = TrainingArguments("trained", train_sampling_strategy="sequential", learning_rate=0.005)
+    args = TrainingArguments("trained", train_sampling_strategy="sequential", learning_rate=0.006)
     Trainer(model, args, train_dataset=rows, callbacks=[callback]).train()
     callback.experts.names                        # as many as there were kinds of text
     callback.experts.save_pretrained("experts")
@@ -9,7 +9,7 @@
 The Trainer reads batch after batch. The callback looks at each before the model does: rows that are known
 train nothing, rows of the kind that is being learned train its expert, strange ones wait, and when enough of
 them have come an expert is added (`cambia.continual.methods.experts`). What it reads out of memory, the rows
-that waited for it and at its end the latest ones again, are steps of their own between the Trainer's.
+that waited for it and at its end some of them again, are steps of their own between the Trainer's.
 """
 
 # N rows of a batch, T time
@@ -145,7 +145,7 @@ class ExpertsCallback(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         if self._manager is not None:
-            self._allocator.finish()
+            self._allocator.finish(self._batch_size)
             self._lessons()
             self.told += self.method.told()
 

@@ -123,7 +123,7 @@ class Experts(Method):
     def batch(self, stream: AnyStream, stage: int, at: float) -> Batch:
         self.meet_newcomer()
         if at >= 1:
-            self._allocator.finish()
+            self._allocator.finish(stream.batch_size)
         lesson = self._allocator.lesson(stream.batch_size)
         if lesson is not None:
             return lesson

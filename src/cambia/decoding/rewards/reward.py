@@ -77,7 +77,7 @@ class Reward(ABC):
     weight: Annotated[float, Gt(0)] = 1.0
     """How much it counts."""
 
-    def begin(self, material: Material) -> None:
+    def begin(self, material: Material) -> None:  # noqa: B027 (most have nothing to look at)
         """Look at what people wrote, and at what the model writes by itself."""
 
     @abstractmethod
@@ -93,8 +93,9 @@ class Reward(ABC):
         found = self.measure(samples)
         if not math.isfinite(found.value) or not bool(torch.isfinite(found.each).all()):
             raise ConfigError(
-                f"the reward {type(self).__name__} gave {found.value} for {len(samples)} continuations, the first "
-                f"of them {samples.texts[0][:60]!r}: it has to be a finite number for every text, an empty one too"
+                f"the reward {type(self).__name__} gave {found.value} for {len(samples)} continuations, the "
+                f"first of them {samples.texts[0][:60]!r}: it has to be a finite number for every text, an "
+                "empty one too"
             )
         parts = {name: self.weight * part for name, part in found.parts.items()}
         return Score(self.weight * found.value, parts, self.weight * found.each.double())

@@ -97,7 +97,7 @@ def killed_at(experiment: Experiment, folder: Path, step: int, monkeypatch: pyte
     whole = Trainer._step
 
     def dying(self, *given):
-        if self.progress.step == step:
+        if self.progress.step >= step:  # not every step trains
             raise Killed
         return whole(self, *given)
 

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -43,5 +41,5 @@ class ContextHead(nn.Module):
         states = torch.nn.functional.layer_norm(hidden.float(), hidden.shape[-1:])
         moved = _MOST * torch.tanh(self.linear(states))
         start = torch.as_tensor(top_p, dtype=moved.dtype, device=moved.device)
-        warmth = cast(Tensor, temperature * moved[..., 0].exp())
+        warmth = temperature * moved[..., 0].exp()
         return warmth, torch.sigmoid(torch.logit(start, 1e-4) + moved[..., 1])

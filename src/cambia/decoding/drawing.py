@@ -62,7 +62,7 @@ class Drawing(LogitsProcessor):
             input_ids: (B, T) prompts and what was written so far.
             scores: (B, V) the model's logits.
         """
-        knobs = self.knobs() if callable(self.knobs) else self.knobs
+        knobs = self.knobs if isinstance(self.knobs, Knobs) else self.knobs()
         history = self._read(input_ids, scores.shape[1]) if knobs.reads_history else None
         logits = warped(scores, knobs, history)
         return logits if self.noise is None else logits + self.noise.next(logits)

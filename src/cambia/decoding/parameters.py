@@ -75,7 +75,7 @@ class DecodingParameters:
         return ", ".join(f"{SHORT[name]} {value:.3g}" for name, value in shown.items())
 
 
-_NEUTRAL: dict[str, float] = {field.name: field.default for field in fields(DecodingParameters)}  # type: ignore[misc]
+_NEUTRAL = asdict(DecodingParameters())
 SHORT = {
     "temperature": "T",
     "top_p": "top-p",

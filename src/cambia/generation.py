@@ -53,7 +53,7 @@ def continue_text(
         raise ConfigError(f"top_p={top_p} is not a share; use a number above 0 and at most 1")
     if not prompts:
         return []
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # masked, so any id will do
     rows = _token_rows(tokenizer, prompts)
     lengths = [len(row) for row in rows]
@@ -84,7 +84,7 @@ def continue_text(
                 left -= room
     finally:
         model.train(was_training)
-    texts = [_before_end(row[length:], ends) for row, length in zip(rows, lengths, strict=True)]
+    texts = [before_end(row[length:], ends) for row, length in zip(rows, lengths, strict=True)]
     return [str(tokenizer.decode(text, skip_special_tokens=True)) for text in texts]
 
 
@@ -110,14 +110,14 @@ def _continued(
     model: Any, rows: list[list[int]], settings: GenerationConfig, padding: int
 ) -> list[list[int]]:
     """What the model writes behind each row."""
-    input_ids, attention_mask = _left_padded(rows, padding)
+    input_ids, attention_mask = left_padded(rows, padding)
     tokens = model.generate(
         input_ids.to(model.device), attention_mask=attention_mask.to(model.device), generation_config=settings
     )
     return tokens[:, input_ids.shape[1] :].tolist()
 
 
-def _left_padded(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
+def left_padded(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
     """Token ids and mask, (B, T) each; done here, so that a tokenizer without padding token serves too."""
     longest = max(map(len, rows))
     input_ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows])
@@ -125,7 +125,8 @@ def _left_padded(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
     return input_ids, attention_mask
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: the model's, or else the tokenizer's."""
     ends = model.generation_config.eos_token_id
     if ends is None:
         ends = tokenizer.eos_token_id
@@ -134,7 +135,7 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> l
     return list(ends) if isinstance(ends, list) else [ends]
 
 
-def _before_end(tokens: list[int], ends: list[int]) -> list[int]:
+def before_end(tokens: list[int], ends: list[int]) -> list[int]:
     """What stands before the first end token; padding comes behind it."""
     stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[:stop]

@@ -1,0 +1,189 @@
+"""Writing behind the same prompts with many decoding parameters at once, and counting what that costs.
+
+Candidates are rows of one batch. All that are written in one round continue the same prompts with the same
+noise, so what differs between them is the parameters' doing (common random numbers).
+"""
+
+# N prompts, P tokens of a prompt, C candidates, D features
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cambia.decoding.drawing import Noise
+from cambia.decoding.odds import Knobs
+from cambia.decoding.parameters import DecodingParameters
+from cambia.decoding.policy import DecodingPolicy
+from cambia.decoding.rewards.reward import Samples
+from cambia.errors import DataError
+from cambia.generation import before_end, end_tokens, left_padded
+
+_ROWS = 512
+"""Continuations in a batch."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Beginnings of documents, and how they really go on."""
+
+    rows: Sequence[Sequence[int]]
+    """N prompts of P tokens."""
+    human: Sequence[Sequence[int]]
+    """What stands behind each, as many tokens as are written."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, places: Sequence[int]) -> Prompts:
+        """Some of them."""
+        return Prompts([self.rows[i] for i in places], [self.human[i] for i in places])
+
+    @classmethod
+    def of(
+        cls,
+        texts: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompt_tokens: int,
+        new_tokens: int,
+        context: int | None = None,
+    ) -> Prompts:
+        """The beginning of each text that is long enough.
+
+        Args:
+            texts: documents, or stretches of one.
+            prompt_tokens: P.
+            new_tokens: of each continuation.
+            context: what a model can read at most.
+
+        Raises:
+            DataError: no text is long enough, or prompt and continuation are longer than the context.
+        """
+        needed = prompt_tokens + new_tokens
+        if context is not None and needed > context:
+            raise DataError(
+                f"{prompt_tokens} tokens of prompt and {new_tokens} new ones are more than the {context} "
+                "that the model reads: lower --prompt-tokens or --new-tokens"
+            )
+        rows = [tokenizer(text)["input_ids"][:needed] for text in texts]
+        rows = [row for row in rows if len(row) == needed]
+        if not rows:
+            raise DataError(
+                f"none of {len(texts)} texts has {needed} tokens, {prompt_tokens} of prompt and {new_tokens} "
+                "to compare with: give longer texts, or lower --prompt-tokens or --new-tokens"
+            )
+        return cls([row[:prompt_tokens] for row in rows], [row[prompt_tokens:] for row in rows])
+
+
+class Rollouts:
+    """Continuations of prompts, as a policy writes them.
+
+    Args:
+        model: that writes; it is not changed.
+        prompts: what is continued.
+        new_tokens: at most so many are written behind each.
+        policy: whose weights and head are used; its parameters are those where no others are given.
+        writer: whose `generate` writes, as in `DecodingPolicy.generate`.
+        seed: of the noise.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Prompts,
+        *,
+        new_tokens: int,
+        policy: DecodingPolicy | None = None,
+        writer: Any = None,
+        seed: int = 0,
+    ):
+        self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
+        self.new_tokens, self.policy, self.writer = new_tokens, policy or DecodingPolicy(), writer
+        self.seed = seed
+        self.tokens = 0
+        """Written so far."""
+        self._ends = end_tokens(model, tokenizer)
+        self._texts: dict[int, tuple[str, str]] = {}
+
+    def write(
+        self, candidates: Sequence[DecodingParameters], places: Sequence[int], round_: int = 0
+    ) -> list[Samples]:
+        """What each of C candidates writes behind some of the prompts.
+
+        Args:
+            candidates: C of them.
+            places: which of the prompts.
+            round_: the noise of another round is another.
+        """
+        at_once = max(1, _ROWS // len(places))
+        found: list[Samples] = []
+        for first in range(0, len(candidates), at_once):
+            some = candidates[first : first + at_once]
+            rows = self._written(some, places, round_)
+            for number in range(len(some)):
+                mine = rows[number * len(places) : (number + 1) * len(places)]
+                found.append(self._samples(mine, places))
+        return found
+
+    def human(self, places: Sequence[int]) -> Samples:
+        """The documents' own continuations, as if they had been written."""
+        return self._samples([list(self.prompts.human[i]) for i in places], places)
+
+    def _written(
+        self, candidates: Sequence[DecodingParameters], places: Sequence[int], round_: int
+    ) -> list[list[int]]:
+        rows = [self.prompts.rows[i] for i in places]
+        input_ids, mask = left_padded([list(row) for row in rows], padding=0)
+        copies = len(candidates)
+        shared = torch.arange(len(places)).repeat(copies)
+        by_row = [candidate for candidate in candidates for _ in places]
+        tokens = self.policy.written(
+            self.model,
+            input_ids.repeat(copies, 1).to(self.model.device),
+            mask.repeat(copies, 1).to(self.model.device),
+            Noise(hash((self.seed, round_)) % 2**62, shared),
+            knobs=Knobs.by_row(by_row, self.model.device),
+            writer=self.writer,
+            max_new_tokens=self.new_tokens,
+        )
+        new: list[list[int]] = tokens[:, input_ids.shape[1] :].tolist()
+        ended = [before_end(row, self._ends) for row in new]
+        self.tokens += sum(min(len(row) + 1, self.new_tokens) for row in ended)
+        return ended
+
+    def _samples(self, rows: Sequence[list[int]], places: Sequence[int]) -> Samples:
+        known = [self._known(place) for place in places]
+        texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+        return Samples([prompt for prompt, _ in known], texts, rows, [human for _, human in known])
+
+    def _known(self, place: int) -> tuple[str, str]:
+        if place not in self._texts:
+            pair = self.prompts.rows[place], self.prompts.human[place]
+            prompt, human = (str(self.tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in pair)
+            self._texts[place] = prompt, human
+        return self._texts[place]
+
+
+@torch.no_grad()
+def text_features(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, rows: int = 64
+) -> Tensor:
+    """What a frozen model makes of texts, (N, D): its last hidden state, averaged over a text's tokens."""
+    body: Any = model.base_model
+    found = []
+    for first in range(0, len(texts), rows):
+        ids = [list(tokenizer(text)["input_ids"]) or [0] for text in texts[first : first + rows]]
+        input_ids, mask = left_padded(ids, padding=0)
+        states = body(
+            input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
+        ).last_hidden_state
+        weights = mask.to(states)[..., None]
+        found.append(((states * weights).sum(1) / weights.sum(1)).float().cpu())
+    return torch.cat(found)

@@ -1,0 +1,66 @@
+"""Searches find a known top through noise, and the quadric helps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from cambia.decoding.parameters import SEARCHED, DecodingParameters
+from cambia.decoding.searching import CmaSearch, GridSearch, Space, TpeSearch, search_of, top_of_quadric
+from cambia.errors import ConfigError
+
+TOP = DecodingParameters(temperature=0.7, top_p=0.85, repetition_penalty=1.1)
+SPACE = Space(SEARCHED, DecodingParameters())
+
+
+def noisy(seed: int, noise: float):
+    """Falls off from TOP; all of a round share what is hard about it."""
+    generator = np.random.default_rng(seed)
+
+    def worth(candidates: Sequence[DecodingParameters], number: int) -> list[float]:
+        shared = np.random.default_rng(number).normal()
+        away = [float(((SPACE.place(one) - SPACE.place(TOP)) ** 2).sum()) for one in candidates]
+        return [shared - value + noise * float(generator.normal()) for value in away]
+
+    return worth
+
+
+def away(found: DecodingParameters) -> float:
+    return float(np.abs(SPACE.place(found) - SPACE.place(TOP)).max())
+
+
+@pytest.mark.parametrize("search", [CmaSearch(), TpeSearch()])
+def test_a_search_finds_the_top(search) -> None:
+    found = search.run(noisy(0, 0.0), SPACE, rounds=20, seed=1)
+    assert away(found.best) < (0.05 if isinstance(search, CmaSearch) else 0.3)
+    assert len(found.tried) == 20 * search.population
+    assert search.run(noisy(0, 0.0), SPACE, rounds=20, seed=1).best == found.best
+
+
+def test_a_grid_has_every_point_once() -> None:
+    found = GridSearch(points=4).run(noisy(0, 0.0), SPACE)
+    assert len({one.parameters for one in found.tried}) == len(found.tried) == 64
+    assert away(found.best) <= 1 / 3 / 2 + 1e-9
+
+
+def test_through_noise_the_quadric_is_nearer_than_the_best_that_was_tried() -> None:
+    mine, tried = [], []
+    for seed in range(8):
+        found = CmaSearch().run(noisy(seed, 0.04), SPACE, rounds=12, seed=seed)
+        mine.append(away(found.best))
+        tried.append(away(max(found.tried, key=lambda one: one.worth).parameters))
+    assert np.mean(mine) < 0.6 * np.mean(tried)
+
+
+def test_too_few_points_leave_the_middle() -> None:
+    middle, points = np.array([0.2, 0.4, 0.6]), np.random.default_rng(0).random((5, 3))
+    assert np.array_equal(top_of_quadric(points, np.zeros(5), np.zeros(5), middle), middle)
+
+
+def test_what_cannot_be_searched_is_said() -> None:
+    with pytest.raises(ConfigError, match="temperature"):
+        Space(("temp",), DecodingParameters())
+    with pytest.raises(ConfigError, match="cma"):
+        search_of("bayes")

@@ -44,6 +44,7 @@ class Drawing(LogitsProcessor):
         knobs: the parameters of all rows, or a function that gives them anew for each token.
         noise: None: the likeliest token is taken.
         attention_mask: (B, T) of the prompts, so that padding counts as no token.
+        odds: logits, parameters and what stands there already -> log-odds, (B, V).
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class Drawing(LogitsProcessor):
         knobs: Knobs | Callable[[], Knobs],
         noise: Noise | None,
         attention_mask: Tensor | None = None,
+        odds: Callable[[Tensor, Knobs, History | None], Tensor] = warped,
     ):
-        self.knobs, self.noise, self.attention_mask = knobs, noise, attention_mask
+        self.knobs, self.noise, self.attention_mask, self.odds = knobs, noise, attention_mask, odds
         self._history: History | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ class Drawing(LogitsProcessor):
         """
         knobs = self.knobs if isinstance(self.knobs, Knobs) else self.knobs()
         history = self._read(input_ids, scores.shape[1]) if knobs.reads_history else None
-        logits = warped(scores, knobs, history)
+        logits = self.odds(scores, knobs, history)
         return logits if self.noise is None else logits + self.noise.next(logits)
 
     def _read(self, input_ids: Tensor, vocabulary: int) -> History:

@@ -187,11 +187,10 @@ def token_losses(logits: Tensor, ids: Tensor, knobs: Knobs) -> Tensor:
     return -logs.gather(-1, ids[:, 1:, None])[..., 0]
 
 
-def past_of(ids: Tensor, vocabulary: int) -> History:
-    """What stands before each next token of a text (B, T): (B, T - 1, V)."""
-    each = nn.functional.one_hot(ids[:, :-1], vocabulary)
-    stood = each.cumsum(1)
-    return History(stood > 0, (stood - each[:, :1]).float())
+def past_of(ids: Tensor, vocabulary: int, prompt_tokens: int = 1) -> History:
+    """What stands before each token of a text (B, T) behind its prompt: (B, T - prompt_tokens, V)."""
+    stood = nn.functional.one_hot(ids[:, :-1], vocabulary).cumsum(1)[:, prompt_tokens - 1 :]
+    return History(stood > 0, (stood - stood[:, :1]).float())
 
 
 def mean_loss(policy: DecodingPolicy, model: PreTrainedModel, rows: Tensor) -> float:

@@ -12,7 +12,7 @@ It works with any causal language model of transformers, and leaves the model as
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from cambia import files
 from cambia.decoding.context_head import ContextHead
 from cambia.decoding.drawing import Drawing, Noise
 from cambia.decoding.mixing import Anatomy, heads_of, mixed_layers, scaled_heads
-from cambia.decoding.odds import Knobs
+from cambia.decoding.odds import History, Knobs, warped
 from cambia.decoding.parameters import DecodingParameters
 from cambia.errors import ConfigError
 
@@ -180,19 +180,22 @@ class DecodingPolicy:
         noise: Noise | None,
         *,
         knobs: Knobs | None = None,
+        odds: Callable[[Tensor, Knobs, History | None], Tensor] = warped,
         writer: Any = None,
         streamer: Any = None,
         **settings: Any,
     ) -> Tensor:
-        """`generate` with noise of one's own, and parameters for each row (B,) where `knobs` gives them."""
+        """`generate` with noise and odds of one's own, and parameters for each row (B,) if they are given."""
         given = knobs or Knobs.of(self.parameters)
         with ExitStack() as blocks:
             blocks.enter_context(self.heard(model))
             if self.context is None:
-                drawing = Drawing(given, noise, attention_mask)
+                drawing = Drawing(given, noise, attention_mask, odds)
             else:
                 hidden = blocks.enter_context(last_states(model))
-                drawing = Drawing(lambda: self._in_context(hidden[0][:, -1], given), noise, attention_mask)
+                drawing = Drawing(
+                    lambda: self.in_context(hidden[0][:, -1], given), noise, attention_mask, odds
+                )
             was_training = model.training
             model.eval()
             blocks.callback(model.train, was_training)
@@ -205,9 +208,10 @@ class DecodingPolicy:
                 streamer=streamer,
             )
 
-    def _in_context(self, hidden: Tensor, knobs: Knobs) -> Knobs:
-        """Parameters of the next token of each row, (B,)."""
-        assert self.context is not None
+    def in_context(self, hidden: Tensor, knobs: Knobs) -> Knobs:
+        """Parameters of each next token, (...,), from what the head is given, (..., D)."""
+        if self.context is None:
+            return knobs
         temperature, top_p = self.context(hidden, knobs.temperature, knobs.top_p)
         return replace(knobs, temperature=temperature, top_p=top_p)
 

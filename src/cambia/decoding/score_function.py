@@ -1,0 +1,270 @@
+"""Decoding parameters, and the head for each token, by the score function (REINFORCE, Williams 1992).
+
+What is drawn from has a gradient, so by how much a reward rises with the parameters can be estimated from
+what was written and what it was worth:
+
+    grad E[R] = E[(R - b) grad log p(text)]
+
+with b the mean reward of the other texts behind the same prompt (leave one out; Kool et al. 2019). Top-p as
+such has no gradient: its threshold is drawn anew for each token, and the distribution that this gives is the
+one that texts are drawn from while it learns (`odds.soft_nucleus`). Two more terms keep it in place: the
+divergence from what was drawn from at the start, and the entropy.
+"""
+
+# N prompts, G texts behind each, T time, V vocabulary, D hidden size
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cambia.decoding.drawing import Noise
+from cambia.decoding.likelihood import past_of
+from cambia.decoding.odds import History, Knobs, cooled, is_neutral, penalised, soft_nucleus
+from cambia.decoding.parameters import SPANS, DecodingParameters
+from cambia.decoding.policy import DecodingPolicy, last_states
+from cambia.errors import ConfigError
+
+Worth = Callable[[Tensor], Tensor]
+"""(N G, T) tokens, prompts included, texts behind one prompt together -> (N G,) what each is worth."""
+LEARNED = ("temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_WIDTH = 0.25
+"""Of the threshold's distribution, on the line of logits."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One step."""
+
+    reward: float
+    """The mean over texts."""
+    divergence: float
+    """Nats per token from where it began."""
+    entropy: float
+    """Nats per token."""
+    tokens: int
+    """That were written for it."""
+
+
+@dataclass
+class ScoreFunction:
+    """How a policy learns from rewards; `ScoreFunctionLearner` is one at work."""
+
+    learns: tuple[str, ...] = ("temperature", "top_p")
+    """Parameters that are learned; the head for each token is, where the policy has one."""
+    rate: Annotated[float, Gt(0)] = 0.03
+    texts: Annotated[int, Gt(1)] = 4
+    """G, behind each prompt."""
+    divergence: Annotated[float, Ge(0)] = 0.0
+    """What a nat per token of divergence from the start costs, in rewards."""
+    entropy: Annotated[float, Ge(0)] = 0.0
+    """What a nat per token of entropy is worth."""
+
+    def learner(
+        self, policy: DecodingPolicy, model: PreTrainedModel, *, seed: int = 0
+    ) -> ScoreFunctionLearner:
+        """One that begins with a policy, which stays as it is.
+
+        Raises:
+            ConfigError: a parameter has no gradient, or the policy has no gradient where it begins.
+        """
+        wrong = [name for name in self.learns if name not in LEARNED]
+        if wrong:
+            raise ConfigError(f"{wrong[0]!r} cannot be learned by gradients; {', '.join(LEARNED)} can")
+        if policy.parameters.is_greedy or policy.parameters.top_k or policy.parameters.min_p:
+            raise ConfigError(
+                "gradients need temperature above 0 and no top-k or min-p: begin with DecodingParameters()"
+            )
+        if not self.learns and policy.context is None:
+            raise ConfigError("nothing is learned: name parameters, or make a policy with context=True")
+        return ScoreFunctionLearner(self, policy, model, seed)
+
+
+class ScoreFunctionLearner:
+    """A policy that learns, its optimizer, and where it began.
+
+    Args:
+        settings: how it learns.
+        policy: where it begins.
+        model: that writes.
+        seed: of what is written.
+    """
+
+    def __init__(
+        self, settings: ScoreFunction, policy: DecodingPolicy, model: PreTrainedModel, seed: int = 0
+    ):
+        self.settings, self.model, self.seed = settings, model, seed
+        self._start = copy.deepcopy(policy)
+        self._policy = copy.deepcopy(policy)
+        learned = [*settings.learns, *([] if policy.context is None else ["temperature", "top_p"])]
+        self._raw = {
+            name: torch.tensor(
+                _raw(name, float(getattr(policy.parameters, name))), requires_grad=name in settings.learns
+            )
+            for name in dict.fromkeys(learned)
+        }
+        head = [] if self._policy.context is None else list(self._policy.context.parameters())
+        wanted = [raw for raw in self._raw.values() if raw.requires_grad]
+        self.optimizer = torch.optim.Adam([*wanted, *head], lr=settings.rate)
+        self.updates = 0
+        self._began = Knobs(**{name: _number(value) for name, value in vars(self._knobs()).items()})
+
+    @property
+    def policy(self) -> DecodingPolicy:
+        """As it is now."""
+        values = {name: float(_value(name, raw.detach())) for name, raw in self._raw.items()}
+        parameters = DecodingParameters.of({**asdict(self._start.parameters), **values})
+        return replace(copy.deepcopy(self._policy), parameters=parameters)
+
+    def _knobs(self) -> Knobs:
+        values = {name: _value(name, raw) for name, raw in self._raw.items()}
+        return replace(Knobs.of(self._start.parameters), **values)
+
+    def step(self, prompts: Tensor, worth: Worth, *, new_tokens: int) -> Update:
+        """Write behind prompts, and learn from what it was worth.
+
+        Args:
+            prompts: (N, P), of one length.
+            worth: (N G, T) -> (N G,).
+
+        Raises:
+            ConfigError: a reward is not a number, or all are the same.
+        """
+        rows = self.write(prompts, new_tokens)
+        rewards = worth(rows).double()
+        if not bool(torch.isfinite(rewards).all()):
+            raise ConfigError(
+                "a reward is not a number: it has to be finite for every text, an empty one too"
+            )
+        loss, update = self.loss(rows, rewards, prompts.shape[1])
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.updates += 1
+        return update
+
+    def write(self, prompts: Tensor, new_tokens: int) -> Tensor:
+        """G texts behind each prompt (N, P), drawn as it draws while it learns: (N G, P + new_tokens)."""
+        repeated = prompts.repeat_interleave(self.settings.texts, 0)
+        return self._policy.written(
+            self.model,
+            repeated,
+            torch.ones_like(repeated),
+            Noise(hash((self.seed, self.updates)) % 2**62),
+            knobs=self._knobs(),
+            odds=soft_odds,
+            max_new_tokens=new_tokens,
+        )
+
+    def loss(self, rows: Tensor, rewards: Tensor, prompt_tokens: int) -> tuple[Tensor, Update]:
+        """What is minimised, whose gradient is an estimate of the expected reward's.
+
+        Args:
+            rows: (N G, T) prompts and what was written.
+            rewards: (N G,).
+            prompt_tokens: of each row.
+        """
+        chosen, divergence, entropy = self._written_again(rows, prompt_tokens)
+        groups = rewards.unflatten(0, (-1, self.settings.texts))
+        others = (groups.sum(1, keepdim=True) - groups) / (self.settings.texts - 1)
+        advantage = (groups - others).flatten()
+        gain = (advantage * chosen).mean()
+        loss = -gain + self.settings.divergence * divergence - self.settings.entropy * entropy
+        written = int(self._before_end(rows[:, prompt_tokens:]).sum())
+        update = Update(float(rewards.mean()), float(divergence.detach()), float(entropy.detach()), written)
+        return loss, update
+
+    def _written_again(self, rows: Tensor, prompt_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability of each text (N G,); divergence from the start and entropy, nats per token."""
+        was_training = self.model.training
+        self.model.eval()
+        with ExitStack() as blocks, torch.no_grad():
+            blocks.enter_context(self._policy.heard(self.model))
+            hidden = blocks.enter_context(last_states(self.model))
+            logits = self.model(input_ids=rows, use_cache=False).logits
+        self.model.train(was_training)
+        places = slice(prompt_tokens - 1, -1)
+        logits, states = logits[:, places].double(), hidden[0][:, places]
+        now = self._odds(self._policy, states, logits, rows, prompt_tokens, self._knobs())
+        with torch.no_grad():
+            began = self._odds(self._start, states, logits, rows, prompt_tokens, self._began)
+        new, odds = rows[:, prompt_tokens:], now.exp()
+        counts = self._before_end(new).to(odds)  # (N G, new)
+        divergence = ((odds * (now - began)).sum(-1) * counts).sum() / counts.sum()
+        entropy = -((odds * now).sum(-1) * counts).sum() / counts.sum()
+        chosen = now.gather(-1, new[..., None])[..., 0] * counts
+        return chosen.sum(1), divergence, entropy
+
+    def _before_end(self, new: Tensor) -> Tensor:
+        """Which tokens were drawn, (N G, new) bool: all up to the end of a text, itself included."""
+        end = self.model.generation_config.eos_token_id
+        ends = torch.tensor(end if isinstance(end, list) else [] if end is None else [end], device=new.device)
+        ended = torch.isin(new, ends).long().cumsum(1)
+        return torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], 1) == 0
+
+    @staticmethod
+    def _odds(
+        policy: DecodingPolicy, states: Tensor, logits: Tensor, rows: Tensor, prompt_tokens: int, knobs: Knobs
+    ) -> Tensor:
+        history = past_of(rows, logits.shape[-1], prompt_tokens) if knobs.reads_history else None
+        return soft_odds(logits, policy.in_context(states, knobs), history)
+
+    # ---- what must survive a restart -----------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        context = self._policy.context
+        return {
+            "raw": {name: raw.detach().clone() for name, raw in self._raw.items()},
+            "context": None if context is None else {k: v.clone() for k, v in context.state_dict().items()},
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken."""
+        with torch.no_grad():
+            for name, value in state["raw"].items():
+                self._raw[name].copy_(value)
+        if self._policy.context is not None:
+            self._policy.context.load_state_dict(state["context"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.updates = state["updates"]
+
+
+def soft_odds(logits: Tensor, knobs: Knobs, history: History | None) -> Tensor:
+    """`odds.warped` with a threshold of top-p that is drawn for each token: log-probabilities (..., V)."""
+    logits = cooled(penalised(logits, knobs, history), knobs.temperature)
+    if is_neutral(knobs.top_p, 1.0):
+        return logits.log_softmax(-1)
+    top_p = torch.as_tensor(knobs.top_p, dtype=logits.dtype, device=logits.device)
+    return soft_nucleus(logits, top_p.expand(logits.shape[:-1]), _WIDTH)
+
+
+def _raw(name: str, value: float) -> float:
+    """On the line that is learned on: logarithms of factors, the logit of top-p."""
+    if name in ("temperature", "repetition_penalty"):
+        return float(torch.tensor(value).log())
+    if name == "top_p":
+        return float(torch.logit(torch.tensor(min(value, SPANS["top_p"].at(0.99)))))
+    return value
+
+
+def _value(name: str, raw: Tensor) -> Tensor:
+    """The inverse, within the range of the parameter."""
+    if name == "temperature":
+        return raw.exp().clamp(0.05, 5.0)
+    if name == "repetition_penalty":
+        return raw.exp().clamp(0.5, 3.0)
+    return torch.sigmoid(raw).clamp(0.02, 1.0) if name == "top_p" else raw.clamp(-2.0, 2.0)
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach()) if isinstance(value, Tensor) else value

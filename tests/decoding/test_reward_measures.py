@@ -51,11 +51,12 @@ def test_divergence_of_runs(one: list[list[int]], other: list[list[int]], n: int
 
 @given(rows)
 def test_self_bleu(texts: list[list[int]]) -> None:
-    for place, found in enumerate(self_bleu(Grams.up_to(texts, 4)).tolist()):
+    assert self_bleu(Grams.up_to(texts[:1], 4)).tolist() == [0]
+    for place, found in enumerate(self_bleu(Grams.up_to([*texts, [0, 1]], 4)).tolist()[:-1]):
         logs = []
         for n in range(1, min(4, len(texts[place])) + 1):
             mine = counted(texts[place], n)
-            others = [counted(text, n) for other, text in enumerate(texts) if other != place]
+            others = [counted(text, n) for other, text in enumerate([*texts, [0, 1]]) if other != place]
             right = sum(min(count, max((o[g] for o in others), default=0)) for g, count in mine.items())
             more = n > 1
             logs.append(math.log(max(right + more, 1e-12) / (sum(mine.values()) + more)))

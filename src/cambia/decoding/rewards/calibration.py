@@ -29,12 +29,14 @@ class Ends:
     plain: float
     noise: float
     """By how much it varies between sets of people's texts, one standard deviation."""
+    least: float = 1e-3
+    """The smallest difference that is worth anything."""
 
     @property
     def gap(self) -> float:
         """From one end to the other; no less than twice the noise, since a measure by which plain texts
         cannot be told from people's has no scale of its own: plain texts then score between 0 and 1."""
-        return max(abs(self.plain - self.human), 2 * self.noise, 1e-9)
+        return max(abs(self.plain - self.human), 2 * self.noise, self.least)
 
     @property
     def unsureness(self) -> float:
@@ -61,10 +63,11 @@ class Ruler:
         human: the measure, of people's texts.
         plain: the same of plain ones.
         available: H, how many there are of each.
+        least: the smallest difference that is worth anything.
     """
 
-    def __init__(self, human: Measure, plain: Measure, available: int):
-        self._human, self._plain, self._available = human, plain, available
+    def __init__(self, human: Measure, plain: Measure, available: int, *, least: float = 1e-3):
+        self._human, self._plain, self._available, self._least = human, plain, available, least
         self._known: dict[int, Ends] = {}
 
     def at(self, number: int) -> Ends:
@@ -81,8 +84,8 @@ class Ruler:
         human = self._drawn(self._human, some)
         noise = human.std(correction=0).item() * (some / number / max(1 - some / most, 1 / most)) ** 0.5
         if number <= some:
-            return Ends(human.mean().item(), self._drawn(self._plain, some).mean().item(), noise)
-        return Ends(self._mean(self._human, number), self._mean(self._plain, number), noise)
+            return Ends(human.mean().item(), self._drawn(self._plain, some).mean().item(), noise, self._least)
+        return Ends(self._mean(self._human, number), self._mean(self._plain, number), noise, self._least)
 
     def _mean(self, measure: Measure, number: int) -> float:
         most = self._available

@@ -10,7 +10,7 @@
 All three depend on how many texts there are, and text at temperature 1 is more varied than people's.
 """
 
-# N continuations, G different n-grams of a text, added over the texts, K different n-grams of all texts
+# N continuations, G different n-grams of each text together, K of all texts
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ from cambia.decoding.rewards.reward import Material, Reward, Samples, Score, unf
 
 _BLEU = 4
 """Tokens of the longest runs of BLEU."""
+_LEAST = 0.02
+"""The smallest difference of a measure, 0 to 1, that is worth anything: people hardly repeat themselves, nor
+does the model with temperature 1."""
 
 
 @dataclass
@@ -53,7 +56,7 @@ class DiversityReward(Reward):
     def begin(self, material: Material) -> None:
         human, plain = self._measures(material.human), self._measures(material.plain)
         number = len(material.human)
-        self._rulers = {name: Ruler(human[name].of, plain[name].of, number) for name in human}
+        self._rulers = {name: Ruler(human[name].of, plain[name].of, number, least=_LEAST) for name in human}
 
     def measure(self, samples: Samples) -> Score:
         if self.target == "human" and not self._rulers:
@@ -128,13 +131,15 @@ def self_bleu(grams: Sequence[Grams], there: np.ndarray | None = None) -> Tensor
     """BLEU of each text with the others as references, 0 to 1: (N,) float64.
 
     Precisions of runs longer than one token are smoothed by one (Lin and Och 2004, ORANGE), runs that a text
-    is too short for are left out, nothing is taken off for brevity. An empty text has 1.
+    is too short for are left out, nothing is taken off for brevity. An empty text has 1, a lone one 0.
 
     Args:
         grams: of n = 1, 2, ...
         there: (N,) bool, the texts that count, of which the result is; all of them by default.
     """
     there = np.ones(grams[0].num_texts, dtype=bool) if there is None else there
+    if there.sum() == 1:
+        return torch.zeros(1, dtype=torch.float64)
     logs, orders = np.zeros(len(there)), np.zeros(len(there))
     for n, each in enumerate(grams):
         more = 1 if n else 0

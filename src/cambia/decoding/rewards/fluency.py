@@ -86,24 +86,26 @@ def nats_per_byte(
     """How surprising each text is behind its prompt: (N,) float64. An empty text has ln 256.
 
     A token that begins in the prompt and ends in the text is counted to the text. Where both together are
-    longer than the model reads, the prompt loses its beginning, and a text that is too long its end.
+    longer than the model reads, the prompt loses its beginning; of a text that is too long its beginning is
+    judged.
     """
     wholes = tokenizer.encode_batch([prompt + text for prompt, text in zip(prompts, texts, strict=True)])
     begun = tokenizer.encode_batch(prompts)
-    opening = tokenizer.opening.tolist() or [tokenizer.eos_id]
+    opening = tokenizer.opening.tolist() or [tokenizer.eos_id]  # one token
     longest = model.config.max_position_embeddings
-    rows, starts = [], []
+    rows, starts, read = [], [], []
     for whole, prompt in zip(wholes, begun, strict=True):
         shared = next((i for i, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), None)
         start = min(len(whole), len(prompt)) if shared is None else shared
         ids = opening + whole.tolist()
         cut = max(0, min(len(ids) - longest - 1, start))  # of the prompt, the token before the text never
         rows.append(ids[cut:][: longest + 1])
-        starts.append(len(opening) + start - cut)
+        starts.append(1 + start - cut)
+        read.append((len(rows[-1]) - starts[-1]) / max(1, len(whole) - start))
     batches = [_batch(rows[i : i + _BATCH], starts[i : i + _BATCH]) for i in range(0, len(rows), _BATCH)]
     nats = torch.cat([losses.double().sum(1).cpu() for _, losses in token_losses(model, batches)])
-    sizes = torch.tensor([len(text.encode()) for text in texts])
-    return torch.where(sizes > 0, nats / sizes.clamp_min(1), EMPTY)
+    sizes = torch.tensor(read, dtype=torch.float64) * torch.tensor([len(text.encode()) for text in texts])
+    return torch.where(sizes > 0, nats / sizes.clamp_min(1e-9), EMPTY)
 
 
 def _batch(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> Batch:

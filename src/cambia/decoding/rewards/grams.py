@@ -1,6 +1,6 @@
 """Runs of n tokens, or bytes: which there are, how often, and how far two sets of texts are apart in them."""
 
-# N texts, G different n-grams of a text, added over the texts, K different n-grams of all texts
+# N texts, T tokens of the longest of them, G different n-grams of each text together, K of all texts
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ _NOTHING = np.uint64(0)
 """Stands in a text that is too short for any n-gram."""
 
 
+def padded(rows: Sequence[Sequence[int] | bytes]) -> tuple[Tensor, Tensor]:
+    """Tokens or bytes filled up on the right, (N, T), T at least 1, and how many there are in each row,
+    (N,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.zeros(len(rows), max(1, int(lengths.max())), dtype=torch.int64)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)] = torch.tensor(list(row), dtype=torch.int64)
+    return ids, lengths
+
+
 @dataclass(frozen=True, eq=False)
 class Grams:
     """The n-grams of some texts, of one n."""
@@ -35,10 +45,7 @@ class Grams:
     @classmethod
     def up_to(cls, rows: Sequence[Sequence[int] | bytes], order: int) -> list[Grams]:
         """Of texts as tokens or bytes, for n = 1..order."""
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.zeros(len(rows), max(1, int(lengths.max())), dtype=torch.int64)
-        for place, row in enumerate(rows):
-            ids[place, : len(row)] = torch.tensor(list(row), dtype=torch.int64)
+        ids, lengths = padded(rows)
         found = GramKeys.of(ids, lengths, order=order)
         return [cls._of(keys, inside) for keys, inside in zip(found.keys, found.inside, strict=True)]
 

@@ -4,7 +4,7 @@ The log-likelihood ratio per byte of two n-gram models of bytes, of the corpus a
 ordinary in any text cancels.
 """
 
-# N texts, T bytes of the longest of them
+# N texts
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cambia.data.textfiles import entries, list_files, read_text
-from cambia.decoding.rewards.calibration import Ends
+from cambia.decoding.rewards.grams import padded
 from cambia.decoding.rewards.reward import Material, Reward, Samples, Score, mean_of, unfitted
 from cambia.errors import ConfigError, DataError
 from cambia.models.routing.token_grams import GramKeys, TokenGrams
@@ -42,7 +42,7 @@ class StyleReward(Reward):
         if not self.corpus:
             raise ConfigError("a style reward needs `corpus`: a text file, or a folder of them")
         self._models: tuple[TokenGrams, TokenGrams] | None = None
-        self._ends = Ends(0.0, 0.0, 0.0)
+        self._own, self._gap = 0.0, 1.0  # nats per byte: of the corpus, and more than in general
 
     def begin(self, material: Material) -> None:
         """Count the runs of the corpus and of the material.
@@ -63,16 +63,15 @@ class StyleReward(Reward):
         learned = [piece for place, piece in enumerate(pieces) if place % _HELD_OUT]
         self._models = (_counted(learned), _counted(general[:half]))
         own, other = self._ratios(pieces[::_HELD_OUT]), self._ratios(general[half:] or general)
-        noise = own.std(correction=0).item() / math.sqrt(len(own))
-        self._ends = Ends(own.mean().item(), other.mean().item(), noise)
-        if self._ends.human - self._ends.plain < 2 * noise:
+        self._own, self._gap = own.mean().item(), (own.mean() - other.mean()).item()
+        if self._gap <= 2 * own.std(correction=0).item() / math.sqrt(len(own)):
             raise ConfigError(
                 f"the corpus {self.corpus!r} cannot be told from what people write in the material, by runs "
                 f"of up to {_ORDER} bytes: leave the style reward out, or give text of another style"
             )
 
     def measure(self, samples: Samples) -> Score:
-        return mean_of(self._ends.nearness(self._ratios(samples.texts)))
+        return mean_of(1 + (self._ratios(samples.texts) - self._own) / self._gap)
 
     def _pieces(self, size: int) -> list[str]:
         texts = (entries(read_text(file), size) for _, file in list_files(self.corpus))
@@ -83,7 +82,7 @@ class StyleReward(Reward):
         """(N,) float64, nats per byte by which the corpus foretells a text better; 0 for an empty one."""
         if self._models is None:
             raise unfitted(self)
-        ids, lengths = _bytes(texts)
+        ids, lengths = padded([text.encode() for text in texts])
         found = GramKeys.of(ids, lengths, order=_ORDER)
         own, other = (model.token_losses(found).sum(1) for model in self._models)
         return torch.from_numpy(other - own) / lengths.clamp_min(1)
@@ -91,16 +90,6 @@ class StyleReward(Reward):
 
 def _counted(texts: Sequence[str]) -> TokenGrams:
     model = TokenGrams(256, order=_ORDER)
-    model.observe(*_bytes(["", *texts]))
+    model.observe(*padded([text.encode() for text in texts]))
     model.seal()
     return model
-
-
-def _bytes(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Bytes (N, T), filled up on the right, and how many there are of each, (N,)."""
-    rows = [text.encode() for text in texts]
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.zeros(len(rows), max(1, int(lengths.max())), dtype=torch.int64)
-    for place, row in enumerate(rows):
-        ids[place, : len(row)] = torch.tensor(list(row), dtype=torch.int64)
-    return ids, lengths

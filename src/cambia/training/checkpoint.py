@@ -18,25 +18,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from cambia import files
-from cambia.errors import CheckpointError
-from cambia.models.causal_lm import align_memory  # its module registers the native model as well
 from cambia.models.nested_state import put_in_tensors, take_out_tensors
+from cambia.models.saved import AVERAGED, STATE_JSON, load_model, load_tokenizer
 from cambia.training.averaging import WeightAverage
 
-STATE_JSON, STATE_TENSORS, AVERAGED = "state.json", "state.safetensors", "averaged"
+__all__ = [
+    "AVERAGED",
+    "STATE_JSON",
+    "STATE_TENSORS",
+    "load_model",
+    "load_state",
+    "load_tokenizer",
+    "random_state",
+    "save_checkpoint",
+    "set_random_state",
+]
+
+STATE_TENSORS = "state.safetensors"
 
 
 def save_checkpoint(
@@ -91,59 +95,6 @@ def load_state(folder: Path) -> dict[str, Any]:
     files.verified(folder)
     tensors = load_file(folder / STATE_TENSORS)
     return put_in_tensors(files.read_json(folder / STATE_JSON), tensors)
-
-
-def load_model(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model of a checkpoint or of any Hugging Face model folder.
-
-    Raises:
-        CheckpointError: there is no model there that can be opened safely.
-    """
-    folder = Path(folder)
-    checkpoint = folder.parent if folder.name == AVERAGED else folder
-    if (checkpoint / files.MANIFEST).exists() or (checkpoint / STATE_JSON).exists():
-        files.verified(checkpoint)
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder} has no config.json: it is no model folder")
-    if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{folder} holds no .safetensors file: convert it with transformers, "
-            "`AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`, where you trust its source"
-        )
-    transformers_logging.disable_progress_bar()
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder} cannot be opened as a model: {' '.join(str(error).split())}"
-        ) from error
-    model, told = loaded
-    if told["missing_keys"]:  # transformers makes them up
-        raise CheckpointError(
-            f"{folder} lacks {sorted(told['missing_keys'])[0]!r}, a tensor of a {type(model).__name__}: "
-            "take the checkpoint of a whole causal language model"
-        )
-    align_memory(model)
-    return model
-
-
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer beside a model.
-
-    Raises:
-        CheckpointError: there is none that the tokenizers library backs.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} has no tokenizer: {' '.join(str(error).split())}") from None
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise CheckpointError(
-            f"{folder} has a {type(tokenizer).__name__}; expected one with a tokenizer.json"
-        )
-    return tokenizer
 
 
 def random_state() -> dict[str, Any]:

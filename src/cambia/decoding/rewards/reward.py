@@ -4,10 +4,13 @@ A reward looks at many continuations at once, since much of what is good about a
 what people write, is not to be seen in one of them. It gives one value for all, which decoding parameters are
 searched by, and to each continuation its share in that value, which gradients are estimated from.
 
-    >>> reward = LengthReward(weight=0.5)
+    >>> reward = LengthReward(40, weight=0.5)
     >>> reward.begin(material)                      # once: what people wrote, what the model writes by itself
     >>> score = reward.score(samples)
     >>> score.value, score.parts, score.each        # (), {name: ()}, (N,)
+
+What `begin` finds out follows from the material alone: after a restart the same material gives the same
+reward.
 """
 
 # N continuations
@@ -17,19 +20,32 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
-import torch
 from annotated_types import Gt
 from torch import Tensor
 
 from cambia.errors import ConfigError
 
+REWARDS: dict[str, str] = {
+    "match": "cambia.decoding.rewards.match:MatchReward",
+    "fluency": "cambia.decoding.rewards.fluency:FluencyReward",
+    "length": "cambia.decoding.rewards.length:LengthReward",
+    "diversity": "cambia.decoding.rewards.diversity:DiversityReward",
+    "style": "cambia.decoding.rewards.style:StyleReward",
+    "pattern": "cambia.decoding.rewards.verifiable:PatternReward",
+    "function": "cambia.decoding.rewards.verifiable:FunctionReward",
+}
+
 
 @dataclass(frozen=True)
 class Samples:
-    """Continuations, and what they continue."""
+    """Continuations, and what they continue.
+
+    Raises:
+        ConfigError: there is none, or the lists are not of one length.
+    """
 
     prompts: Sequence[str]
     """N prompts."""
@@ -40,8 +56,19 @@ class Samples:
     human: Sequence[str]
     """How the document that a prompt is from really goes on."""
 
+    def __post_init__(self) -> None:
+        sizes = {name: len(value) for name, value in vars(self).items()}
+        if not self.texts or len(set(sizes.values())) > 1:
+            raise ConfigError(
+                f"continuations that are scored together: expected as many of each, got {sizes}"
+            )
+
     def __len__(self) -> int:
         return len(self.texts)
+
+    def chosen(self, places: Sequence[int]) -> Samples:
+        """Some of them."""
+        return Samples(*([value[place] for place in places] for value in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -53,7 +80,14 @@ class Material:
     plain: Samples
     """What the model writes behind the same prompts with temperature 1 and nothing cut off."""
     features: Callable[[Sequence[str]], Tensor]
-    """Texts -> (N, D): what a frozen model makes of them."""
+    """Texts -> (N, D): what a frozen model makes of them. It is not asked about empty ones."""
+
+    def __post_init__(self) -> None:
+        if list(self.human.prompts) != list(self.plain.prompts):
+            raise ConfigError(
+                "material: what people wrote and what the model writes have to continue the same prompts, in "
+                "the same order"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,21 +97,27 @@ class Score:
     value: float
     """Of all together; what is maximised."""
     parts: Mapping[str, float]
-    """What it consists of, on the same scale: they add up to it."""
+    """What it consists of, on the same scale: they add up to it. Empty where it is one thing."""
     each: Tensor
-    """(N,) float64: the share of each continuation. Its mean is the value, where the value is a mean; of a
-    value that all have together it is its influence: by how much, times N, the value would rise with one
-    more continuation like this one."""
+    """(N,) float64: the share of each continuation; their mean is the value. Of a value that is a mean it is
+    what each of them scores. Of a value that all have together it is that value and each one's influence: by
+    how much, times N, the value would rise with one more continuation like this one."""
+
+
+def mean_of(each: Tensor) -> Score:
+    """The score that is the mean over continuations of what each of them scores, (N,)."""
+    each = each.detach().double().cpu()
+    return Score(each.mean().item(), {}, each)
 
 
 @dataclass
 class Reward(ABC):
     """What is maximised; a sum of several is one, too (`total`)."""
 
-    weight: Annotated[float, Gt(0)] = 1.0
+    weight: Annotated[float, Gt(0)] = field(default=1.0, kw_only=True)
     """How much it counts."""
 
-    def begin(self, material: Material) -> None:  # noqa: B027 (most have nothing to look at)
+    def begin(self, material: Material) -> None:  # noqa: B027 (some have nothing to look at)
         """Look at what people wrote, and at what the model writes by itself."""
 
     @abstractmethod
@@ -91,11 +131,20 @@ class Reward(ABC):
             ConfigError: the reward is not a number.
         """
         found = self.measure(samples)
-        if not math.isfinite(found.value) or not bool(torch.isfinite(found.each).all()):
+        wrong = (~found.each.isfinite()).nonzero().flatten().tolist()
+        if wrong or not math.isfinite(found.value):
+            place = wrong[0] if wrong else 0
             raise ConfigError(
-                f"the reward {type(self).__name__} gave {found.value} for {len(samples)} continuations, the "
-                f"first of them {samples.texts[0][:60]!r}: it has to be a finite number for every text, an "
-                "empty one too"
+                f"the reward {type(self).__name__} gave {found.each[place].item()} for the continuation "
+                f"{samples.texts[place][:60]!r} and {found.value} for all {len(samples)}: it has to be a "
+                "finite number for every text, an empty one too"
             )
         parts = {name: self.weight * part for name, part in found.parts.items()}
         return Score(self.weight * found.value, parts, self.weight * found.each.double())
+
+
+def unfitted(reward: Reward) -> ConfigError:
+    """The error of a reward that scores before it has seen any material."""
+    return ConfigError(
+        f"{type(reward).__name__} measures against what people wrote: call begin(material) first"
+    )

@@ -1,0 +1,135 @@
+"""Runs of n tokens, or bytes: which there are, how often, and how far two sets of texts are apart in them."""
+
+# N texts, T tokens of the longest of them, G different n-grams of each text together, K of all texts
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cambia.models.routing.token_grams import GramKeys
+
+_NOTHING = np.uint64(0)
+"""Stands in a text that is too short for any n-gram."""
+
+
+def padded(rows: Sequence[Sequence[int] | bytes]) -> tuple[Tensor, Tensor]:
+    """Tokens or bytes filled up on the right, (N, T), T at least 1, and how many there are in each row,
+    (N,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.zeros(len(rows), max(1, int(lengths.max())), dtype=torch.int64)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)] = torch.tensor(list(row), dtype=torch.int64)
+    return ids, lengths
+
+
+@dataclass(frozen=True, eq=False)
+class Grams:
+    """The n-grams of some texts, of one n."""
+
+    num_texts: int
+    """N."""
+    texts: np.ndarray
+    """(G,) int64: which text."""
+    keys: np.ndarray
+    """(G,) uint64: which n-gram, hashed."""
+    counts: np.ndarray
+    """(G,) int64: how often it comes in the text."""
+
+    @classmethod
+    def up_to(cls, rows: Sequence[Sequence[int] | bytes], order: int) -> list[Grams]:
+        """Of texts as tokens or bytes, for n = 1..order."""
+        ids, lengths = padded(rows)
+        found = GramKeys.of(ids, lengths, order=order)
+        return [cls._of(keys, inside) for keys, inside in zip(found.keys, found.inside, strict=True)]
+
+    @classmethod
+    def _of(cls, keys: np.ndarray, inside: np.ndarray) -> Grams:
+        """From the key of the n-gram that ends at each token, (N, T), and where there is one."""
+        texts = np.nonzero(inside)[0]
+        keys = keys[inside]
+        order = np.lexsort((keys, texts))
+        texts, keys = texts[order], keys[order]
+        first = np.ones(len(keys), dtype=bool)
+        first[1:] = (texts[1:] != texts[:-1]) | (keys[1:] != keys[:-1])
+        counts = np.diff(np.append(np.nonzero(first)[0], len(keys)))
+        return cls(len(inside), texts[first], keys[first], counts)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(N,) int64: how many n-grams each text has."""
+        return np.bincount(self.texts, self.counts, minlength=self.num_texts).astype(np.int64)
+
+    @cached_property
+    def repeated(self) -> Tensor:
+        """(N,) float64: the share of each text's n-grams that came in it before (seq-rep-n of Welleck et al.
+        2019, Neural Text Generation with Unlikelihood Training, arXiv:1908.04319); 0 where it has none."""
+        different = np.bincount(self.texts, minlength=self.num_texts)
+        return torch.from_numpy(1 - np.where(self.lengths, different / np.maximum(self.lengths, 1), 1.0))
+
+    @cached_property
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """The different n-grams of all texts, (K,) ascending, and which of them each entry is, (G,)."""
+        return np.unique(self.keys, return_inverse=True)
+
+    def histogram(self) -> GramHistogram:
+        """How the n-grams are distributed."""
+        return GramHistogram.of(self)
+
+
+@dataclass(frozen=True, eq=False)
+class GramHistogram:
+    """The distribution of n-grams: the mean of the texts' own, so that a long text counts no more than a
+    short one, and one without n-grams, an empty text, counts as what people hardly ever write."""
+
+    num_texts: int
+    """N."""
+    keys: np.ndarray
+    """(K,) uint64, ascending."""
+    places: Tensor
+    """(G,) int64: which n-gram each entry is."""
+    texts: Tensor
+    """(G,) int64: in which text."""
+    shares: Tensor
+    """(G,) float64: of the text's n-grams."""
+
+    @classmethod
+    def of(cls, grams: Grams) -> GramHistogram:
+        """Of the n-grams of some texts."""
+        (none,) = np.nonzero(grams.lengths == 0)
+        texts = np.concatenate([grams.texts, none])
+        keys, places = np.unique(
+            np.concatenate([grams.keys, np.full(len(none), _NOTHING)]), return_inverse=True
+        )
+        shares = np.concatenate([grams.counts / grams.lengths[grams.texts], np.ones(len(none))])
+        tensors = (torch.from_numpy(array) for array in (places, texts, shares))
+        return cls(grams.num_texts, keys, *tensors)
+
+    def __call__(self, weights: Tensor) -> Tensor:
+        """(N,) weights of the texts -> (K,) the share of each n-gram; they add up to 1."""
+        mass = self.shares * (weights / weights.sum())[self.texts]
+        return mass.new_zeros(len(self.keys)).index_add(0, self.places, mass)
+
+    def divergence(self, weights: Tensor, other: GramHistogram, theirs: Tensor) -> Tensor:
+        """Jensen-Shannon divergence, nats, 0 to ln 2, from the shares `theirs` (K',) of another's n-grams."""
+        mine = self(weights)
+        there = np.minimum(np.searchsorted(other.keys, self.keys), len(other.keys) - 1)
+        same = torch.from_numpy(other.keys[there] == self.keys)
+        yours = torch.where(same, theirs[torch.from_numpy(there)], 0.0)
+        middle = (mine + yours) / 2
+        # What only they have is as far from the middle as can be.
+        alone = (1 - yours.sum()).clamp_min(0) * math.log(2)
+        return (_relative(mine, middle) + _relative(yours, middle) + alone) / 2
+
+
+def _relative(shares: Tensor, middle: Tensor) -> Tensor:
+    """Relative entropy, nats, where a share of 0 adds nothing; its derivative is finite there, too."""
+    there = shares > 0
+    safe = torch.where(there, shares, 1.0)
+    return torch.where(there, safe * (safe / torch.where(there, middle, 1.0)).log(), 0.0).sum()

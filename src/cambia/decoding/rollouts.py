@@ -132,6 +132,10 @@ class Rollouts:
                 found.append(self._samples(mine, places))
         return found
 
+    def read(self, rows: Sequence[list[int]], places: Sequence[int]) -> Samples:
+        """What somebody else wrote behind prompts: tokens of each, up to the end of a text."""
+        return self._samples([before_end(row, self._ends) for row in rows], places)
+
     def human(self, places: Sequence[int]) -> Samples:
         """The documents' own continuations, as if they had been written."""
         return self._samples([list(self.prompts.human[i]) for i in places], places)

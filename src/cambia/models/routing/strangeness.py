@@ -64,6 +64,10 @@ class Strangeness:
         center, spread, average = between(self.lengths, known, lengths).split([kinds, kinds, 2], 1)
         return (((evidence - center) / spread).mean(1) - average[:, 0]) / average[:, 1]
 
+    def usual_gain(self, lengths: Tensor) -> Tensor:
+        """(B,) nats per token that the Part gains over the base on its own text of some lengths (B,)."""
+        return -between(self.lengths, self.center[:, 2:], lengths)[:, 0]
+
     def state_dict(self) -> dict[str, Any]:
         return {**vars(self), "lengths": list(self.lengths)}
 

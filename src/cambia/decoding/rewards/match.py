@@ -207,7 +207,7 @@ class _FeatureMatch:
         return lambda weights: ends.nearness(self._divergence(bins, weights))
 
     def _bins(self, texts: Sequence[str]) -> Tensor:
-        """(N,): the cluster of each text; empty ones have one of their own, the last."""
+        """(N,): the cluster of each text; the last for empty ones, and those that are like no other."""
         found = torch.full((len(texts),), len(self._clusters))
         written = [place for place, text in enumerate(texts) if text]
         if written:

@@ -96,6 +96,7 @@ def test_clusters_are_those_that_are_there() -> None:
     clusters = Clusters.of(points, 3)
     found = clusters.assign(points)
     assert all(len(found[truth == kind].unique()) == 1 for kind in range(3)) and len(found.unique()) == 3
+    assert clusters.assign(torch.tensor([[500.0, 0.0]])).tolist() == [3]  # like none
     assert len(Clusters.of(torch.ones(5, 2), 3)) == 1
 
 

@@ -39,8 +39,8 @@ class DiversityReward(Reward):
     """How varied: three measures, a third each.
 
     With `human` each is 1 where it is what people's texts have, and 0 where it is as far off, above or below,
-    as that of what the model writes with temperature 1. With `most` they are distinct-n, less the repeated
-    share and less self-BLEU, as they are.
+    as that of what the model writes with temperature 1, or by 0.02 where that is less. With `most` they are
+    distinct-n, less the repeated share and less self-BLEU, as they are.
     """
 
     target: Literal["human", "most"] = "human"

@@ -10,7 +10,8 @@ Where we differ: the clusters are made once, of what people wrote and of what th
 since the value of one set of texts must not depend on another, and few texts make bad clusters. Histograms
 are smoothed by half a text per cluster (Krichevsky and Trofimov; found best by Pillutla et al. 2022, MAUVE
 Scores for Generative Models: Theory and Practice, arXiv:2212.14578). Features are brought to one scale per
-dimension in place of a projection on main directions.
+dimension in place of a projection on main directions. What is unlike anything that the clusters were made of,
+as loops are, has a cluster of its own.
 """
 
 # N texts, D features, K clusters
@@ -38,6 +39,8 @@ class Clusters:
     """(D,) of the features that they were made of."""
     spread: Tensor
     """(D,) their standard deviation."""
+    reach: float
+    """How far the furthest of them lay from its center."""
 
     def __len__(self) -> int:
         return len(self.centers)
@@ -59,12 +62,14 @@ class Clusters:
             before, nearest = nearest, _nearest(points, centers)
             if torch.equal(before, nearest):
                 break
-        return cls(centers, mean, spread)
+        reach = torch.cdist(points, centers).amin(1).max().item()
+        return cls(centers, mean, spread, reach)
 
     def assign(self, features: Tensor) -> Tensor:
-        """(N, D) -> (N,): the nearest cluster of each."""
+        """(N, D) -> (N,): the nearest cluster of each; K for what lies further from it than anything did."""
         points = (features.detach().to("cpu", torch.float64) - self.mean) / self.spread
-        return _nearest(points, self.centers)
+        distance, nearest = torch.cdist(points, self.centers).min(1)
+        return torch.where(distance <= self.reach * (1 + 1e-6) + 1e-9, nearest, len(self))
 
 
 def _nearest(points: Tensor, centers: Tensor) -> Tensor:

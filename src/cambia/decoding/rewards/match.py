@@ -64,8 +64,7 @@ class MatchReward(Reward):
     """Of features; no more than a quarter of the texts that they are made of."""
     mauve_share: float | Literal["auto"] = "auto"
     """m, 0 to 1: how much of the value is by features; 0 spares the model's reading of the texts. With auto
-    the two parts count as the inverse of their variance among people's texts says, features for half at
-    most."""
+    it is as much as they are sure by, beside the runs, and half at most."""
     repetition: Annotated[float, Ge(0)] = 2.0
     """What a text loses that is nothing but repetition."""
     repetition_tokens: Annotated[int, Ge(1)] = 4
@@ -85,16 +84,15 @@ class MatchReward(Reward):
                 f"a match with what people write is calibrated on {number} of their texts; expected at least "
                 f"{FEWEST}, better some hundreds: take more prompts"
             )
-        self._n_grams = _RunMatch(material, self.order)
-        self._mauve = _FeatureMatch(material, self.clusters) if self.mauve_share else None
-        self._share = self._found_share()
+        runs = self._n_grams = _RunMatch(material, self.order)
+        features = self._mauve = _FeatureMatch(material, self.clusters) if self.mauve_share else None
+        if self.mauve_share != "auto":
+            self._share = self.mauve_share
+        elif features is not None:
+            # As the inverse of their variances, which gives the sum that is surest.
+            runs_variance, variance = runs.unsureness**2, features.unsureness**2
+            self._share = min(0.5, runs_variance / max(runs_variance + variance, 1e-30))
         self._repeated = self._repeats(material.human).mean().item()
-
-    def _found_share(self) -> float:
-        if self._n_grams is None or self._mauve is None or self.mauve_share != "auto":
-            return 0.0 if self.mauve_share == "auto" else self.mauve_share
-        runs, features = self._n_grams.unsureness**2, self._mauve.unsureness**2
-        return min(0.5, runs / (runs + features)) if runs + features else 0.5
 
     def measure(self, samples: Samples) -> Score:
         weights = torch.ones(len(samples), dtype=torch.float64, requires_grad=True)
@@ -209,7 +207,7 @@ class _FeatureMatch:
         return lambda weights: ends.nearness(self._divergence(bins, weights))
 
     def _bins(self, texts: Sequence[str]) -> Tensor:
-        """(N,): the cluster of each text; empty ones have one of their own, the last."""
+        """(N,): the cluster of each text; the last for empty ones, and those that are like no other."""
         found = torch.full((len(texts),), len(self._clusters))
         written = [place for place, text in enumerate(texts) if text]
         if written:

@@ -25,7 +25,7 @@ from cambia.decoding.rewards.sums import refuse_constant
 from cambia.decoding.rollouts import Prompts, Rollouts, text_features
 from cambia.decoding.score_function import ScoreFunction
 from cambia.decoding.searching import SEARCHES, CmaSearch, Search, Space, Tried
-from cambia.errors import ConfigError, MissingExtraError
+from cambia.errors import DataError, MissingExtraError
 
 Told = Callable[[int, int, DecodingParameters, float], None]
 """(tokens written, of how many, parameters, their reward): called after each round."""
@@ -107,9 +107,7 @@ class DecodingFit:
         calibrate(reward, rollouts, range(half))
         places = list(range(half, len(prompts)))
         if not places:
-            raise ConfigError(
-                f"{len(prompts)} prompts are too few to calibrate and to search: give more text"
-            )
+            raise DataError(f"{len(prompts)} prompts are too few to calibrate and to search: give more text")
         if self.by == "gradient":
             return self._by_gradient(policy, rollouts, reward, places, told)
         return self._by_search(policy, rollouts, reward, places, told)

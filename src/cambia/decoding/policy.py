@@ -16,11 +16,11 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cambia import files
 from cambia.decoding.context_head import ContextHead
@@ -29,6 +29,9 @@ from cambia.decoding.mixing import Anatomy, heads_of, mixed_layers, scaled_heads
 from cambia.decoding.odds import History, Knobs, warped
 from cambia.decoding.parameters import DecodingParameters
 from cambia.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cambia.decoding.rewards.reward import Reward
 
 FORMAT_VERSION = 1
 _SIZES = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
@@ -207,6 +210,30 @@ class DecodingPolicy:
                 generation_config=_plain(model, settings),
                 streamer=streamer,
             )
+
+    def fit(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[str],
+        reward: Reward | None = None,
+        **settings: Any,
+    ) -> DecodingPolicy:
+        """This policy fitted to a reward; `cambia.decoding.fitting.DecodingFit` tells what came of it.
+
+        Args:
+            texts: documents, in no order.
+            reward: what is maximised; by default the match with what people write.
+            settings: of a `DecodingFit`: `tokens`, `parameters`, `by="gradient"`, `seed` and others.
+
+        Raises:
+            ConfigError: the reward is constant or not a number, or a setting does not fit.
+            DataError: the texts are too few or too short, or longer than the model's context.
+        """
+        from cambia.decoding.fitting import DecodingFit
+        from cambia.decoding.rewards.match import MatchReward
+
+        return DecodingFit(**settings).run(self, model, tokenizer, texts, reward or MatchReward()).policy
 
     def in_context(self, hidden: Tensor, knobs: Knobs) -> Knobs:
         """Parameters of each next token, (...,), from what the head is given, (..., D)."""

@@ -253,9 +253,9 @@ def test_a_part_has_drifted_if_it_does_worse_than_in_its_time(loss: float, asks:
         returns.add("old", rows, "text")
     assert returns.asks(lambda part, rows: losses(loss, len(rows))) == asks
     # Asked in vain it waits for half of the rows again, and after a version that failed for twice as many.
-    assert len(returns.rows["old"]) == (32 if asks else 16)
+    assert len(returns.returned["old"].rows) == (32 if asks else 16)
     returns.failed_once_more("old")
-    assert returns.enough("old") == 64 and "old" not in returns.rows
+    assert returns.enough("old") == 64 and "old" not in returns.returned
     again = Returns("drifted", least_rows=32)
     again.load_state_dict(returns.state_dict())
     assert again.state_dict() == returns.state_dict()

@@ -247,7 +247,8 @@ class StreamAllocator:
             rows, sources = self.quarantine.rows, self.quarantine.sources
             self._forget_quarantine()
         else:
-            rows, sources = self.returns.take(self._version_of)
+            returned = self.returns.take(self._version_of)
+            rows, sources = returned.rows, returned.sources
         domain = Domain(name, self.vocab_size, rows.features.shape[1])
         self.domains[name] = domain
         self.open, self.phase, self.steps, self._next = name, "seeding", 0, None

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
@@ -14,6 +15,23 @@ from cambia.continual.domains import ReadRows
 from cambia.continual.kept_rows import joined
 
 Reopen = Literal["never", "drifted", "always"]
+
+
+@dataclass(frozen=True)
+class Returned:
+    """What has come of a sealed Part's text."""
+
+    rows: ReadRows
+    """The latest ones."""
+    sources: Sequence[str]
+    """Of each of them."""
+    arrived: int
+    """Rows that have come since it was sealed or asked about."""
+
+    def latest(self, most: int, *, arrived: int) -> Returned:
+        """The latest rows alone."""
+        first = max(0, len(self.rows) - most)
+        return Returned(self.rows.take(range(first, len(self.rows))), self.sources[first:], arrived)
 
 
 class Returns:
@@ -27,11 +45,8 @@ class Returns:
 
     def __init__(self, reopen: Reopen, least_rows: int):
         self.reopen, self.least_rows = reopen, least_rows
-        self.arrived: dict[str, int] = {}
-        """For each Part, rows of its text that have come since it was sealed or asked about."""
-        self.rows: dict[str, ReadRows] = {}
-        """The latest of them."""
-        self.sources: dict[str, list[str]] = {}
+        self.returned: dict[str, Returned] = {}
+        """By Part."""
         self.failed: dict[str, int] = {}
         """For each Part, versions that came to nothing."""
         self.ordinary: dict[str, list[float]] = {}
@@ -45,21 +60,14 @@ class Returns:
         """Rows that a sealed Part answers."""
         if self.reopen == "never" or not len(rows):
             return
-        self.arrived[part] = self.arrived.get(part, 0) + len(rows)
-        kept = joined(self.rows[part], rows) if part in self.rows else rows
-        sources = [*self.sources.get(part, []), *[source] * len(rows)]
-        self._keep(part, kept, sources, most=_KEPT * self.least_rows)
-
-    def _keep(self, part: str, rows: ReadRows, sources: list[str], *, most: int) -> None:
-        """The latest rows alone."""
-        self.rows[part] = rows.take(range(max(0, len(rows) - most), len(rows)))
-        self.sources[part] = sources[-most:]
+        had = self.returned.get(part, Returned(rows.take([]), [], 0))
+        every = Returned(joined(had.rows, rows), [*had.sources, *[source] * len(rows)], had.arrived)
+        self.returned[part] = every.latest(_KEPT * self.least_rows, arrived=had.arrived + len(rows))
 
     def failed_once_more(self, part: str) -> None:
         """A new version of a Part came to nothing: the next one has to wait for twice as many rows."""
         self.failed[part] = self.failed.get(part, 0) + 1
-        for kept in (self.arrived, self.rows, self.sources):
-            kept.pop(part, None)
+        self.returned.pop(part, None)
 
     def sealed(self, part: str, losses: Tensor) -> None:
         """A Part has been sealed that gave held-out rows these losses, (N,) nats per token."""
@@ -73,15 +81,14 @@ class Returns:
             losses_of: (N,) nats per token that a Part gives rows.
         """
         # By name: that order a restart keeps.
-        for part in sorted(self.rows):
-            rows = self.rows[part]
-            if self.arrived[part] < self.enough(part):
+        for part in sorted(self.returned):
+            had = self.returned[part]
+            if had.arrived < self.enough(part):
                 continue
-            if self.reopen == "always" or self._has_drifted(part, losses_of(part, rows)):
+            if self.reopen == "always" or self._has_drifted(part, losses_of(part, had.rows)):
                 return part
             # They were as ever: half as many have to come anew before it is asked again.
-            self.arrived[part] //= 2
-            self._keep(part, rows, self.sources[part], most=(len(rows) + 1) // 2)
+            self.returned[part] = had.latest((len(had.rows) + 1) // 2, arrived=had.arrived // 2)
         return None
 
     def _has_drifted(self, part: str, losses: Tensor) -> bool:
@@ -91,24 +98,22 @@ class Returns:
         mean, error = self.ordinary[part]
         return float(losses.mean()) - mean > _CLEARLY * math.sqrt(error + float(losses.var()) / len(losses))
 
-    def take(self, part: str) -> tuple[ReadRows, list[str]]:
-        """The rows of a Part's text, and of which source each is; they are kept no more."""
-        del self.arrived[part]
-        return self.rows.pop(part), self.sources.pop(part)
+    def take(self, part: str) -> Returned:
+        """What has come of a Part's text; it is kept no more."""
+        return self.returned.pop(part)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "arrived": self.arrived,
-            "rows": {part: rows.state_dict() for part, rows in self.rows.items()},
-            "sources": self.sources,
-            "failed": self.failed,
-            "ordinary": self.ordinary,
+        returned = {
+            part: {"rows": had.rows.state_dict(), "sources": list(had.sources), "arrived": had.arrived}
+            for part, had in self.returned.items()
         }
+        return {"returned": returned, "failed": dict(self.failed), "ordinary": dict(self.ordinary)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.arrived = dict(state["arrived"])
-        self.rows = {part: ReadRows(**rows) for part, rows in state["rows"].items()}
-        self.sources = {part: list(sources) for part, sources in state["sources"].items()}
+        self.returned = {
+            part: Returned(ReadRows(**had["rows"]), list(had["sources"]), had["arrived"])
+            for part, had in state["returned"].items()
+        }
         self.failed, self.ordinary = dict(state["failed"]), dict(state["ordinary"])
 
 

@@ -27,9 +27,9 @@ from cambia.evaluation import task_matrix, transfer_metrics
 from cambia.experiment import load, read_experiment, train
 from cambia.experiment.build import open_stream
 from cambia.generation import continue_text
+from cambia.models.saved import load_tokenizer
 from cambia.reporting.units import duration
 from cambia.rundir import RunReader
-from cambia.training.checkpoint import load_tokenizer
 
 ORDER = 6
 BUCKETS = 1 << 22

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cambia.growth import AddLayers, WidenFFN, grow
-from cambia.training.checkpoint import load_model
+from cambia.models.saved import load_model
 from tests.conftest import Call, tiny
 
 

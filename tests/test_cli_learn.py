@@ -12,7 +12,7 @@ import pytest
 from cambia.experiment import watch
 from cambia.experiment.watch import Watcher
 from cambia.models import LoraExperts
-from cambia.training.checkpoint import load_model
+from cambia.models.saved import load_model
 from cambia.training.step import Stepper
 from tests.conftest import checkpoint
 from tests.learning import QUICK, base, text

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from cambia.errors import ConfigError
+from cambia.nn.modes import evaluating
 
 # B prompts, T tokens of the longest prompt
 
@@ -65,25 +66,19 @@ def continue_text(
     )
     longest = model.config.max_position_embeddings
     left = max_new_tokens
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            while left > 0 and not all(
-                set(row[n:]) & set(ends) for row, n in zip(rows, lengths, strict=True)
-            ):
-                # A model says nothing sensible past the length that it was trained for: where the text
-                # outgrows it, its last half is read again as a prompt.
-                room = min(left, max(longest - max(map(len, rows)), longest // 2, 1))
-                settings.max_new_tokens = room
-                new = _continued(
-                    writer or model, [row[-max(longest - room, 1) :] for row in rows], settings, padding
-                )
-                rows = [row + more for row, more in zip(rows, new, strict=True)]
-                left -= room
-    finally:
-        model.train(was_training)
+    cuda = [model.device] if model.device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        while left > 0 and not all(set(row[n:]) & set(ends) for row, n in zip(rows, lengths, strict=True)):
+            # A model says nothing sensible past the length that it was trained for: where the text
+            # outgrows it, its last half is read again as a prompt.
+            room = min(left, max(longest - max(map(len, rows)), longest // 2, 1))
+            settings.max_new_tokens = room
+            new = _continued(
+                writer or model, [row[-max(longest - room, 1) :] for row in rows], settings, padding
+            )
+            rows = [row + more for row, more in zip(rows, new, strict=True)]
+            left -= room
     texts = [before_end(row[length:], ends) for row, length in zip(rows, lengths, strict=True)]
     return [str(tokenizer.decode(text, skip_special_tokens=True)) for text in texts]
 
@@ -125,10 +120,10 @@ def left_padded(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
     return input_ids, attention_mask
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """The tokens that end a text: the model's, or else the tokenizer's."""
+def end_tokens(model: PreTrainedModel, tokenizer: Any = None) -> list[int]:
+    """The tokens that end a text: the model's, or else those of a tokenizer."""
     ends = model.generation_config.eos_token_id
-    if ends is None:
+    if ends is None and tokenizer is not None:
         ends = tokenizer.eos_token_id
     if ends is None:
         return []
@@ -152,17 +147,13 @@ def written_rows(
     Args:
         generator: of the draws, on the CPU.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        token = torch.full((rows, 1), first, device=model.device)
-        written, past = [token], None
+    token = torch.full((rows, 1), first, device=model.device)
+    written, past = [token], None
+    with evaluating(model):
         while len(written) < length:
             outputs = model(input_ids=token, past_key_values=past, use_cache=True)
             past = outputs.past_key_values
             odds = outputs.logits[:, -1].float().softmax(-1).cpu()  # (rows, V)
             token = torch.multinomial(odds, 1, generator=generator).to(model.device)
             written.append(token)
-        return torch.cat(written, 1)
-    finally:
-        model.train(was_training)
+    return torch.cat(written, 1)

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -26,6 +25,7 @@ from transformers import PreTrainedModel
 
 from cambia.config import resolve_function
 from cambia.data.batches import IGNORED, Batch
+from cambia.nn.modes import evaluating
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def bits_per_byte(model: PreTrainedModel, batches: Iterable[Batch], *, exact: bo
             greedily, since both read the same until one goes wrong.
     """
     nats, tokens, num_bytes, right, examples = 0.0, 0, 0, 0, 0
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
             logits = _logits(model, batch)
             nats += _losses(logits, batch).sum().item()
@@ -90,20 +90,9 @@ def bits_per_byte(model: PreTrainedModel, batches: Iterable[Batch], *, exact: bo
 
 def token_losses(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
     """Each batch with the loss of each of its targets: (B, T), nats, 0 where a target is left out."""
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
             yield batch, _losses(_logits(model, batch), batch)
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Generator[None]:
-    """Evaluation mode, and afterwards the mode of before."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @torch.no_grad()

@@ -22,12 +22,13 @@ from cambia.experiment.build import train_in
 from cambia.experiment.reopen import reopen
 from cambia.experiment.tree import experiment_from
 from cambia.models import LoraExperts
+from cambia.models.saved import load_model
 from cambia.records import Signals
 from cambia.reporting import load_run
 from cambia.reporting.drawing import to_svg
 from cambia.reporting.stream_figures import stream_drawing
 from cambia.rundir import RunReader
-from cambia.training.checkpoint import load_model, load_state
+from cambia.training.checkpoint import load_state
 
 RULE = {"when": {"type": "novelty"}, "then": {"type": "add_lora_expert"}}
 

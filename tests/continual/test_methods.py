@@ -440,7 +440,7 @@ def test_osf_moves_nothing_within_the_kept_subspaces(tasks, tmp_path):
 
 @pytest.mark.parametrize("family", ["native", "llama", "gpt2"])
 def test_a_saved_model_has_its_adapter_merged(family, tasks, tmp_path):
-    from cambia.training.checkpoint import load_model
+    from cambia.models.saved import load_model
 
     trainer = trained(SharedLora(rank=2), tasks, tmp_path / "run", model=model_of(family))
     loaded = load_model(tmp_path / "run" / "latest")

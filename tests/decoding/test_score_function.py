@@ -40,7 +40,7 @@ def test_the_estimate_agrees_with_finite_differences_of_the_expected_reward() ->
         return float((chance * worth(every)).sum())
 
     slopes = {}
-    for name, raw in one._raw.items():
+    for name, raw in one.parameters.lines.items():
         found = []
         for sign in (1, -1):
             with torch.no_grad():
@@ -56,7 +56,7 @@ def test_the_estimate_agrees_with_finite_differences_of_the_expected_reward() ->
         loss, _ = one.loss(rows, worth(rows), 3)
         one.optimizer.zero_grad()
         loss.backward()
-        for name, raw in one._raw.items():
+        for name, raw in one.parameters.lines.items():
             estimates[name].append(-float(raw.grad))
     for name, slope in slopes.items():
         found = torch.tensor(estimates[name], dtype=torch.float64)

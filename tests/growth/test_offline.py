@@ -37,8 +37,8 @@ from cambia.growth import (
 from cambia.growth.offline import grow_checkpoint, plan_checkpoint
 from cambia.growth.operators import PartOperator
 from cambia.growth.shards import WHOLE
+from cambia.models.saved import load_model
 from cambia.nn import blocks
-from cambia.training.checkpoint import load_model
 from tests.conftest import tiny
 from tests.laws.examples import FAMILIES, LEGAL_AMOUNTS
 

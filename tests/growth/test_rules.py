@@ -28,7 +28,8 @@ from cambia.growth import (
     plan_growth,
 )
 from cambia.models.architectures import layer_ids
-from cambia.training.checkpoint import load_model, load_state, save_checkpoint
+from cambia.models.saved import load_model
+from cambia.training.checkpoint import load_state, save_checkpoint
 from cambia.training.optim import AdamW, load_optimizer_state, optimizer_state
 from tests.conftest import tiny
 from tests.laws.examples import loss_of

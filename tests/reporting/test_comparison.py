@@ -14,9 +14,9 @@ from rich.console import Console
 
 from cambia import files
 from cambia.errors import RunError
+from cambia.models.saved import STATE_JSON
 from cambia.reporting import compare, load_for_comparison, load_run, print_comparison, write_comparison
 from cambia.reporting.run import Run
-from cambia.training.checkpoint import STATE_JSON
 
 Make = Callable[..., Run]
 

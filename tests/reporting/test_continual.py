@@ -14,6 +14,7 @@ from rich.console import Console
 from cambia import files
 from cambia.evaluation import TaskMatrix
 from cambia.experiment.results import results_of
+from cambia.models.saved import STATE_JSON
 from cambia.reporting import (
     check_health,
     compare,
@@ -26,7 +27,6 @@ from cambia.reporting import (
 )
 from cambia.reporting.run import stage_names
 from cambia.rundir import RunReader
-from cambia.training.checkpoint import STATE_JSON
 from tests.pages import Checked
 
 Make = Callable[..., Path]

@@ -16,10 +16,9 @@ from torch import Tensor
 from cambia import files
 from cambia.errors import CheckpointError
 from cambia.growth import AddLayers, WidenFFN, grow
+from cambia.models.saved import STATE_JSON, load_model
 from cambia.training.checkpoint import (
-    STATE_JSON,
     STATE_TENSORS,
-    load_model,
     load_state,
     random_state,
     save_checkpoint,

@@ -14,8 +14,8 @@ from cambia.experiment.estimate import estimate
 from cambia.experiment.starts import model_folder
 from cambia.experiment.tree import Experiment, experiment_from
 from cambia.models.bodies import count_parameters, flops_per_token
+from cambia.models.saved import load_model
 from cambia.rundir import RunReader, RunWriter
-from cambia.training.checkpoint import load_model
 
 TREE = {
     "data": {

@@ -32,7 +32,7 @@ def generate(
     """
     from cambia.experiment.starts import experts_beside, model_folder
     from cambia.generation import continue_text, routes_of
-    from cambia.training.checkpoint import load_model, load_tokenizer
+    from cambia.models.saved import load_model, load_tokenizer
 
     folder = model_folder(model)
     loaded, tokenizer = load_model(folder), load_tokenizer(folder)
@@ -152,8 +152,8 @@ def export(model: str, out: Path, *, to: str | None = None) -> None:
     from cambia.files import atomic_folder
     from cambia.models.causal_lm import CambiaForCausalLM
     from cambia.models.export import to_llama
+    from cambia.models.saved import load_model, load_tokenizer
     from cambia.reporting.units import plural
-    from cambia.training.checkpoint import load_model, load_tokenizer
 
     if to not in (None, "llama"):
         raise ConfigError(f"--to {to!r}: the only class so far is llama")

@@ -109,12 +109,11 @@ class DecodingFit:
         if not places:
             raise DataError(f"{len(prompts)} prompts are too few to calibrate and to search: give more text")
         if self.by == "gradient":
-            return self._by_gradient(policy, rollouts, reward, places, told)
-        return self._by_search(policy, rollouts, reward, places, told)
+            return self._by_gradient(rollouts, reward, places, told)
+        return self._by_search(rollouts, reward, places, told)
 
     def _by_search(
         self,
-        policy: DecodingPolicy,
         rollouts: Rollouts,
         reward: Reward,
         places: list[int],
@@ -123,11 +122,10 @@ class DecodingFit:
         begun = rollouts.tokens
         size = min(self.prompts, len(places))
         rounds = max(1, self.tokens // (self.search.population * size * self.new_tokens))
-        generator = torch.Generator().manual_seed(self.seed)
+        some = _Draws(places, size, self.seed)
 
         def worth(candidates: Sequence[DecodingParameters], number: int) -> list[float]:
-            chosen = torch.randperm(len(places), generator=generator)[:size].tolist()
-            scores = scored(reward, rollouts, candidates, [places[i] for i in chosen], number)
+            scores = scored(reward, rollouts, candidates, some.draw(), number)
             if number == 0:
                 refuse_constant(scores)
             values = [score.value for score in scores]
@@ -136,31 +134,32 @@ class DecodingFit:
                 told(rollouts.tokens - begun, self.tokens, candidates[best], values[best])
             return values
 
-        space = Space(self.parameters, policy.parameters)
+        space = Space(self.parameters, rollouts.policy.parameters)
         try:
             found = self.search.run(worth, space, rounds=rounds, seed=self.seed)
         except MissingExtraError as error:
             raise MissingExtraError(
                 f"{error}; or learn by gradients, which needs none: --by gradient"
             ) from None
-        best = policy.with_parameters(**{name: getattr(found.best, name) for name in self.parameters})
+        best = rollouts.policy.with_parameters(
+            **{name: getattr(found.best, name) for name in self.parameters}
+        )
         return FittedPolicy(best, rollouts.tokens - begun, found.tried)
 
     def _by_gradient(
         self,
-        policy: DecodingPolicy,
         rollouts: Rollouts,
         reward: Reward,
         places: list[int],
         told: Told | None,
     ) -> FittedPolicy:
-        learner = self.gradient.learner(policy, rollouts.model, seed=self.seed)
+        learner = self.gradient.learner(rollouts.policy, rollouts.model, seed=self.seed)
         copies = self.gradient.texts
         size = max(1, min(self.prompts, len(places)) // copies)
-        generator = torch.Generator().manual_seed(self.seed)
+        some = _Draws(places, size, self.seed)
         written, tried = 0, []
         while written < self.tokens:
-            chosen = [places[i] for i in torch.randperm(len(places), generator=generator)[:size].tolist()]
+            chosen = some.draw()
             repeated = [place for place in chosen for _ in range(copies)]
             scores: list[Score] = []
 
@@ -177,6 +176,18 @@ class DecodingFit:
             if told is not None:
                 told(written, self.tokens, tried[-1].parameters, tried[-1].worth)
         return FittedPolicy(learner.policy, written, tried)
+
+
+class _Draws:
+    """Some of the prompts, others each time."""
+
+    def __init__(self, places: Sequence[int], size: int, seed: int):
+        self._places, self._size = places, size
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def draw(self) -> list[int]:
+        order = torch.randperm(len(self._places), generator=self._generator)
+        return [self._places[i] for i in order[: self._size].tolist()]
 
 
 def calibrate(reward: Reward, rollouts: Rollouts, places: Sequence[int]) -> None:

@@ -10,9 +10,9 @@ min-p, top-k) has none: it makes text that it would not write impossible.
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -20,15 +20,14 @@ from annotated_types import Gt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cambia.decoding.learned import LearnedParameters
 from cambia.decoding.odds import History, Knobs, warped
-from cambia.decoding.parameters import DecodingParameters
 from cambia.decoding.policy import DecodingPolicy
 from cambia.errors import ConfigError, DataError
+from cambia.nn.modes import evaluating
 
 SMOOTH = ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty")
 """Parameters that the likelihood of a text has a gradient to."""
-_FACTORS = ("temperature", "repetition_penalty")
-"""Learned as logarithms."""
 _MOST_ODDS = 1 << 25
 """Numbers of one tensor of odds; more rows are read in parts."""
 
@@ -115,7 +114,7 @@ class _Learned:
     """The tensors of a fit."""
 
     start: DecodingPolicy
-    scalars: Mapping[str, Tensor]
+    parameters: LearnedParameters
     layers: Tensor | None
     heads: Sequence[Tensor] | None
 
@@ -124,21 +123,13 @@ class _Learned:
         def leaf(value: Tensor) -> Tensor:
             return value.detach().clone().float().requires_grad_()
 
-        scalars = {}
-        for name in names:
-            value = torch.tensor(float(getattr(policy.parameters, name)))
-            scalars[name] = leaf(value.log() if name in _FACTORS else value)
         layers = None if policy.layer_weights is None else leaf(policy.layer_weights)
         heads = None if policy.head_weights is None else [leaf(scale) for scale in policy.head_weights]
-        return cls(copy.deepcopy(policy), scalars, layers, heads)
+        return cls(copy.deepcopy(policy), LearnedParameters(policy.parameters, names), layers, heads)
 
     def tensors(self) -> list[Tensor]:
         layers = [] if self.layers is None else [self.layers]
-        return [*self.scalars.values(), *layers, *(self.heads or [])]
-
-    def knobs(self) -> Knobs:
-        values = {name: raw.exp() if name in _FACTORS else raw for name, raw in self.scalars.items()}
-        return replace(Knobs.of(self.start.parameters), **values)
+        return [*self.parameters.tensors(), *layers, *(self.heads or [])]
 
     def listening(self) -> DecodingPolicy:
         """The policy with the tensors themselves, so that gradients reach them."""
@@ -146,12 +137,10 @@ class _Learned:
 
     def policy(self) -> DecodingPolicy:
         """As it is now, within the ranges of its parameters."""
-        knobs = self.knobs()
-        values = {name: _inside(name, float(getattr(knobs, name).detach())) for name in self.scalars}
-        parameters = DecodingParameters.of({**asdict(self.start.parameters), **values})
         layers = None if self.layers is None else self.layers.detach().clone()
         heads = None if self.heads is None else [scale.detach().clone() for scale in self.heads]
-        return replace(self.start, parameters=parameters, layer_weights=layers, head_weights=heads)
+        moved = self.start.with_parameters(**self.parameters.values())
+        return replace(moved, layer_weights=layers, head_weights=heads)
 
     def _losses(self, model: PreTrainedModel, rows: Tensor) -> Generator[tuple[Tensor, int]]:
         """Nats of all tokens of some rows, and how many these are."""
@@ -161,7 +150,7 @@ class _Learned:
             ids = some.to(model.device)
             with listening.heard(model):
                 logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            yield token_losses(logits, ids, self.knobs()).sum(), ids[:, 1:].numel()
+            yield token_losses(logits, ids, self.parameters.knobs()).sum(), ids[:, 1:].numel()
 
     def backward(self, model: PreTrainedModel, rows: Tensor) -> None:
         count = rows[:, 1:].numel()
@@ -199,31 +188,15 @@ def mean_loss(policy: DecodingPolicy, model: PreTrainedModel, rows: Tensor) -> f
         return _Learned.of(policy, ()).loss(model, rows)
 
 
-def _inside(name: str, value: float) -> float:
-    """The nearest value in a parameter's range."""
-    low, high = _RANGES[name]
-    return min(high, max(low, value))
-
-
-_RANGES = {
-    "temperature": (0.05, 5.0),
-    "repetition_penalty": (0.5, 3.0),
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
-}
-
-
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Generator[None]:
     """Inside the block the model is evaluated, and its weights collect no gradients."""
-    was_training = model.training
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
     for parameter in wanted:
         parameter.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
-        model.train(was_training)

@@ -29,6 +29,8 @@ from cambia.decoding.mixing import Anatomy, heads_of, mixed_layers, scaled_heads
 from cambia.decoding.odds import History, Knobs, warped
 from cambia.decoding.parameters import DecodingParameters
 from cambia.errors import ConfigError
+from cambia.generation import end_tokens
+from cambia.nn.modes import evaluating
 
 if TYPE_CHECKING:
     from cambia.decoding.rewards.reward import Reward
@@ -190,7 +192,7 @@ class DecodingPolicy:
     ) -> Tensor:
         """`generate` with noise and odds of one's own, and parameters for each row (B,) if they are given."""
         given = knobs or Knobs.of(self.parameters)
-        with ExitStack() as blocks:
+        with evaluating(model), ExitStack() as blocks:
             blocks.enter_context(self.heard(model))
             if self.context is None:
                 drawing = Drawing(given, noise, attention_mask, odds)
@@ -199,9 +201,6 @@ class DecodingPolicy:
                 drawing = Drawing(
                     lambda: self.in_context(hidden[0][:, -1], given), noise, attention_mask, odds
                 )
-            was_training = model.training
-            model.eval()
-            blocks.callback(model.train, was_training)
             writes: Any = writer or model
             return writes.generate(
                 input_ids,
@@ -338,11 +337,9 @@ def last_states(model: PreTrainedModel) -> Generator[list[Tensor]]:
 
 def _plain(model: PreTrainedModel, settings: Mapping[str, Any]) -> GenerationConfig:
     """Settings of `generate` with none of the model's own ways of drawing in them."""
-    own = model.generation_config
-    end = own.eos_token_id
-    ends = end if isinstance(end, list) else [end]
-    padding = own.pad_token_id if own.pad_token_id is not None else ends[0] if ends[0] is not None else 0
-    plain = {"pad_token_id": padding, "eos_token_id": end, "bos_token_id": own.bos_token_id}
+    own, ends = model.generation_config, end_tokens(model)
+    padding = own.pad_token_id if own.pad_token_id is not None else (*ends, 0)[0]
+    plain = {"pad_token_id": padding, "eos_token_id": ends or None, "bos_token_id": own.bos_token_id}
     return GenerationConfig(do_sample=False, repetition_penalty=1.0, **{**plain, **settings})
 
 

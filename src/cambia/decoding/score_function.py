@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -27,11 +26,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cambia.decoding.drawing import Noise
+from cambia.decoding.learned import LearnedParameters
 from cambia.decoding.likelihood import past_of
 from cambia.decoding.odds import History, Knobs, cooled, is_neutral, penalised, soft_nucleus
-from cambia.decoding.parameters import SPANS, DecodingParameters
 from cambia.decoding.policy import DecodingPolicy, last_states
 from cambia.errors import ConfigError
+from cambia.generation import end_tokens
+from cambia.nn.modes import evaluating
 
 Worth = Callable[[Tensor], Tensor]
 """(N G, T) tokens, prompts included, texts behind one prompt together -> (N G,) what each is worth."""
@@ -104,29 +105,17 @@ class ScoreFunctionLearner:
         self.settings, self.model, self.seed = settings, model, seed
         self._start = copy.deepcopy(policy)
         self._policy = copy.deepcopy(policy)
-        learned = [*settings.learns, *([] if policy.context is None else ["temperature", "top_p"])]
-        self._raw = {
-            name: torch.tensor(
-                _raw(name, float(getattr(policy.parameters, name))), requires_grad=name in settings.learns
-            )
-            for name in dict.fromkeys(learned)
-        }
+        held = () if policy.context is None else ("temperature", "top_p")
+        self.parameters = LearnedParameters(policy.parameters, settings.learns, held)
         head = [] if self._policy.context is None else list(self._policy.context.parameters())
-        wanted = [raw for raw in self._raw.values() if raw.requires_grad]
-        self.optimizer = torch.optim.Adam([*wanted, *head], lr=settings.rate)
+        self.optimizer = torch.optim.Adam([*self.parameters.tensors(), *head], lr=settings.rate)
         self.updates = 0
-        self._began = Knobs(**{name: _number(value) for name, value in vars(self._knobs()).items()})
+        self._began = replace(Knobs.of(policy.parameters), **self.parameters.values())
 
     @property
     def policy(self) -> DecodingPolicy:
         """As it is now."""
-        values = {name: float(_value(name, raw.detach())) for name, raw in self._raw.items()}
-        parameters = DecodingParameters.of({**asdict(self._start.parameters), **values})
-        return replace(copy.deepcopy(self._policy), parameters=parameters)
-
-    def _knobs(self) -> Knobs:
-        values = {name: _value(name, raw) for name, raw in self._raw.items()}
-        return replace(Knobs.of(self._start.parameters), **values)
+        return copy.deepcopy(self._policy).with_parameters(**self.parameters.values())
 
     def step(self, prompts: Tensor, worth: Worth, *, new_tokens: int) -> Update:
         """Write behind prompts, and learn from what it was worth.
@@ -136,7 +125,7 @@ class ScoreFunctionLearner:
             worth: (N G, T) -> (N G,).
 
         Raises:
-            ConfigError: a reward is not a number, or all are the same.
+            ConfigError: a reward is not a number.
         """
         rows = self.write(prompts, new_tokens)
         rewards = worth(rows).double()
@@ -159,7 +148,7 @@ class ScoreFunctionLearner:
             repeated,
             torch.ones_like(repeated),
             Noise(hash((self.seed, self.updates)) % 2**62),
-            knobs=self._knobs(),
+            knobs=self.parameters.knobs(),
             odds=soft_odds,
             max_new_tokens=new_tokens,
         )
@@ -184,16 +173,12 @@ class ScoreFunctionLearner:
 
     def _written_again(self, rows: Tensor, prompt_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability of each text (N G,); divergence from the start and entropy, nats per token."""
-        was_training = self.model.training
-        self.model.eval()
-        with ExitStack() as blocks, torch.no_grad():
-            blocks.enter_context(self._policy.heard(self.model))
-            hidden = blocks.enter_context(last_states(self.model))
-            logits = self.model(input_ids=rows, use_cache=False).logits
-        self.model.train(was_training)
+        model = self.model
+        with torch.no_grad(), evaluating(model), self._policy.heard(model), last_states(model) as hidden:
+            logits = model(input_ids=rows, use_cache=False).logits
         places = slice(prompt_tokens - 1, -1)
         logits, states = logits[:, places].double(), hidden[0][:, places]
-        now = self._odds(self._policy, states, logits, rows, prompt_tokens, self._knobs())
+        now = self._odds(self._policy, states, logits, rows, prompt_tokens, self.parameters.knobs())
         with torch.no_grad():
             began = self._odds(self._start, states, logits, rows, prompt_tokens, self._began)
         new, odds = rows[:, prompt_tokens:], now.exp()
@@ -205,8 +190,7 @@ class ScoreFunctionLearner:
 
     def _before_end(self, new: Tensor) -> Tensor:
         """Which tokens were drawn, (N G, new) bool: all up to the end of a text, itself included."""
-        end = self.model.generation_config.eos_token_id
-        ends = torch.tensor(end if isinstance(end, list) else [] if end is None else [end], device=new.device)
+        ends = torch.tensor(end_tokens(self.model), dtype=new.dtype, device=new.device)
         ended = torch.isin(new, ends).long().cumsum(1)
         return torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], 1) == 0
 
@@ -222,7 +206,7 @@ class ScoreFunctionLearner:
     def state_dict(self) -> dict[str, Any]:
         context = self._policy.context
         return {
-            "raw": {name: raw.detach().clone() for name, raw in self._raw.items()},
+            "parameters": {name: line.detach().clone() for name, line in self.parameters.lines.items()},
             "context": None if context is None else {k: v.clone() for k, v in context.state_dict().items()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "updates": self.updates,
@@ -231,8 +215,8 @@ class ScoreFunctionLearner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken."""
         with torch.no_grad():
-            for name, value in state["raw"].items():
-                self._raw[name].copy_(value)
+            for name, value in state["parameters"].items():
+                self.parameters.lines[name].copy_(value)
         if self._policy.context is not None:
             self._policy.context.load_state_dict(state["context"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -246,25 +230,3 @@ def soft_odds(logits: Tensor, knobs: Knobs, history: History | None) -> Tensor:
         return logits.log_softmax(-1)
     top_p = torch.as_tensor(knobs.top_p, dtype=logits.dtype, device=logits.device)
     return soft_nucleus(logits, top_p.expand(logits.shape[:-1]), _WIDTH)
-
-
-def _raw(name: str, value: float) -> float:
-    """On the line that is learned on: logarithms of factors, the logit of top-p."""
-    if name in ("temperature", "repetition_penalty"):
-        return float(torch.tensor(value).log())
-    if name == "top_p":
-        return float(torch.logit(torch.tensor(min(value, SPANS["top_p"].at(0.99)))))
-    return value
-
-
-def _value(name: str, raw: Tensor) -> Tensor:
-    """The inverse, within the range of the parameter."""
-    if name == "temperature":
-        return raw.exp().clamp(0.05, 5.0)
-    if name == "repetition_penalty":
-        return raw.exp().clamp(0.5, 3.0)
-    return torch.sigmoid(raw).clamp(0.02, 1.0) if name == "top_p" else raw.clamp(-2.0, 2.0)
-
-
-def _number(value: float | Tensor) -> float:
-    return float(value.detach()) if isinstance(value, Tensor) else value

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 from annotated_types import Gt
 
+from cambia.config import resolve
 from cambia.decoding.parameters import SPANS, DecodingParameters, Span
 from cambia.errors import ConfigError, MissingExtraError
 
@@ -224,6 +225,4 @@ def search_of(kind: str, **settings: Any) -> Search:
     Raises:
         ConfigError: there is none of that name.
     """
-    from cambia.config import resolve
-
     return resolve(kind, SEARCHES, "search")(**settings)

@@ -32,9 +32,10 @@ from cambia.experiment.starts import model_folder
 from cambia.experiment.tree import Experiment, experiment_from, plain_tree, read_experiment
 from cambia.growth import GrowthEvent, GrowthManager
 from cambia.models.bodies import count_parameters
+from cambia.models.saved import load_model
 from cambia.rundir import RunReader, RunWriter
 from cambia.training import Trainer
-from cambia.training.checkpoint import load_model, load_state
+from cambia.training.checkpoint import load_state
 
 RESUMABLE = (
     "device",

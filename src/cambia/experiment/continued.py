@@ -11,8 +11,9 @@ from cambia.errors import CheckpointError, ConfigError, DataError
 from cambia.experiment.starts import PretrainedModel, StartModel
 from cambia.models.hashing import fingerprint
 from cambia.models.parts.folder import opened
+from cambia.models.saved import STATE_JSON
 from cambia.training import Trainer
-from cambia.training.checkpoint import STATE_JSON, load_state
+from cambia.training.checkpoint import load_state
 
 
 def go_on(trainer: Trainer, start: StartModel, sequence_length: int) -> bool:

@@ -23,7 +23,7 @@ from cambia.errors import ConfigError, DataError
 from cambia.experiment.starts import PretrainedModel
 from cambia.experiment.tree import Experiment, read_tree
 from cambia.models.parts.folder import EXPERTS
-from cambia.training.checkpoint import STATE_JSON
+from cambia.models.saved import STATE_JSON
 
 RECIPE = "learn"
 _WIDTH = 128

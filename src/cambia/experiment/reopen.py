@@ -24,7 +24,8 @@ from cambia.continual.methods import Method, Situation
 from cambia.data.streams import Stage
 from cambia.errors import CambiaError, CheckpointError, RunError
 from cambia.experiment.tree import experiment_from
-from cambia.training.checkpoint import load_model, load_state
+from cambia.models.saved import load_model
+from cambia.training.checkpoint import load_state
 from cambia.training.settings import Progress
 
 _TRIES = 5

@@ -17,9 +17,9 @@ from cambia.experiment.build import open_stream
 from cambia.experiment.reopen import reopen
 from cambia.experiment.starts import experts_beside, model_folder
 from cambia.experiment.tree import experiment_from
+from cambia.models.saved import load_model, load_tokenizer
 from cambia.probes import Likelihood, bits_per_byte
 from cambia.rundir import LATEST, RunReader
-from cambia.training.checkpoint import load_model, load_tokenizer
 from cambia.training.scoring import Scorer
 from cambia.training.settings import EvaluationConfig
 from cambia.training.step import autocast

@@ -28,8 +28,8 @@ from cambia.models.causal_lm import CambiaForCausalLM
 from cambia.models.config import CambiaConfig
 from cambia.models.parts.folder import EXPERTS, base_folder
 from cambia.models.parts.lora_experts import LoraExperts
+from cambia.models.saved import AVERAGED, load_model
 from cambia.rundir import RunReader
-from cambia.training.checkpoint import AVERAGED, load_model
 
 MODELS: dict[str, str] = {
     "native": "cambia.experiment.starts:NativeModel",

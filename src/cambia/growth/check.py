@@ -10,25 +10,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cambia.nn.modes import evaluating
+
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, batch: Tensor) -> Tensor:
     """(B, T, V), without dropout."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     # Compiling for this batch would not pay; and accelerate puts a forward pass in half precision before the
     # model's own, while growth is verified in the precision of the weights.
     is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
     eagerly = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
     wrapped = vars(model).pop("forward", None)
     try:
-        with eagerly:
+        with evaluating(model), eagerly:
             return model(input_ids=batch.to(model.device), use_cache=False).logits
     finally:
         if wrapped is not None:
             vars(model)["forward"] = wrapped
-        for module in training:
-            module.training = True
 
 
 def relative_error(before: Tensor, after: Tensor) -> float:

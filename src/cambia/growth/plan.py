@@ -19,6 +19,7 @@ from cambia.errors import ConfigError, GrowthError
 from cambia.growth.operators import OPERATORS, Contract, Operator, PartOperator, Shape
 from cambia.models.architectures import changed_fields, per_layer
 from cambia.models.bodies import Body, body_of, count_parameters, flops_per_token, lora_layers
+from cambia.nn.modes import evaluating
 from cambia.nn.param_map import Lineage, ParamMap, lineages
 from cambia.nn.routed import Routed
 from cambia.records import GrowthEvent
@@ -230,15 +231,10 @@ def loss_gradients(model: PreTrainedModel, batch: Tensor, dimension: str) -> dic
         reads = axes.read is not None and axes.names[axes.read] == dimension
         if layer is not None and reads and parameter.requires_grad:
             readers[layer] = parameter
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         ids = batch.to(model.device)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         found = torch.autograd.grad(loss, list(readers.values())) if readers else ()
-    finally:
-        for module in training:
-            module.training = True
     return dict(zip(readers, found, strict=True))
 
 

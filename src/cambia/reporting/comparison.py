@@ -21,9 +21,9 @@ import numpy as np
 
 from cambia import files
 from cambia.errors import RunError
+from cambia.models.saved import STATE_JSON
 from cambia.reporting.run import Run, load_run
 from cambia.rundir import RunReader, runs_root
-from cambia.training.checkpoint import STATE_JSON
 
 _DECAYED = 0.5
 """A learning rate below this share of the run's highest has come down."""

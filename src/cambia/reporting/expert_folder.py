@@ -15,7 +15,7 @@ from cambia.errors import CheckpointError
 from cambia.models.hashing import fingerprint
 from cambia.models.parts.folder import ADAPTERS, EXPERTS, base_folder, opened
 from cambia.models.parts.peft_format import read_adapter
-from cambia.training.checkpoint import load_model
+from cambia.models.saved import load_model
 
 
 @dataclass(frozen=True)

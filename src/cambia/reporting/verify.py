@@ -33,12 +33,12 @@ from cambia.experiment.machine import find_device, provenance
 from cambia.experiment.reopen import reopen
 from cambia.experiment.tree import Experiment, experiment_from
 from cambia.models.hashing import sha256
+from cambia.models.saved import STATE_JSON
 from cambia.reporting.answers import TOLERANCE, Answer, Heard, answers_of
 from cambia.reporting.movement import Movement, movements
 from cambia.reporting.routes import KeptRoutes, routes_of
 from cambia.reporting.run import Status
 from cambia.rundir import RunReader
-from cambia.training.checkpoint import STATE_JSON
 
 _MOMENT = 0.2  # seconds
 _CIRCUMSTANCES = {

@@ -25,6 +25,7 @@ from cambia import files, rundir
 from cambia.continual.methods import Method
 from cambia.continual.methods.method import AnyStream
 from cambia.models.hashing import sha256
+from cambia.nn.modes import evaluating
 from cambia.rundir import RunWriter
 
 _ROWS, _TOKENS = 2, 32
@@ -128,10 +129,6 @@ def passage_losses(answerer: Any, input_ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _logits(answerer: Any, input_ids: Tensor) -> Tensor:
-    was_training = answerer.training
-    answerer.eval()
-    try:
+    with evaluating(answerer):
         given = input_ids.to(answerer.device)
         return answerer(input_ids=given, use_cache=False).logits.cpu().contiguous()
-    finally:
-        answerer.train(was_training)

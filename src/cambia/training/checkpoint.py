@@ -25,20 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from cambia import files
 from cambia.models.nested_state import put_in_tensors, take_out_tensors
-from cambia.models.saved import AVERAGED, STATE_JSON, load_model, load_tokenizer
+from cambia.models.saved import AVERAGED, STATE_JSON
 from cambia.training.averaging import WeightAverage
-
-__all__ = [
-    "AVERAGED",
-    "STATE_JSON",
-    "STATE_TENSORS",
-    "load_model",
-    "load_state",
-    "load_tokenizer",
-    "random_state",
-    "save_checkpoint",
-    "set_random_state",
-]
 
 STATE_TENSORS = "state.safetensors"
 

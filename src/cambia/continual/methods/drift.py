@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Lt
 from cambia.continual.methods.method import Situation
 from cambia.data.batches import IGNORED, Batch
 from cambia.errors import ConfigError
+from cambia.nn.modes import evaluating
 
 
 @dataclass
@@ -74,11 +75,8 @@ class Drift:
     def _loss(self, situation: Situation, probe: Batch) -> float:
         model, targets = situation.model, probe.targets.to(situation.device)
         self.extra_tokens += targets.numel() / 3  # a forward pass is a third of a training step
-        was_training = model.training
-        model.eval()
-        with situation.autocast():
+        with evaluating(model), situation.autocast():
             logits = model(input_ids=probe.input_ids.to(situation.device), use_cache=False).logits
-        model.train(was_training)
         return torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED
         ).item()

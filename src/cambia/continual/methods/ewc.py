@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cambia.continual.methods.method import AnyStream, Backward, Contract, Method, Situation
 from cambia.data.batches import IGNORED, Batch
+from cambia.nn.modes import evaluating
 
 _ROWS = 4
 """Rows at once when Fisher information is estimated: more squares to average, and less memory."""
@@ -90,17 +91,13 @@ class EWC(Method):
         squares as its mean (Kunstner et al. 2019, https://arxiv.org/abs/1905.12558, on why labels are drawn).
         """
         model, parameters = self.situation.model, self._parameters()
-        was_training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             with self.situation.autocast():
                 logits = model(input_ids=batch.input_ids.to(model.device), use_cache=False).logits
             scored = logits[(batch.targets != IGNORED).to(logits.device)].float()  # (N, V)
             drawn = torch.multinomial(scored.detach().softmax(-1).cpu(), 1, generator=self._labels)  # (N, 1)
             loss = nn.functional.cross_entropy(scored, drawn.squeeze(1).to(scored.device), reduction="sum")
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        finally:
-            model.train(was_training)
         count = len(scored)
         return {
             name: torch.zeros_like(parameter) if gradient is None else gradient.square().div_(count)

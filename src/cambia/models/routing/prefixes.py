@@ -16,8 +16,8 @@ Nothing here looks past the end of a row: what stands there is overwritten befor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cambia.errors import ConfigError
+from cambia.nn.modes import evaluating
 
 FeaturesOf = Callable[[Tensor, Tensor], Tensor]
 """ids (B, P) and which of them count (B, P) -> (B, D)"""
@@ -137,7 +138,7 @@ class PrefixReader:
         config = self.model.config
         held = max(1, ids.shape[1] * config.hidden_size * (config.num_hidden_layers + 1))
         rows = max(1, _MOST_HELD // held)
-        with self.using(None), _evaluating(self.model):
+        with self.using(None), evaluating(self.model):
             return torch.cat(
                 [self._features(i, m) for i, m in zip(ids.split(rows), mask.split(rows), strict=True)]
             )
@@ -156,7 +157,7 @@ class PrefixReader:
         if ids.shape[1] < 2:
             return torch.zeros(len(ids), dtype=torch.float64)
         rows = max(1, _MOST_HELD // max(1, ids.shape[1] * self.model.config.vocab_size))
-        with self.using(name), _evaluating(self.model):
+        with self.using(name), evaluating(self.model):
             return torch.cat(
                 [self._losses(i, m) for i, m in zip(ids.split(rows), mask.split(rows), strict=True)]
             )
@@ -170,14 +171,3 @@ class PrefixReader:
         counted = mask[:, 1:].to(losses.device)
         losses = losses.view(targets.shape).double().masked_fill(~counted, 0)
         return losses.sum(1) / counted.sum(1).clamp_min(1)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    """Evaluation mode, and afterwards the mode of before."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

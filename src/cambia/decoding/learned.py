@@ -1,0 +1,74 @@
+"""Decoding parameters as tensors that gradients move: on lines without ends, within their ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cambia.decoding.odds import Knobs
+from cambia.decoding.parameters import DecodingParameters
+
+_FACTORS = ("temperature", "repetition_penalty")
+"""Learned as logarithms."""
+_RANGES = {
+    "temperature": (0.05, 5.0),
+    "top_p": (0.02, 1.0),
+    "repetition_penalty": (0.5, 3.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+}
+"""What a learned parameter may become."""
+_FIRST_TOP_P = 0.993
+"""At most, at the start: from 1 nothing can move it."""
+
+
+class LearnedParameters:
+    """Some decoding parameters as leaves of a graph, and the others as they are.
+
+    Args:
+        start: where they begin.
+        names: those that are learned.
+        held: those that are leaves beside them without a gradient: a head for each token moves them.
+    """
+
+    def __init__(self, start: DecodingParameters, names: Sequence[str], held: Sequence[str] = ()):
+        self._start = start
+        self.lines = {
+            name: _line(name, float(getattr(start, name))).requires_grad_(name in names)
+            for name in dict.fromkeys([*names, *held])
+        }
+        """Each on the line that it is learned on: a logarithm, the logit of top-p, or the number itself."""
+
+    def tensors(self) -> list[Tensor]:
+        """Those with a gradient."""
+        return [line for line in self.lines.values() if line.requires_grad]
+
+    def knobs(self) -> Knobs:
+        """As they are now, with gradients."""
+        return replace(
+            Knobs.of(self._start), **{name: _value(name, line) for name, line in self.lines.items()}
+        )
+
+    def values(self) -> dict[str, float]:
+        """As they are now."""
+        return {name: float(_value(name, line.detach())) for name, line in self.lines.items()}
+
+
+def _line(name: str, value: float) -> Tensor:
+    low, high = _RANGES[name]
+    if name == "top_p":
+        return torch.logit(torch.tensor(min(_FIRST_TOP_P, max(low, value))))
+    number = torch.tensor(min(high, max(low, value)))
+    return number.log() if name in _FACTORS else number
+
+
+def _value(name: str, line: Tensor) -> Tensor:
+    """The inverse, within the range."""
+    if name in _FACTORS:
+        line = line.exp()
+    elif name == "top_p":
+        line = torch.sigmoid(line)
+    return line.clamp(*_RANGES[name])

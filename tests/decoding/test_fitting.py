@@ -11,7 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cambia.data.tokenizers import BytesTokenizer, build_tokenizer
 from cambia.decoding import DecodingParameters, DecodingPolicy
 from cambia.decoding.fitting import DecodingFit
+from cambia.decoding.learners import scored
+from cambia.decoding.prompts import Prompts
 from cambia.decoding.rewards import Reward, Samples, Score, mean_of
+from cambia.decoding.rollouts import Rollouts
 from cambia.decoding.searching import CmaSearch, TpeSearch
 from cambia.errors import ConfigError, DataError
 
@@ -22,7 +25,7 @@ TEXTS = [f"{number} is a number, and {number * number} is what it is, times itse
 class Varied(Reward):
     """Worth most where a continuation has so many different tokens, which one temperature gives."""
 
-    wanted: float = 8.0
+    wanted: float = 11.0
 
     def measure(self, samples: Samples) -> Score:
         found = torch.tensor([len(set(row)) for row in samples.tokens], dtype=torch.float64)
@@ -64,11 +67,14 @@ FIT = {"prompts": 16, "prompt_tokens": 8, "new_tokens": 12}
 def test_a_search_finds_what_is_worth_more(writer, search) -> None:
     settings = DecodingFit(search=search, parameters=("temperature",), tokens=16 * 12 * 6 * 8, **FIT)
     told = []
-    found = settings.run(DecodingPolicy(), *writer, TEXTS, Varied(), told=lambda *each: told.append(each))
-    assert found.tokens <= settings.tokens == told[-1][1] and len(told) == 8
-    best = max(found.tried, key=lambda one: one.worth)
-    assert best.worth > -0.5 > found.tried[0].worth
-    assert abs(found.policy.parameters.temperature - best.parameters.temperature) < 0.2
+    found = settings.run(DecodingPolicy(), *writer, TEXTS, Varied(), told=told.append)
+    assert found.tokens == told[-1].tokens <= settings.tokens and len(told) == 8
+    model, tokenizer = writer
+    prompts = Prompts.of(TEXTS, tokenizer, prompt_tokens=8, new_tokens=12)
+    rollouts = Rollouts(model, tokenizer, prompts, new_tokens=12)
+    asked = [found.policy.parameters, DecodingParameters()]
+    mine, plain = (score.value for score in scored(Varied(), rollouts, asked, range(len(prompts)), 99))
+    assert 0 >= mine > plain / 2, "behind other prompts, with other noise"
     again = settings.run(DecodingPolicy(), *writer, TEXTS, Varied())
     assert again.policy.parameters == found.policy.parameters, "a seed is a seed"
 

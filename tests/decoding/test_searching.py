@@ -40,7 +40,7 @@ def test_a_search_finds_the_top(search) -> None:
 
 
 def test_a_grid_has_every_point_once() -> None:
-    found = GridSearch(points=4).run(noisy(0, 0.0), SPACE)
+    found = GridSearch(points=4).run(noisy(0, 0.0), SPACE, rounds=GridSearch(points=4).rounds(SPACE))
     assert len({one.parameters for one in found.tried}) == len(found.tried) == 64
     assert away(found.best) <= 1 / 3 / 2 + 1e-9
 
@@ -64,3 +64,18 @@ def test_what_cannot_be_searched_is_said() -> None:
         Space(("temp",), DecodingParameters())
     with pytest.raises(ConfigError, match="cma"):
         search_of("bayes")
+
+
+@pytest.mark.parametrize("search", [CmaSearch(), TpeSearch(), GridSearch(points=3, population=5)])
+def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(search) -> None:
+    worth = noisy(0, 0.0)
+    whole = search.begin(SPACE, seed=2)
+    for number in range(5):
+        if number == 3:
+            state = whole.state_dict()
+        whole.tell(worth(whole.ask(), whole.round))
+    again = search.begin(SPACE, seed=2)
+    again.load_state_dict(state)
+    for _ in range(2):
+        again.tell(worth(again.ask(), again.round))
+    assert again.tried == whole.tried and again.best == whole.best and again.ask() == whole.ask()

@@ -4,33 +4,29 @@
 >>> fitted.policy.parameters, fitted.tokens
 """
 
-# N prompts, P tokens of a prompt
-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-import torch
 from annotated_types import Ge, Gt
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cambia.config import Member
-from cambia.decoding.parameters import SEARCHED, DecodingParameters
+from cambia.decoding.learners import GradientLearner, PolicyLearner, SearchLearner, TextLearner, Update
+from cambia.decoding.likelihood import LikelihoodFit
+from cambia.decoding.parameters import SEARCHED
 from cambia.decoding.policy import DecodingPolicy
-from cambia.decoding.rewards.reward import Material, Reward, Score
-from cambia.decoding.rewards.sums import refuse_constant
-from cambia.decoding.rollouts import Prompts, Rollouts, text_features
+from cambia.decoding.prompts import Prompts
+from cambia.decoding.rewards.reward import Reward
+from cambia.decoding.rollouts import Rollouts
 from cambia.decoding.score_function import ScoreFunction
-from cambia.decoding.searching import SEARCHES, CmaSearch, Search, Space, Tried
-from cambia.errors import DataError, MissingExtraError
+from cambia.decoding.searching import SEARCHES, CmaSearch, Search, Tried
+from cambia.errors import MissingExtraError
 
-Told = Callable[[int, int, DecodingParameters, float], None]
-"""(tokens written, of how many, parameters, their reward): called after each round."""
-_CALIBRATION = 0.5
-"""Of the prompts that rewards are calibrated on; parameters are searched on the others."""
+Told = Callable[[Update], None]
+"""Called after each step."""
 
 
 @dataclass(frozen=True)
@@ -39,22 +35,24 @@ class FittedPolicy:
 
     policy: DecodingPolicy
     tokens: int
-    """Written while it was sought."""
+    """Written while it was sought, or read."""
     tried: Sequence[Tried]
     """All candidates, in their order."""
 
 
 @dataclass
 class DecodingFit:
-    """How decoding parameters are fitted to a reward."""
+    """How decoding parameters are fitted to a reward, or to text."""
 
-    by: Literal["search", "gradient"] = "search"
+    by: Literal["search", "gradient", "likelihood"] = "search"
     """search: the parameters as a whole, by what they are worth · gradient: the score function, which also
-    reaches the head for each token."""
+    reaches the head for each token · likelihood: of held-out text, by exact gradients, which also reach the
+    weights of layers and heads; it asks no reward."""
     parameters: tuple[str, ...] = SEARCHED
-    """What is fitted."""
+    """What is searched."""
     search: Annotated[Search, Member(SEARCHES, "search")] = field(default_factory=CmaSearch)
     gradient: ScoreFunction = field(default_factory=ScoreFunction)
+    likelihood: LikelihoodFit = field(default_factory=LikelihoodFit)
     tokens: Annotated[int, Gt(0)] = 200_000
     """That are written for it, at most, calibration aside."""
     prompts: Annotated[int, Gt(3)] = 64
@@ -68,7 +66,7 @@ class DecodingFit:
         policy: DecodingPolicy,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        texts: Sequence[str],
+        texts: Sequence[str] | Prompts,
         reward: Reward,
         *,
         writer: Any = None,
@@ -80,132 +78,60 @@ class DecodingFit:
             texts: documents, in no order: the first half calibrates the reward, the others are continued.
             reward: what is maximised.
             writer: whose `generate` writes, as in `DecodingPolicy.generate`.
-            told: is told how far it is.
+            told: is told what came of each step.
 
         Raises:
             ConfigError: the reward is constant or not a number, or a setting does not fit.
             DataError: the texts are too few or too short, or longer than the model's context.
             MissingExtraError: the search needs a package.
         """
-        prompts = Prompts.of(
-            texts,
-            tokenizer,
-            prompt_tokens=self.prompt_tokens,
-            new_tokens=self.new_tokens,
-            context=getattr(model.config, "max_position_embeddings", None),
-        )
+        if not isinstance(texts, Prompts):
+            texts = Prompts.of(
+                texts,
+                tokenizer,
+                prompt_tokens=self.prompt_tokens,
+                new_tokens=self.new_tokens,
+                context=getattr(model.config, "max_position_embeddings", None),
+            )
         rollouts = Rollouts(
             model,
             tokenizer,
-            prompts,
+            texts,
             new_tokens=self.new_tokens,
             policy=policy,
             writer=writer,
             seed=self.seed,
         )
-        half = int(len(prompts) * _CALIBRATION)
-        calibrate(reward, rollouts, range(half))
-        places = list(range(half, len(prompts)))
-        if not places:
-            raise DataError(f"{len(prompts)} prompts are too few to calibrate and to search: give more text")
-        if self.by == "gradient":
-            return self._by_gradient(rollouts, reward, places, told)
-        return self._by_search(rollouts, reward, places, told)
-
-    def _by_search(
-        self,
-        rollouts: Rollouts,
-        reward: Reward,
-        places: list[int],
-        told: Told | None,
-    ) -> FittedPolicy:
-        begun = rollouts.tokens
-        size = min(self.prompts, len(places))
-        rounds = max(1, self.tokens // (self.search.population * size * self.new_tokens))
-        some = _Draws(places, size, self.seed)
-
-        def worth(candidates: Sequence[DecodingParameters], number: int) -> list[float]:
-            scores = scored(reward, rollouts, candidates, some.draw(), number)
-            if number == 0:
-                refuse_constant(scores)
-            values = [score.value for score in scores]
+        learner = self.learner(rollouts, reward)
+        while self.goes_on(learner):
+            update = learner.step()
             if told is not None:
-                best = max(range(len(values)), key=values.__getitem__)
-                told(rollouts.tokens - begun, self.tokens, candidates[best], values[best])
-            return values
+                told(update)
+        return FittedPolicy(learner.chosen, learner.tokens, learner.tried)
 
-        space = Space(self.parameters, rollouts.policy.parameters)
+    def goes_on(self, learner: PolicyLearner) -> bool:
+        """Whether another step is to be taken: within the tokens, but always a first one."""
+        if learner.finished:
+            return False
+        within = self.by == "likelihood" or learner.tokens + learner.step_tokens <= self.tokens
+        return within or not learner.updates
+
+    def learner(self, rollouts: Rollouts, reward: Reward) -> PolicyLearner:
+        """One that takes a step at a time.
+
+        Args:
+            rollouts: that writes; its policy is where it begins.
+
+        Raises:
+            ConfigError, DataError, MissingExtraError: as `run`.
+        """
+        if self.by == "likelihood":
+            return TextLearner(rollouts, self.likelihood)
+        if self.by == "gradient":
+            return GradientLearner(rollouts, reward, self.gradient, prompts=self.prompts)
         try:
-            found = self.search.run(worth, space, rounds=rounds, seed=self.seed)
+            return SearchLearner(rollouts, reward, self.search, self.parameters, prompts=self.prompts)
         except MissingExtraError as error:
             raise MissingExtraError(
                 f"{error}; or learn by gradients, which needs none: --by gradient"
             ) from None
-        best = rollouts.policy.with_parameters(
-            **{name: getattr(found.best, name) for name in self.parameters}
-        )
-        return FittedPolicy(best, rollouts.tokens - begun, found.tried)
-
-    def _by_gradient(
-        self,
-        rollouts: Rollouts,
-        reward: Reward,
-        places: list[int],
-        told: Told | None,
-    ) -> FittedPolicy:
-        learner = self.gradient.learner(rollouts.policy, rollouts.model, seed=self.seed)
-        copies = self.gradient.texts
-        size = max(1, min(self.prompts, len(places)) // copies)
-        some = _Draws(places, size, self.seed)
-        written, tried = 0, []
-        while written < self.tokens:
-            chosen = some.draw()
-            repeated = [place for place in chosen for _ in range(copies)]
-            scores: list[Score] = []
-
-            def worth(rows: Tensor, repeated: list[int] = repeated, scores: list[Score] = scores) -> Tensor:
-                scores.append(reward.score(rollouts.read(rows[:, self.prompt_tokens :].tolist(), repeated)))
-                return scores[0].each
-
-            ids = torch.tensor([list(rollouts.prompts.rows[i]) for i in chosen], device=rollouts.model.device)
-            update = learner.step(ids, worth, new_tokens=self.new_tokens)
-            if learner.updates == 1:
-                refuse_constant([scores[0]] * 2)
-            written += update.tokens
-            tried.append(Tried(learner.policy.parameters, scores[0].value, learner.updates))
-            if told is not None:
-                told(written, self.tokens, tried[-1].parameters, tried[-1].worth)
-        return FittedPolicy(learner.policy, written, tried)
-
-
-class _Draws:
-    """Some of the prompts, others each time."""
-
-    def __init__(self, places: Sequence[int], size: int, seed: int):
-        self._places, self._size = places, size
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def draw(self) -> list[int]:
-        order = torch.randperm(len(self._places), generator=self._generator)
-        return [self._places[i] for i in order[: self._size].tolist()]
-
-
-def calibrate(reward: Reward, rollouts: Rollouts, places: Sequence[int]) -> None:
-    """Show a reward what people wrote behind some prompts, and what the model writes by itself."""
-    (plain,) = rollouts.write([DecodingParameters()], places, -1)
-
-    def features(texts: Sequence[str]) -> Tensor:
-        return text_features(rollouts.model, rollouts.tokenizer, texts)
-
-    reward.begin(Material(rollouts.human(places), plain, features))
-
-
-def scored(
-    reward: Reward,
-    rollouts: Rollouts,
-    candidates: Sequence[DecodingParameters],
-    places: Sequence[int],
-    round_: int,
-) -> list[Score]:
-    """What candidates are worth behind the same prompts, with the same noise."""
-    return [reward.score(samples) for samples in rollouts.write(candidates, places, round_)]

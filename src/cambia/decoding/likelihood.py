@@ -5,15 +5,16 @@ likely a text is has a gradient to all of them; the model itself stays frozen. W
 min-p, top-k) has none: it makes text that it would not write impossible.
 """
 
-# N rows, B rows of a batch, T time, V vocabulary
+# N rows, B rows of a batch, T time, P tokens of prompts, V vocabulary
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Sequence
+import inspect
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Gt
@@ -30,6 +31,36 @@ SMOOTH = ("temperature", "repetition_penalty", "presence_penalty", "frequency_pe
 """Parameters that the likelihood of a text has a gradient to."""
 _MOST_ODDS = 1 << 25
 """Numbers of one tensor of odds; more rows are read in parts."""
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Rows of text that is made likelier."""
+
+    ids: Tensor
+    """(N, T)."""
+    prompt_tokens: int = 1
+    """P, at the beginning of each row: they are read, and how likely they are does not count."""
+    mask: Tensor | None = None
+    """(N, T) bool: what is text; None: all. Padding stands before a prompt or behind the rest."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def chosen(self, places: Tensor) -> Text:
+        """Some of the rows."""
+        return Text(self.ids[places], self.prompt_tokens, None if self.mask is None else self.mask[places])
+
+    def parts(self, rows: int) -> Iterator[Text]:
+        """All of them, so many at a time."""
+        for places in torch.arange(len(self)).split(rows):
+            yield self.chosen(places)
+
+    @property
+    def counted(self) -> Tensor:
+        """(N, T - P) bool: whose likelihood counts."""
+        mask = torch.ones_like(self.ids, dtype=torch.bool) if self.mask is None else self.mask.bool()
+        return mask[:, self.prompt_tokens :]
 
 
 @dataclass(frozen=True)
@@ -57,38 +88,33 @@ class LikelihoodFit:
     """Steps between looks at the held-out rows."""
 
     def run(
-        self, policy: DecodingPolicy, model: PreTrainedModel, rows: Tensor, held: Tensor, *, seed: int = 0
+        self, policy: DecodingPolicy, model: PreTrainedModel, text: Text, held: Text, *, seed: int = 0
     ) -> Fitted:
         """Fit a policy to text; the one that is given stays as it is.
 
         Args:
-            rows: (N, T) that it is fitted to.
-            held: (M, T) others, by which is decided when it is best.
+            text: that it is fitted to.
+            held: other text, by which is decided when it is best.
             seed: of the order in which rows are read.
 
         Raises:
             ConfigError: a parameter has no gradient, or the policy cuts tokens off.
             DataError: there are no rows, or they have fewer than two tokens.
         """
-        self._check(policy, rows, held)
-        learned = _Learned.of(policy, self.learns)
-        optimizer = torch.optim.Adam(learned.tensors(), lr=self.rate)
-        generator = torch.Generator().manual_seed(seed)
-        with _frozen(model):
-            curve = [learned.loss(model, held)]
-            best, chosen = curve[0], learned.policy()
-            for step in range(1, self.steps + 1):
-                some = torch.randperm(len(rows), generator=generator)[: self.batch_size]
-                optimizer.zero_grad()
-                learned.backward(model, rows[some])
-                optimizer.step()
-                if step % self.look_steps == 0 or step == self.steps:
-                    curve.append(learned.loss(model, held))
-                    if curve[-1] < best:
-                        best, chosen = curve[-1], learned.policy()
-        return Fitted(chosen, curve[0], best, curve)
+        learner = self.learner(policy, model, text, held, seed=seed)
+        for _ in range(self.steps):
+            learner.step()
+        learner.look()
+        return Fitted(learner.best, learner.curve[0], min(learner.curve), learner.curve)
 
-    def _check(self, policy: DecodingPolicy, rows: Tensor, held: Tensor) -> None:
+    def learner(
+        self, policy: DecodingPolicy, model: PreTrainedModel, text: Text, held: Text, *, seed: int = 0
+    ) -> LikelihoodLearner:
+        """One at work; arguments and errors as those of `run`."""
+        self._check(policy, text, held)
+        return LikelihoodLearner(self, policy, model, text, held, seed)
+
+    def _check(self, policy: DecodingPolicy, text: Text, held: Text) -> None:
         wrong = [name for name in self.learns if name not in SMOOTH]
         if wrong:
             raise ConfigError(
@@ -105,8 +131,90 @@ class LikelihoodFit:
             raise ConfigError("the head for each token is learned from a reward, not from likelihood")
         if not self.learns and not policy.listens:
             raise ConfigError("nothing is learned: name parameters, or make a policy with layers or heads")
-        if not len(rows) or not len(held) or rows.shape[1] < 2:
-            raise DataError(f"{len(rows)} rows to fit to and {len(held)} held out: give longer text")
+        if not len(text) or not len(held) or not text.counted.any() or not held.counted.any():
+            raise DataError(f"{len(text)} rows to fit to and {len(held)} held out: give longer text")
+
+
+class LikelihoodLearner:
+    """A policy that learns from text, its optimizer, and the best that it has been.
+
+    Args:
+        settings: how it learns.
+        policy: where it begins.
+        model: whose odds they are.
+        text: that it learns from.
+        held: other text, by which is decided when it is best.
+        seed: of the order in which rows are read.
+    """
+
+    def __init__(
+        self,
+        settings: LikelihoodFit,
+        policy: DecodingPolicy,
+        model: PreTrainedModel,
+        text: Text,
+        held: Text,
+        seed: int = 0,
+    ):
+        self.settings, self.model, self.text, self.held, self.seed = settings, model, text, held, seed
+        self._learned = _Learned.of(policy, settings.learns)
+        self.optimizer = torch.optim.Adam(self._learned.tensors(), lr=settings.rate)
+        self.updates = 0
+        self.best = self._learned.policy()
+        """What did best at a look."""
+        self.curve: list[float] = []
+        """Nats per token on the text that is held out, at each look."""
+        self._looked = -1
+
+    @property
+    def policy(self) -> DecodingPolicy:
+        """As it is now."""
+        return self._learned.policy()
+
+    def step(self) -> int:
+        """Learn from some rows; returns how many tokens that were."""
+        if not self.curve:
+            self.look()
+        generator = torch.Generator().manual_seed(hash((self.seed, self.updates)) % 2**62)
+        some = torch.randperm(len(self.text), generator=generator)[: self.settings.batch_size]
+        self.optimizer.zero_grad()
+        text = self.text.chosen(some)
+        with frozen(self.model):
+            self._learned.backward(self.model, text)
+        self.optimizer.step()
+        self.updates += 1
+        if self.updates % self.settings.look_steps == 0:
+            self.look()
+        return int(text.counted.sum())
+
+    def look(self) -> None:
+        """Measure what it is worth on the text that is held out, once after each step."""
+        if self._looked == self.updates:
+            return
+        self._looked = self.updates
+        with frozen(self.model):
+            self.curve.append(self._learned.loss(self.model, self.held))
+        if self.curve[-1] <= min(self.curve):
+            self.best = self._learned.policy()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "tensors": [tensor.detach().clone() for tensor in self._learned.tensors()],
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "updates": self.updates,
+            "looked": self._looked,
+            "curve": list(self.curve),
+            "best": self.best.to_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken."""
+        with torch.no_grad():
+            for tensor, value in zip(self._learned.tensors(), state["tensors"], strict=True):
+                tensor.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.updates, self._looked = state["updates"], state["looked"]
+        self.curve, self.best = list(state["curve"]), DecodingPolicy.from_dict(state["best"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,54 +250,72 @@ class _Learned:
         moved = self.start.with_parameters(**self.parameters.values())
         return replace(moved, layer_weights=layers, head_weights=heads)
 
-    def _losses(self, model: PreTrainedModel, rows: Tensor) -> Generator[tuple[Tensor, int]]:
-        """Nats of all tokens of some rows, and how many these are."""
+    def _losses(self, model: PreTrainedModel, text: Text) -> Generator[Tensor]:
+        """Nats of all tokens that count, of some rows after the other."""
         listening, vocabulary = self.listening(), model.config.vocab_size
-        at_once = max(1, _MOST_ODDS // (rows.shape[1] * vocabulary))
-        for some in rows.split(at_once):
-            ids = some.to(model.device)
+        at_once = max(1, _MOST_ODDS // (text.ids.shape[1] * vocabulary))
+        for some in text.parts(at_once):
+            ids, first, knobs = some.ids.to(model.device), text.prompt_tokens, self.parameters.knobs()
+            mask = None if some.mask is None else some.mask.to(model.device)
             with listening.heard(model):
-                logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            yield token_losses(logits, ids, self.parameters.knobs()).sum(), ids[:, 1:].numel()
+                logits = logits_of(model, ids, mask)[:, first - 1 : -1].float()
+            losses = token_losses(logits, ids, knobs, prompt_tokens=first, mask=mask)
+            yield losses.masked_fill(~some.counted.to(losses.device), 0.0).sum()
 
-    def backward(self, model: PreTrainedModel, rows: Tensor) -> None:
-        count = rows[:, 1:].numel()
-        for loss, _ in self._losses(model, rows):
+    def backward(self, model: PreTrainedModel, text: Text) -> None:
+        count = int(text.counted.sum())
+        for loss in self._losses(model, text):
             (loss / count).backward()
 
     @torch.no_grad()
-    def loss(self, model: PreTrainedModel, rows: Tensor) -> float:
+    def loss(self, model: PreTrainedModel, text: Text) -> float:
         """Nats per token."""
-        found = [(float(loss), count) for loss, count in self._losses(model, rows)]
-        return sum(loss for loss, _ in found) / sum(count for _, count in found)
+        return sum(float(loss) for loss in self._losses(model, text)) / int(text.counted.sum())
 
 
-def token_losses(logits: Tensor, ids: Tensor, knobs: Knobs) -> Tensor:
-    """Nats of each token of a text but the first, (B, T - 1), as if it had been written token after token.
+def token_losses(
+    logits: Tensor, ids: Tensor, knobs: Knobs, *, prompt_tokens: int = 1, mask: Tensor | None = None
+) -> Tensor:
+    """Nats of each token of a text behind its prompt, (B, T - P), as if it had been written token by token.
 
     Args:
-        logits: (B, T - 1, V), the model's for each next token.
-        ids: (B, T). The first token is a prompt, the others count as written.
+        logits: (B, T - P, V), the model's for each next token.
+        ids: (B, T).
+        prompt_tokens: P.
+        mask: (B, T), 0 where a row is padded.
     """
-    history = past_of(ids, logits.shape[-1]) if knobs.reads_history else None
+    history = past_of(ids, logits.shape[-1], prompt_tokens, mask) if knobs.reads_history else None
     logs = warped(logits, knobs, history).log_softmax(-1)
-    return -logs.gather(-1, ids[:, 1:, None])[..., 0]
+    return -logs.gather(-1, ids[:, prompt_tokens:, None])[..., 0]
 
 
-def past_of(ids: Tensor, vocabulary: int, prompt_tokens: int = 1) -> History:
-    """What stands before each token of a text (B, T) behind its prompt: (B, T - prompt_tokens, V)."""
-    stood = nn.functional.one_hot(ids[:, :-1], vocabulary).cumsum(1)[:, prompt_tokens - 1 :]
+def past_of(ids: Tensor, vocabulary: int, prompt_tokens: int = 1, mask: Tensor | None = None) -> History:
+    """What stands before each token of a text (B, T) behind its prompt: (B, T - P, V)."""
+    stands = nn.functional.one_hot(ids[:, :-1], vocabulary)
+    if mask is not None:
+        stands = stands * mask[:, :-1, None].to(stands)
+    stood = stands.cumsum(1)[:, prompt_tokens - 1 :]
     return History(stood > 0, (stood - stood[:, :1]).float())
 
 
-def mean_loss(policy: DecodingPolicy, model: PreTrainedModel, rows: Tensor) -> float:
-    """Nats per token that a policy gives rows (N, T)."""
-    with _frozen(model):
-        return _Learned.of(policy, ()).loss(model, rows)
+def mean_loss(policy: DecodingPolicy, model: PreTrainedModel, text: Text) -> float:
+    """Nats per token that a policy gives text; infinite where it cuts off what stands there."""
+    with frozen(model):
+        return _Learned.of(policy, ()).loss(model, text)
+
+
+def logits_of(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The model's logits (B, T, V) of rows (B, T) that may be padded on the left, as when it writes."""
+    if mask is None or bool(mask.all()):
+        return model(input_ids=ids, use_cache=False).logits
+    given = {"attention_mask": mask.long()}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        given["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+    return model(input_ids=ids, use_cache=False, **given).logits
 
 
 @contextmanager
-def _frozen(model: PreTrainedModel) -> Generator[None]:
+def frozen(model: PreTrainedModel) -> Generator[None]:
     """Inside the block the model is evaluated, and its weights collect no gradients."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in wanted:

@@ -4,12 +4,11 @@ Candidates are rows of one batch. All that are written in one round continue the
 noise, so what differs between them is the parameters' doing (common random numbers).
 """
 
-# N prompts, P tokens of a prompt, C candidates, D features
+# N prompts, C candidates, D features
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,65 +19,12 @@ from cambia.decoding.drawing import Noise
 from cambia.decoding.odds import Knobs
 from cambia.decoding.parameters import DecodingParameters
 from cambia.decoding.policy import DecodingPolicy
+from cambia.decoding.prompts import Prompts
 from cambia.decoding.rewards.reward import Samples
-from cambia.errors import DataError
 from cambia.generation import before_end, end_tokens, left_padded
 
 _ROWS = 512
 """Continuations in a batch."""
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Beginnings of documents, and how they really go on."""
-
-    rows: Sequence[Sequence[int]]
-    """N prompts of P tokens."""
-    human: Sequence[Sequence[int]]
-    """What stands behind each, as many tokens as are written."""
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, places: Sequence[int]) -> Prompts:
-        """Some of them."""
-        return Prompts([self.rows[i] for i in places], [self.human[i] for i in places])
-
-    @classmethod
-    def of(
-        cls,
-        texts: Sequence[str],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        prompt_tokens: int,
-        new_tokens: int,
-        context: int | None = None,
-    ) -> Prompts:
-        """The beginning of each text that is long enough.
-
-        Args:
-            texts: documents, or stretches of one.
-            prompt_tokens: P.
-            new_tokens: of each continuation.
-            context: what a model can read at most.
-
-        Raises:
-            DataError: no text is long enough, or prompt and continuation are longer than the context.
-        """
-        needed = prompt_tokens + new_tokens
-        if context is not None and needed > context:
-            raise DataError(
-                f"{prompt_tokens} tokens of prompt and {new_tokens} new ones are more than the {context} "
-                "that the model reads: lower --prompt-tokens or --new-tokens"
-            )
-        rows = [tokenizer(text)["input_ids"][:needed] for text in texts]
-        rows = [row for row in rows if len(row) == needed]
-        if not rows:
-            raise DataError(
-                f"none of {len(texts)} texts has {needed} tokens, {prompt_tokens} of prompt and {new_tokens} "
-                "to compare with: give longer texts, or lower --prompt-tokens or --new-tokens"
-            )
-        return cls([row[:prompt_tokens] for row in rows], [row[prompt_tokens:] for row in rows])
 
 
 class Rollouts:
@@ -91,6 +37,7 @@ class Rollouts:
         policy: whose weights and head are used; its parameters are those where no others are given.
         writer: whose `generate` writes, as in `DecodingPolicy.generate`.
         seed: of the noise.
+        is_frozen: whether the model stays what it is while it writes.
     """
 
     def __init__(
@@ -103,10 +50,11 @@ class Rollouts:
         policy: DecodingPolicy | None = None,
         writer: Any = None,
         seed: int = 0,
+        is_frozen: bool = True,
     ):
         self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
         self.new_tokens, self.policy, self.writer = new_tokens, policy or DecodingPolicy(), writer
-        self.seed = seed
+        self.seed, self.is_frozen = seed, is_frozen
         self.tokens = 0
         """Written so far."""
         self._ends = end_tokens(model, tokenizer)
@@ -138,13 +86,12 @@ class Rollouts:
 
     def human(self, places: Sequence[int]) -> Samples:
         """The documents' own continuations, as if they had been written."""
-        return self._samples([list(self.prompts.human[i]) for i in places], places)
+        return self.read([list(self.prompts.human[i]) for i in places], places)
 
     def _written(
         self, candidates: Sequence[DecodingParameters], places: Sequence[int], round_: int
     ) -> list[list[int]]:
-        rows = [self.prompts.rows[i] for i in places]
-        input_ids, mask = left_padded([list(row) for row in rows], padding=0)
+        input_ids, mask = self.prompts.batch(places)
         copies = len(candidates)
         shared = torch.arange(len(places)).repeat(copies)
         by_row = [candidate for candidate in candidates for _ in places]

@@ -16,6 +16,7 @@ divergence from what was drawn from at the start, and the entropy.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -27,7 +28,7 @@ from transformers import PreTrainedModel
 
 from cambia.decoding.drawing import Noise
 from cambia.decoding.learned import LearnedParameters
-from cambia.decoding.likelihood import past_of
+from cambia.decoding.likelihood import logits_of, past_of
 from cambia.decoding.odds import History, Knobs, cooled, is_neutral, penalised, soft_nucleus
 from cambia.decoding.policy import DecodingPolicy, last_states
 from cambia.errors import ConfigError
@@ -117,51 +118,63 @@ class ScoreFunctionLearner:
         """As it is now."""
         return copy.deepcopy(self._policy).with_parameters(**self.parameters.values())
 
-    def step(self, prompts: Tensor, worth: Worth, *, new_tokens: int) -> Update:
+    def step(self, prompts: Tensor, worth: Worth, *, new_tokens: int, mask: Tensor | None = None) -> Update:
         """Write behind prompts, and learn from what it was worth.
 
         Args:
-            prompts: (N, P), of one length.
+            prompts: (N, P), padded on the left where they differ in length.
             worth: (N G, T) -> (N G,).
+            mask: (N, P), 0 where a prompt is padded.
 
         Raises:
             ConfigError: a reward is not a number.
         """
-        rows = self.write(prompts, new_tokens)
+        rows = self.write(prompts, new_tokens, mask)
         rewards = worth(rows).double()
         if not bool(torch.isfinite(rewards).all()):
             raise ConfigError(
                 "a reward is not a number: it has to be finite for every text, an empty one too"
             )
-        loss, update = self.loss(rows, rewards, prompts.shape[1])
+        loss, update = self.loss(rows, rewards, prompts.shape[1], self._whole(mask, rows))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.updates += 1
         return update
 
-    def write(self, prompts: Tensor, new_tokens: int) -> Tensor:
+    def _whole(self, mask: Tensor | None, rows: Tensor) -> Tensor | None:
+        """The mask of prompts (N, P) as that of whole texts, (N G, T)."""
+        if mask is None:
+            return None
+        repeated = mask.repeat_interleave(self.settings.texts, 0)
+        new = rows.shape[1] - mask.shape[1]
+        return torch.cat([repeated, torch.ones_like(repeated[:, :1]).expand(-1, new)], 1)
+
+    def write(self, prompts: Tensor, new_tokens: int, mask: Tensor | None = None) -> Tensor:
         """G texts behind each prompt (N, P), drawn as it draws while it learns: (N G, P + new_tokens)."""
         repeated = prompts.repeat_interleave(self.settings.texts, 0)
         return self._policy.written(
             self.model,
             repeated,
-            torch.ones_like(repeated),
+            torch.ones_like(repeated) if mask is None else mask.repeat_interleave(self.settings.texts, 0),
             Noise(hash((self.seed, self.updates)) % 2**62),
             knobs=self.parameters.knobs(),
             odds=soft_odds,
             max_new_tokens=new_tokens,
         )
 
-    def loss(self, rows: Tensor, rewards: Tensor, prompt_tokens: int) -> tuple[Tensor, Update]:
+    def loss(
+        self, rows: Tensor, rewards: Tensor, prompt_tokens: int, mask: Tensor | None = None
+    ) -> tuple[Tensor, Update]:
         """What is minimised, whose gradient is an estimate of the expected reward's.
 
         Args:
             rows: (N G, T) prompts and what was written.
             rewards: (N G,).
             prompt_tokens: of each row.
+            mask: (N G, T), 0 where a row is padded.
         """
-        chosen, divergence, entropy = self._written_again(rows, prompt_tokens)
+        chosen, divergence, entropy = self._written_again(rows, prompt_tokens, mask)
         groups = rewards.unflatten(0, (-1, self.settings.texts))
         others = (groups.sum(1, keepdim=True) - groups) / (self.settings.texts - 1)
         advantage = (groups - others).flatten()
@@ -171,16 +184,19 @@ class ScoreFunctionLearner:
         update = Update(float(rewards.mean()), float(divergence.detach()), float(entropy.detach()), written)
         return loss, update
 
-    def _written_again(self, rows: Tensor, prompt_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _written_again(
+        self, rows: Tensor, prompt_tokens: int, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability of each text (N G,); divergence from the start and entropy, nats per token."""
         model = self.model
         with torch.no_grad(), evaluating(model), self._policy.heard(model), last_states(model) as hidden:
-            logits = model(input_ids=rows, use_cache=False).logits
+            logits = logits_of(model, rows, mask)
         places = slice(prompt_tokens - 1, -1)
         logits, states = logits[:, places].double(), hidden[0][:, places]
-        now = self._odds(self._policy, states, logits, rows, prompt_tokens, self.parameters.knobs())
+        past = functools.partial(past_of, rows, logits.shape[-1], prompt_tokens, mask)
+        now = self._odds(self._policy, states, logits, past, self.parameters.knobs())
         with torch.no_grad():
-            began = self._odds(self._start, states, logits, rows, prompt_tokens, self._began)
+            began = self._odds(self._start, states, logits, past, self._began)
         new, odds = rows[:, prompt_tokens:], now.exp()
         counts = self._before_end(new).to(odds)  # (N G, new)
         divergence = ((odds * (now - began)).sum(-1) * counts).sum() / counts.sum()
@@ -196,9 +212,9 @@ class ScoreFunctionLearner:
 
     @staticmethod
     def _odds(
-        policy: DecodingPolicy, states: Tensor, logits: Tensor, rows: Tensor, prompt_tokens: int, knobs: Knobs
+        policy: DecodingPolicy, states: Tensor, logits: Tensor, past: Callable[[], History], knobs: Knobs
     ) -> Tensor:
-        history = past_of(rows, logits.shape[-1], prompt_tokens) if knobs.reads_history else None
+        history = past() if knobs.reads_history else None
         return soft_odds(logits, policy.in_context(states, knobs), history)
 
     # ---- what must survive a restart -----------------------------------------------------------------

@@ -3,7 +3,8 @@
 A search asks what candidates are worth, a round at a time; all of a round continue the same prompts with the
 same noise. It works on the unit cube, into which `SPANS` maps the parameters.
 
-    >>> found = CmaSearch().run(worth, names=("temperature", "top_p"), rounds=10, start=DecodingParameters())
+    >>> space = Space(("temperature", "top_p"), DecodingParameters())
+    >>> found = CmaSearch().run(worth, space, rounds=10)
     >>> found.best
     DecodingParameters(temperature=0.71, ...)
 """
@@ -71,6 +72,61 @@ class Space:
         return np.array([self.spans[name].place(getattr(parameters, name)) for name in self.names])
 
 
+class Ongoing(ABC):
+    """A search at work: ask for candidates, find out what they are worth, tell it.
+
+    What it has been told is all its state: told the same again, it stands where it stood.
+
+    Args:
+        space: where it looks.
+    """
+
+    def __init__(self, space: Space):
+        self.space = space
+        self.tried: list[Tried] = []
+        """All candidates, in their order."""
+        self._told: list[list[float]] = []
+        self._asked: list[DecodingParameters] | None = None
+
+    @property
+    def round(self) -> int:
+        """The number of the round: candidates of one round are compared behind the same prompts."""
+        return len(self._told)
+
+    @property
+    @abstractmethod
+    def best(self) -> DecodingParameters:
+        """The best, by all that it was told."""
+
+    @abstractmethod
+    def _ask(self) -> list[DecodingParameters]: ...
+
+    @abstractmethod
+    def _tell(self, values: Sequence[float]) -> None: ...
+
+    def ask(self) -> list[DecodingParameters]:
+        """The candidates of this round; none where nothing is left to try."""
+        if self._asked is None:
+            self._asked = self._ask()
+        return self._asked
+
+    def tell(self, values: Sequence[float]) -> None:
+        """What the candidates of this round are worth; the next round begins."""
+        candidates, number = self.ask(), self.round
+        self._tell(values)
+        self.tried += [Tried(c, v, number) for c, v in zip(candidates, values, strict=True)]
+        self._told.append([float(value) for value in values])
+        self._asked = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"told": [list(values) for values in self._told]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken, from a search that has just begun."""
+        for values in state["told"]:
+            self.tell(values)
+
+
 @dataclass
 class Search(ABC):
     """A way to look for decoding parameters."""
@@ -79,14 +135,31 @@ class Search(ABC):
     """Candidates of a round."""
 
     @abstractmethod
+    def begin(self, space: Space, *, seed: int = 0) -> Ongoing:
+        """One at work.
+
+        Args:
+            space: where it looks.
+            seed: of what is tried.
+
+        Raises:
+            MissingExtraError: it needs a package.
+        """
+
     def run(self, worth: Worth, space: Space, *, rounds: int, seed: int = 0) -> Found:
         """Look for the best parameters.
 
         Args:
             worth: what candidates are worth.
-            rounds: of `population` candidates each.
+            rounds: of `population` candidates each, at most.
             seed: of what is tried.
         """
+        ongoing = self.begin(space, seed=seed)
+        for _ in range(rounds):
+            if not (candidates := ongoing.ask()):
+                break
+            ongoing.tell(worth(candidates, ongoing.round))
+        return Found(ongoing.best, ongoing.tried)
 
 
 @dataclass
@@ -97,69 +170,120 @@ class CmaSearch(Search):
     sigma: Annotated[float, Gt(0)] = 0.25
     """Its spread at the start, in the unit cube."""
 
-    def run(self, worth: Worth, space: Space, *, rounds: int, seed: int = 0) -> Found:
+    def begin(self, space: Space, *, seed: int = 0) -> Ongoing:
+        return _CmaOngoing(self, space, seed)
+
+
+class _CmaOngoing(Ongoing):
+    def __init__(self, search: CmaSearch, space: Space, seed: int):
+        super().__init__(space)
         try:
             from cmaes import CMA
         except ModuleNotFoundError:
             raise MissingExtraError.of("cmaes", "sweep") from None
         size = len(space.names)
-        middle = np.clip(space.place(space.start), 0.1, 0.9)
-        bounds = np.array([[0.0, 1.0]] * size)
-        evolution = CMA(middle, self.sigma, bounds=bounds, seed=seed, population_size=self.population)
-        points: list[np.ndarray] = []
-        tried: list[Tried] = []
-        for number in range(rounds):
-            asked = [evolution.ask() for _ in range(self.population)]
-            candidates = [space.at(point) for point in asked]
-            values = worth(candidates, number)
-            evolution.tell([(point, -value) for point, value in zip(asked, values, strict=True)])
-            points += asked
-            tried += [Tried(c, v, number) for c, v in zip(candidates, values, strict=True)]
-        values, numbers = np.array([one.worth for one in tried]), np.array([one.round for one in tried])
-        best = top_of_quadric(np.array(points), values, numbers, evolution.mean)
-        return Found(space.at(best), tried)
+        self._population = search.population
+        self._evolution = CMA(
+            np.clip(space.place(space.start), 0.1, 0.9),
+            search.sigma,
+            bounds=np.array([[0.0, 1.0]] * size),
+            seed=seed,
+            population_size=search.population,
+        )
+        self._points: list[np.ndarray] = []
+
+    def _ask(self) -> list[DecodingParameters]:
+        self._points += [self._evolution.ask() for _ in range(self._population)]
+        return [self.space.at(point) for point in self._points[-self._population :]]
+
+    def _tell(self, values: Sequence[float]) -> None:
+        asked = self._points[-self._population :]
+        self._evolution.tell([(point, -value) for point, value in zip(asked, values, strict=True)])
+
+    @property
+    def best(self) -> DecodingParameters:
+        if not self.tried:
+            return self.space.start
+        values, rounds = np.array([one.worth for one in self.tried]), np.array([t.round for t in self.tried])
+        points = np.array(self._points[: len(self.tried)])
+        return self.space.at(top_of_quadric(points, values, rounds, self._evolution.mean))
+
+
+class _BestTried(Ongoing):
+    """The best that was tried is taken."""
+
+    @property
+    def best(self) -> DecodingParameters:
+        if not self.tried:
+            return self.space.start
+        return max(self.tried, key=lambda one: one.worth).parameters
 
 
 @dataclass
 class TpeSearch(Search):
     """Optuna's tree-structured Parzen estimator; the best that was tried is taken."""
 
-    def run(self, worth: Worth, space: Space, *, rounds: int, seed: int = 0) -> Found:
+    def begin(self, space: Space, *, seed: int = 0) -> Ongoing:
+        return _TpeOngoing(self, space, seed)
+
+
+class _TpeOngoing(_BestTried):
+    def __init__(self, search: TpeSearch, space: Space, seed: int):
+        super().__init__(space)
         try:
             import optuna
         except ModuleNotFoundError:
             raise MissingExtraError.of("optuna", "sweep") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(
-            direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-        )
-        lines: dict[str, Any] = {name: optuna.distributions.FloatDistribution(0, 1) for name in space.names}
-        tried: list[Tried] = []
-        for number in range(rounds):
-            asked = [study.ask(lines) for _ in range(self.population)]
-            candidates = [space.at([trial.params[name] for name in space.names]) for trial in asked]
-            for trial, candidate, value in zip(asked, candidates, worth(candidates, number), strict=True):
-                study.tell(trial, value)
-                tried.append(Tried(candidate, value, number))
-        return Found(max(tried, key=lambda one: one.worth).parameters, tried)
+        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        self._study = optuna.create_study(direction="maximize", sampler=sampler)
+        self._lines: dict[str, Any] = {n: optuna.distributions.FloatDistribution(0, 1) for n in space.names}
+        self._population = search.population
+        self._trials: list[Any] = []
+
+    def _ask(self) -> list[DecodingParameters]:
+        self._trials = [self._study.ask(self._lines) for _ in range(self._population)]
+        names = self.space.names
+        return [self.space.at([trial.params[name] for name in names]) for trial in self._trials]
+
+    def _tell(self, values: Sequence[float]) -> None:
+        for trial, value in zip(self._trials, values, strict=True):
+            self._study.tell(trial, value)
 
 
 @dataclass
 class GridSearch(Search):
-    """Every point of a grid, in rounds; the best that was tried is taken."""
+    """Every point of a grid, all behind the same prompts; the best that was tried is taken."""
 
     points: Annotated[int, Gt(1)] = 7
     """Values of each parameter."""
 
-    def run(self, worth: Worth, space: Space, *, rounds: int = 0, seed: int = 0) -> Found:
-        """The whole grid, whatever `rounds` says; all of it counts as one round, with the same noise."""
-        lines = [np.linspace(0, 1, self.points)] * len(space.names)
-        every = np.stack(np.meshgrid(*lines, indexing="ij"), -1).reshape(-1, len(space.names))
-        tried: list[Tried] = []
-        for first in range(0, len(every), self.population):
-            candidates = [space.at(point) for point in every[first : first + self.population]]
-            tried += [Tried(c, v, 0) for c, v in zip(candidates, worth(candidates, 0), strict=True)]
-        return Found(max(tried, key=lambda one: one.worth).parameters, tried)
+    def begin(self, space: Space, *, seed: int = 0) -> Ongoing:
+        return _GridOngoing(self, space)
+
+    def rounds(self, space: Space) -> int:
+        """In which it has visited every point."""
+        return -(-(self.points ** len(space.names)) // self.population)
+
+
+class _GridOngoing(_BestTried):
+    def __init__(self, search: GridSearch, space: Space):
+        super().__init__(space)
+        lines = [np.linspace(0, 1, search.points)] * len(space.names)
+        self._every = np.stack(np.meshgrid(*lines, indexing="ij"), -1).reshape(-1, len(space.names))
+        self._population = search.population
+
+    @property
+    def round(self) -> int:
+        """The first, to the end: all points are compared with each other."""
+        return 0
+
+    def _ask(self) -> list[DecodingParameters]:
+        done = len(self.tried)
+        return [self.space.at(point) for point in self._every[done : done + self._population]]
+
+    def _tell(self, values: Sequence[float]) -> None:
+        pass
 
 
 SEARCHES: dict[str, str] = {

@@ -37,11 +37,11 @@ from cambia.errors import ConfigError, RunError
 
 CONFIG_YAML, CONFIG_JSON = "config.yaml", "config.json"
 METRICS, TIMING, EVAL, GROWTH = "metrics.csv", "timing.csv", "eval.csv", "growth.jsonl"
-STREAM = "stream.jsonl"
+STREAM, DECODING = "stream.jsonl", "decoding.jsonl"
 PROMISES, PROBES = "promises.jsonl", "probes"
 SUMMARY, REPORT = "summary.json", "report.html"
 LATEST, BEST = "latest", "best"
-LOGS = (METRICS, EVAL, GROWTH, STREAM, PROMISES, TIMING)
+LOGS = (METRICS, EVAL, GROWTH, STREAM, DECODING, PROMISES, TIMING)
 _LOCK = ".lock"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -252,6 +252,10 @@ class RunReader:
     def stream(self) -> list[dict[str, Any]]:
         """Of a run with Parts: whose the rows of each logged batch were, and what was decided."""
         return self._lines(STREAM)
+
+    def decoding(self) -> list[dict[str, Any]]:
+        """Of a run whose decoding learns: a line for each of its steps."""
+        return self._lines(DECODING)
 
     def promises(self) -> list[dict[str, Any]]:
         """A line for each stage that ended: which tensors were promised, with their hashes."""

@@ -90,7 +90,7 @@ def test_what_leads_nowhere_is_said(writer) -> None:
         DecodingFit(tokens=2000, **FIT).run(DecodingPolicy(), *writer, TEXTS, Same())
     with pytest.raises(ConfigError, match="nothing can be learned"):
         DecodingFit(by="gradient", tokens=2000, **FIT).run(DecodingPolicy(), *writer, TEXTS, Same())
-    with pytest.raises(DataError, match="--prompt-tokens"):
+    with pytest.raises(DataError, match="lower prompt_tokens"):
         DecodingFit(**{**FIT, "prompt_tokens": 60}).run(DecodingPolicy(), *writer, TEXTS, Low())
     with pytest.raises(DataError, match="longer texts"):
         DecodingFit(**{**FIT, "new_tokens": 50}).run(DecodingPolicy(), *writer, ["short"], Low())

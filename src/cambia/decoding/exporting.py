@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from cambia.decoding.parameters import SHORT, DecodingParameters
 from cambia.decoding.policy import DecodingPolicy
 from cambia.errors import ConfigError
+
+PARAMS_JSON = "inference_params.json"
+"""A policy beside a model."""
 
 
 @dataclass(frozen=True)
@@ -114,18 +119,22 @@ def _inside(policy: DecodingPolicy) -> list[str]:
     return lost
 
 
-def generation_config(policy: DecodingPolicy, model: PreTrainedModel | None = None) -> GenerationConfig:
+def generation_config(
+    policy: DecodingPolicy, model: PreTrainedModel | GenerationConfig | None = None
+) -> GenerationConfig:
     """As `generation_config.json` of a model folder holds it, for stock transformers.
 
     Args:
         model: whose other settings (its end of text, its padding) are kept.
     """
-    kept = (
-        {}
-        if model is None
-        else {
-            name: getattr(model.generation_config, name)
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-        }
-    )
+    own = model.generation_config if isinstance(model, PreTrainedModel) else model
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    kept = {} if own is None else {name: getattr(own, name) for name in names}
     return GenerationConfig(**{**kept, **exported(policy, "transformers").values})
+
+
+def write_beside(policy: DecodingPolicy, folder: Path) -> None:
+    """Write a policy into a model's folder: whole for Cambia, and what stock transformers knows of it."""
+    policy.to_json(folder / PARAMS_JSON)
+    own = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).exists() else None
+    generation_config(policy, own).save_pretrained(folder)

@@ -129,7 +129,7 @@ def _needed(prompt_tokens: int, new_tokens: int, context: int | None) -> int:
     if context is not None and needed > context:
         raise DataError(
             f"{prompt_tokens} tokens of prompt and {new_tokens} new ones are more than the {context} "
-            "that the model reads: lower --prompt-tokens or --new-tokens"
+            "that the model reads: lower prompt_tokens or new_tokens"
         )
     return needed
 
@@ -137,5 +137,5 @@ def _needed(prompt_tokens: int, new_tokens: int, context: int | None) -> int:
 def _too_short(documents: int, prompt_tokens: int, new_tokens: int) -> DataError:
     return DataError(
         f"none of {documents} texts has {prompt_tokens + new_tokens} tokens, {prompt_tokens} of prompt and "
-        f"{new_tokens} to compare with: give longer texts, or lower --prompt-tokens or --new-tokens"
+        f"{new_tokens} to compare with: give longer texts, or lower prompt_tokens or new_tokens"
     )

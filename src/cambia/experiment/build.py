@@ -25,6 +25,7 @@ from cambia.data.streams import Stream, Task
 from cambia.data.tokenizers import Tokenizer, build_tokenizer
 from cambia.errors import CheckpointError, ConfigError, OutOfMemoryError
 from cambia.experiment.continued import go_on, refuse_few
+from cambia.experiment.decoding import policy_learner
 from cambia.experiment.learned import learned, totals
 from cambia.experiment.machine import find_device, provenance
 from cambia.experiment.results import results_of
@@ -36,6 +37,7 @@ from cambia.models.saved import load_model
 from cambia.rundir import RunReader, RunWriter
 from cambia.training import Trainer
 from cambia.training.checkpoint import load_state
+from cambia.training.engine import Engine
 
 RESUMABLE = (
     "device",
@@ -213,6 +215,10 @@ def assemble(experiment: Experiment, run: RunWriter) -> Assembly:
             approve=resolve_function(settings.approve, (), "function") if settings.approve else None,
             dry_run=settings.dry_run,
         )
+    engine = None
+    if experiment.decoding is not None:
+        learner = policy_learner(experiment, model, tokenizer, stream)
+        engine = Engine(learner, experiment.decoding.engine_update_freq)
     trainer = Trainer(
         model,
         optimizer=experiment.optimizer,
@@ -224,6 +230,7 @@ def assemble(experiment: Experiment, run: RunWriter) -> Assembly:
         tokenizer=tokenizer.hf,
         tracking=experiment.tracking,
         seed=experiment.seed,
+        engine=engine,
     )
     trainer.begin(stream)
     if resumed:

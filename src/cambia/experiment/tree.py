@@ -33,11 +33,13 @@ from cambia.config import (
     recipes,
 )
 from cambia.continual.methods import CONTINUAL_METHODS, Method, Methods, refuse
+from cambia.continual.methods.experts import Experts
 from cambia.continual.methods.replay import Replay
 from cambia.data import SOURCES, STREAMS, TOKENIZERS
 from cambia.data.orders import Order, SequenceOrder, TaskText
 from cambia.data.sources import Source
 from cambia.data.tokenizers import TokenizerConfig
+from cambia.decoding.settings import DecodingConfig
 from cambia.errors import ConfigError, DataError
 from cambia.experiment.starts import MODELS, NativeModel, PretrainedModel
 from cambia.growth.carry import Moments
@@ -188,6 +190,8 @@ class Experiment:
     )
     """What is done against forgetting, several together where they go together; [] fine-tunes naively."""
     growth: GrowthConfig = field(default_factory=GrowthConfig)
+    decoding: DecodingConfig | None = None
+    """How the model is decoded from, which learns too; left out, it does not."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: list[Annotated[Tracker, Member(TRACKERS, "tracker")]] = field(default_factory=list)
@@ -209,6 +213,7 @@ class Experiment:
                 "a rate that re-warms in each task shows the learner where tasks begin, which this stream "
                 "hides: leave it out, or set --data.stream.boundaries true",
             )
+        self._check_decoding()
         try:
             refuse(
                 self.method,
@@ -219,6 +224,27 @@ class Experiment:
             )
         except ConfigError as error:
             raise FieldError(["methods"], str(error)) from None
+
+    def _check_decoding(self) -> None:
+        decoding = self.decoding
+        if not self.training.neural_steps_per_batch and not (decoding and decoding.engine_update_freq):
+            raise FieldError(
+                ["training", "neural_steps_per_batch"],
+                "is 0 and no decoding learns, so nothing does: raise it, or --decoding.engine_update_freq",
+            )
+        if decoding is None:
+            return
+        if decoding.made_for_one_shape and self.growth.in_place:
+            raise FieldError(
+                ["decoding"],
+                "weights of layers and heads and the head for each token have the model's shape, which this "
+                "run changes: leave them out, or set --growth.enabled false",
+            )
+        if any(isinstance(method, Experts) for method in self.methods):
+            raise FieldError(
+                ["decoding"],
+                "cannot learn while experts do: teach them first, then `cambia tune-decoding` on that run",
+            )
 
     @property
     def method(self) -> Method:

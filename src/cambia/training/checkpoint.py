@@ -13,7 +13,7 @@ Only safetensors and JSON: opening a checkpoint runs no code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None = None,
     average: WeightAverage | None = None,
     weights: Mapping[str, Tensor] | None = None,
-    beside: Callable[[Path], None] = lambda folder: None,
+    beside: Sequence[Callable[[Path], None]] = (),
 ) -> None:
     """Write a checkpoint atomically.
 
@@ -48,7 +48,7 @@ def save_checkpoint(
         state: nested dictionaries and lists of tensors and plain values.
         average: of the model's weights; the averaged model is written into a folder of its own.
         weights: what is written in place of the model's own weights.
-        beside: writes what stands beside the model into the checkpoint's folder.
+        beside: they write what stands beside the model into the checkpoint's folder.
     """
     tensors: dict[str, Tensor] = {}
     plain = take_out_tensors(state, tensors)
@@ -58,7 +58,8 @@ def save_checkpoint(
         if average is not None:
             with average.applied():
                 _save_model(model, tokenizer, temporary / AVERAGED)
-        beside(temporary)
+        for write in beside:
+            write(temporary)
         save_file(tensors, temporary / STATE_TENSORS)
         files.write_json(temporary / STATE_JSON, plain)
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 import torch
 
 from cambia import rundir
+from cambia.decoding.learners import Update
 from cambia.probes import Likelihood
 from cambia.records import GrowthEvent, Signals, StreamEvent
 from cambia.rundir import RunWriter
@@ -71,6 +72,14 @@ class Journal:
             self.run.append_json(rundir.STREAM, line)
             for tracker in self.trackers:
                 tracker.told(progress.step, event)
+
+    def decoded(self, progress: Progress, update: Update) -> None:
+        """What a step of the decoding policy came to."""
+        where = {"step": progress.step, "text_tokens": progress.tokens}
+        self.run.append_json(rundir.DECODING, {**where, **asdict(update)})
+        shown = {"reward": update.reward, **update.parameters.changed, **update.measured}
+        for tracker in self.trackers:
+            tracker.log(progress.step, {f"decoding/{name}": value for name, value in shown.items()})
 
     def clocked(
         self, step: int, *, seconds: float, tokens: int, events: Sequence[GrowthEvent], device: torch.device

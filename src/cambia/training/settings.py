@@ -28,6 +28,8 @@ class TrainingConfig:
     """Sequences per optimizer step."""
     sequence_length: Annotated[int, Gt(1)] = 256
     """Tokens per sequence."""
+    neural_steps_per_batch: Annotated[int, Ge(0)] = 1
+    """Optimizer steps on each batch; 0 leaves the weights as they are, while decoding learns."""
     accumulation: Annotated[int, Gt(0)] = 1
     """Parts in which a batch is worked through, to save memory; the result is the same."""
     schedule: Annotated[Schedule, Member(SCHEDULES, "schedule")] = field(default_factory=WSD)

@@ -39,6 +39,7 @@ from cambia.training.averaging import WeightAverage
 from cambia.training.checkpoint import random_state, save_checkpoint, set_random_state
 from cambia.training.described import described, summary
 from cambia.training.display import Display
+from cambia.training.engine import Engine
 from cambia.training.interrupts import Interrupts
 from cambia.training.journal import Journal
 from cambia.training.optim import (
@@ -68,6 +69,7 @@ class Trainer:
         tokenizer: saved beside the model, and with it a loader's text is counted in bytes.
         tracking: who is told what the run directory is told.
         seed: of what the method draws.
+        engine: lets how the model is decoded from learn too; None: it does not.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Trainer:
         tokenizer: PreTrainedTokenizerBase | None = None,
         tracking: Sequence[Tracker] = (),
         seed: int = 0,
+        engine: Engine | None = None,
     ):
         self.model = model
         self.method = method or Naive()
@@ -102,7 +105,7 @@ class Trainer:
         if growth is not None and self.average is not None:
             growth.holders.append(self.average)
         self.allocator = allocator or PlainAllocator()
-        self.tokenizer = tokenizer
+        self.tokenizer, self.engine = tokenizer, engine
         self.tracking = list(tracking)
         self.knobs = Knobs()
         self.progress = Progress()
@@ -222,15 +225,18 @@ class Trainer:
                     rate = self._learning_rate(stage_steps, allocation, hidden=not stream.boundaries)
                     set_learning_rate(self.optimizer, rate * self.knobs.learning_rate_factor)
                     taught = batch if allocation.rows is None else batch.rows(allocation.rows)
-                    stepped = self._step(taught, allocation, run.folder) if allocation.train else None
+                    stepped = self._step(taught, allocation, run.folder)
                     p.step += 1
                     p.stage_step += batch.fresh
                     p.tokens += batch.input_ids.numel()
-                    self._count_flops(taught.input_ids.numel() if allocation.train else 0)
 
                     # Once in a while: the validation loss, and what else is asked for.
                     if self._due(self.evaluation.every_steps):
                         self._validate(stream, journal)
+
+                    # Once in a while, how it is decoded from learns too.
+                    if self.engine is not None:
+                        self._count_flops(self.engine.step(p, journal))
 
                     # Signals up; the rules may answer with growth.
                     self._measured(allocation.measured)
@@ -287,20 +293,23 @@ class Trainer:
     # ---- its parts -------------------------------------------------------------------------------
 
     def _step(self, batch: Batch, allocation: Allocation, folder: Path) -> Stepped | None:
-        try:
-            with self.method.teaching(allocation.parts):
-                stepped = self.step(batch)
-        except NonFiniteLossError as error:
-            if self.config.on_nonfinite == "skip":
-                self.progress.skipped += 1
-                return None
-            raise NonFiniteLossError(
-                f"{error}, at step {self.progress.step + 1}; the last good checkpoint is "
-                f"{folder / rundir.LATEST}: lower --optimizer.learning_rate, or leave such steps out "
-                "with --training.on_nonfinite skip"
-            ) from None
-        if self.average is not None:
-            self.average.update()
+        stepped, steps = None, self.config.neural_steps_per_batch if allocation.train else 0
+        for _ in range(steps):
+            try:
+                with self.method.teaching(allocation.parts):
+                    stepped = self.step(batch)
+            except NonFiniteLossError as error:
+                if self.config.on_nonfinite == "skip":
+                    self.progress.skipped += 1
+                    continue
+                raise NonFiniteLossError(
+                    f"{error}, at step {self.progress.step + 1}; the last good checkpoint is "
+                    f"{folder / rundir.LATEST}: lower --optimizer.learning_rate, or leave such steps out "
+                    "with --training.on_nonfinite skip"
+                ) from None
+            if self.average is not None:
+                self.average.update()
+        self._count_flops(steps * batch.input_ids.numel())
         return stepped
 
     def _count_flops(self, tokens: int) -> None:
@@ -399,7 +408,7 @@ class Trainer:
             tokenizer=self.tokenizer,
             average=self.average,
             weights=self.method.saved_weights(),
-            beside=self.method.write_beside,
+            beside=[part.write_beside for part in (self.method, self.engine) if part is not None],
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -412,6 +421,7 @@ class Trainer:
             "growth": self.growth.state_dict() if self.growth is not None else None,
             "allocator": self.allocator.state_dict(),
             "method": self.method.state_dict(),
+            "engine": self.engine.state_dict() if self.engine is not None else None,
             "random": random_state(),
         }
 
@@ -434,5 +444,7 @@ class Trainer:
             self.growth.load_state_dict(state["growth"], events)
         self.allocator.load_state_dict(state["allocator"])
         self.method.load_state_dict(state["method"])
+        if self.engine is not None:
+            self.engine.load_state_dict(state["engine"])
         set_random_state(state["random"])
         self._shape_changed()

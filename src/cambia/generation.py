@@ -10,7 +10,8 @@ random state stays as it was; and nothing after the end of a text is decoded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def continue_text(
     longest = model.config.max_position_embeddings
     left = max_new_tokens
     cuda = [model.device] if model.device.type == "cuda" else []
-    with evaluating(model), torch.random.fork_rng(devices=cuda):
+    with evaluating(model), only_as_told(model), torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         while left > 0 and not all(set(row[n:]) & set(ends) for row, n in zip(rows, lengths, strict=True)):
             # A model says nothing sensible past the length that it was trained for: where the text
@@ -81,6 +82,19 @@ def continue_text(
             left -= room
     texts = [before_end(row[length:], ends) for row, length in zip(rows, lengths, strict=True)]
     return [str(tokenizer.decode(text, skip_special_tokens=True)) for text in texts]
+
+
+@contextmanager
+def only_as_told(model: PreTrainedModel) -> Generator[None]:
+    """Inside the block `generate` draws as it is told, and nothing of the model's own generation config but
+    the tokens that begin, end and fill a text."""
+    own = model.generation_config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in names})
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def routes_of(experts: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[str | None]:

@@ -17,6 +17,7 @@ from cambia.decoding.rewards import LengthReward, MatchReward
 from cambia.decoding.rollouts import Rollouts
 from cambia.decoding.score_function import ScoreFunction
 from cambia.errors import ConfigError
+from cambia.models.nested_state import put_in_tensors, take_out_tensors
 from tests.decoding.test_fitting import TEXTS, Low, writer  # noqa: F401 (a fixture)
 
 KINDS = {
@@ -40,10 +41,11 @@ def test_a_learner_that_was_stopped_goes_on_as_if_it_had_not_been(kind, writer) 
     whole = learner(kind, *writer)
     for _ in range(3):
         whole.step()
-    state = whole.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    kept = json.loads(json.dumps(take_out_tensors(whole.state_dict(), tensors)))  # as a checkpoint does
     wanted = [whole.step() for _ in range(2)]
     again = learner(kind, *writer)
-    again.load_state_dict(state)
+    again.load_state_dict(put_in_tensors(kept, tensors))
     assert [again.step() for _ in range(2)] == wanted
     assert json.dumps(again.chosen.to_dict()) == json.dumps(whole.chosen.to_dict())
     assert wanted[-1].number == 5 and wanted[-1].tokens > 0 and wanted[-1].drift

@@ -69,6 +69,15 @@ TREE: dict[str, Any] = {
             },
         ],
     },
+    "decoding": {
+        "engine_update_freq": 3,
+        "fit": {
+            "prompts": 4,
+            "prompt_tokens": 6,
+            "new_tokens": 5,
+            "search": {"type": "cma", "population": 4},
+        },
+    },
     "evaluation": {
         "every_steps": 2,
         "max_bytes": 700,
@@ -96,6 +105,7 @@ def tree_of(start: str, optimizer: str, root: str) -> dict[str, Any]:
     for key in ("layers", "count"):
         even[-1]["then"].pop(key)
     tree["growth"] = {**TREE["growth"], "rules": even}
+    tree["decoding"] = {"engine_update_freq": 3, "fit": {**TREE["decoding"]["fit"], "by": "gradient"}}
     return tree
 
 
@@ -162,7 +172,7 @@ def same_tensors(one: Path, other: Path) -> bool:
 
 
 def check_equal(reference: Path, killed: Path) -> None:
-    for log in ("metrics.csv", "eval.csv", "growth.jsonl", "promises.jsonl"):
+    for log in ("metrics.csv", "eval.csv", "growth.jsonl", "decoding.jsonl", "promises.jsonl"):
         assert (killed / log).read_bytes() == (reference / log).read_bytes(), log
     folders = sorted(p.name for p in reference.iterdir() if p.is_dir())
     assert sorted(p.name for p in killed.iterdir() if p.is_dir()) == folders
@@ -171,6 +181,9 @@ def check_equal(reference: Path, killed: Path) -> None:
         assert same_tensors(reference / stage, killed / stage)
     for folder in set(folders) - {"probes"}:
         assert same_tensors(reference / folder / "model.safetensors", killed / folder / "model.safetensors")
+        assert (reference / folder / "inference_params.json").read_bytes() == (
+            killed / folder / "inference_params.json"
+        ).read_bytes()
         assert same_tensors(reference / folder / "state.safetensors", killed / folder / "state.safetensors")
         one, other = (json.loads((run / folder / "state.json").read_text()) for run in (reference, killed))
         for state in (one, other):

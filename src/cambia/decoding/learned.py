@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +57,19 @@ class LearnedParameters:
     def values(self) -> dict[str, float]:
         """As they are now."""
         return {name: float(_value(name, line.detach())) for name, line in self.lines.items()}
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What an optimizer remembers of each of its tensors, in their order, as files can hold it."""
+    state = optimizer.state_dict()["state"]
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    return [copy.deepcopy(state.get(number, {})) for number in range(count)]
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Sequence[Mapping[str, Any]]) -> None:
+    """The inverse of `optimizer_state`, for an optimizer of the same tensors."""
+    known = {number: dict(each) for number, each in enumerate(state) if each}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": known})
 
 
 def _line(name: str, value: float) -> Tensor:

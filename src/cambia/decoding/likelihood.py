@@ -21,7 +21,7 @@ from annotated_types import Gt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cambia.decoding.learned import LearnedParameters
+from cambia.decoding.learned import LearnedParameters, load_optimizer_state, optimizer_state
 from cambia.decoding.odds import History, Knobs, warped
 from cambia.decoding.policy import DecodingPolicy
 from cambia.errors import ConfigError, DataError
@@ -200,7 +200,7 @@ class LikelihoodLearner:
     def state_dict(self) -> dict[str, Any]:
         return {
             "tensors": [tensor.detach().clone() for tensor in self._learned.tensors()],
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "optimizer": optimizer_state(self.optimizer),
             "updates": self.updates,
             "looked": self._looked,
             "curve": list(self.curve),
@@ -212,7 +212,7 @@ class LikelihoodLearner:
         with torch.no_grad():
             for tensor, value in zip(self._learned.tensors(), state["tensors"], strict=True):
                 tensor.copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
         self.updates, self._looked = state["updates"], state["looked"]
         self.curve, self.best = list(state["curve"]), DecodingPolicy.from_dict(state["best"])
 

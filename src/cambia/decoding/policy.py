@@ -29,7 +29,7 @@ from cambia.decoding.mixing import Anatomy, heads_of, mixed_layers, scaled_heads
 from cambia.decoding.odds import History, Knobs, warped
 from cambia.decoding.parameters import DecodingParameters
 from cambia.errors import ConfigError
-from cambia.generation import end_tokens
+from cambia.generation import end_tokens, only_as_told
 from cambia.nn.modes import evaluating
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class DecodingPolicy:
     ) -> Tensor:
         """`generate` with noise and odds of one's own, and parameters for each row (B,) if they are given."""
         given = knobs or Knobs.of(self.parameters)
-        with evaluating(model), ExitStack() as blocks:
+        with evaluating(model), only_as_told(model), ExitStack() as blocks:
             blocks.enter_context(self.heard(model))
             if self.context is None:
                 drawing = Drawing(given, noise, attention_mask, odds)

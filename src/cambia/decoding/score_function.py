@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cambia.decoding.drawing import Noise
-from cambia.decoding.learned import LearnedParameters
+from cambia.decoding.learned import LearnedParameters, load_optimizer_state, optimizer_state
 from cambia.decoding.likelihood import logits_of, past_of
 from cambia.decoding.odds import History, Knobs, cooled, is_neutral, penalised, soft_nucleus
 from cambia.decoding.policy import DecodingPolicy, last_states
@@ -224,7 +224,7 @@ class ScoreFunctionLearner:
         return {
             "parameters": {name: line.detach().clone() for name, line in self.parameters.lines.items()},
             "context": None if context is None else {k: v.clone() for k, v in context.state_dict().items()},
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "optimizer": optimizer_state(self.optimizer),
             "updates": self.updates,
         }
 
@@ -235,7 +235,7 @@ class ScoreFunctionLearner:
                 self.parameters.lines[name].copy_(value)
         if self._policy.context is not None:
             self._policy.context.load_state_dict(state["context"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
         self.updates = state["updates"]
 
 

@@ -109,6 +109,14 @@ class DecodingFit:
                 told(update)
         return FittedPolicy(learner.chosen, learner.tokens, learner.tried)
 
+    @property
+    def steps(self) -> int:
+        """Steps within its tokens, where there are as many prompts as it asks for."""
+        if self.by == "likelihood":
+            return self.likelihood.steps
+        texts = self.prompts * (self.search.population if self.by == "search" else 1)
+        return max(1, self.tokens // (texts * self.new_tokens))
+
     def goes_on(self, learner: PolicyLearner) -> bool:
         """Whether another step is to be taken: within the tokens, but always a first one."""
         if learner.finished:

@@ -17,10 +17,10 @@ from typing import Any
 
 from cambia import files, rundir
 from cambia.config import FieldError, apply_overrides, build, explain, merged
-from cambia.data.fields import fields_of
 from cambia.data.textfiles import find_path
 from cambia.errors import ConfigError, DataError
 from cambia.experiment.starts import PretrainedModel
+from cambia.experiment.texts import tasks_of
 from cambia.experiment.tree import Experiment, read_tree
 from cambia.models.parts.folder import EXPERTS
 from cambia.models.saved import STATE_JSON
@@ -57,7 +57,7 @@ def learning(
     before = _earlier(place)
     tree = before or read_tree(RECIPE)[0]
     known = _scored_again(before) if before else []
-    new, order = _tasks([str(path) for path in data], known, flags)
+    new, order = tasks_of(data, known, flags)
     stream = {"type": "sequence", "boundaries": boundaries, "order": order}
     tree = merged(tree, {"name": RECIPE, "model": {"type": "pretrained", "path": place}})
     # In the order of training: new texts first, so that --data.tasks.0 is the first that was named.
@@ -122,51 +122,6 @@ def _fitted(place: str) -> dict[str, Any]:
 
 
 # ---- the texts -----------------------------------------------------------------------------------
-
-
-def _tasks(
-    data: Sequence[str], known: Sequence[Mapping[str, Any]], flags: Mapping[str, Any]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """A task for each text, each once, and the names in the order in which they are read."""
-    paths = [str(find_path(path).resolve()) for path in data]
-    old = {str(Path(task["source"]["path"]).resolve()): task["name"] for task in known}
-    fresh = [path for path in dict.fromkeys(paths) if path not in old]
-    names = old | dict(zip(fresh, _names(fresh, taken=list(old.values())), strict=True))
-    new = [
-        {"name": names[path], "source": {"type": "files", "path": path, **_fields(path, number, flags)}}
-        for number, path in enumerate(fresh)
-    ]
-    return new, [names[path] for path in paths]
-
-
-def _fields(path: str, number: int, flags: Mapping[str, Any]) -> dict[str, str]:
-    """The fields of a text's rows; where the user names some, these alone."""
-    if any(name.startswith(f"data.tasks.{number}.source.") and name.endswith("field") for name in flags):
-        return {}
-    try:
-        return fields_of(path)
-    except DataError as error:
-        told = str(error).replace("name them in the source (", f"name them (--data.tasks.{number}.source.")
-        raise DataError(told) from None
-
-
-def _names(paths: Sequence[str], taken: Sequence[str]) -> list[str]:
-    """What texts are called: their file's name, with its folder's where two are alike."""
-    short = [_stem(Path(path)) for path in paths]
-    found: list[str] = []
-    for path, name in zip(paths, short, strict=True):
-        if short.count(name) > 1:
-            name = f"{_stem(Path(path).parent)}-{name}"
-        free, number = name, 1
-        while free in found or free in taken:
-            number += 1
-            free = f"{name}-{number}"
-        found.append(free)
-    return found
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").partition(".")[0].replace("+", "_") or "text"
 
 
 def _scored_again(tree: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from cambia.models.causal_lm import CambiaForCausalLM
 from cambia.models.config import CambiaConfig
 from cambia.models.parts.folder import EXPERTS, base_folder
 from cambia.models.parts.lora_experts import LoraExperts
+from cambia.models.parts.merging import merged
 from cambia.models.saved import AVERAGED, load_model
 from cambia.rundir import RunReader
 
@@ -190,6 +191,8 @@ class PretrainedModel(StartModel):
     float32: small updates count, 16 bytes a parameter with AdamW; training.precision bfloat16 still computes
     in bfloat16 · bfloat16: 8 bytes a parameter, and updates below about 1/256 of a weight are lost to
     rounding · auto: as the checkpoint says, and float32 for one in float16, where second moments vanish."""
+    expert: str | None = None
+    """Of a checkpoint with experts: begin with the model that has this one in its weights."""
     keep_experts: bool = True
     """Of a checkpoint that learned with the method `experts`, when a run with that method begins: go on with
     its experts and with what is known of their texts. false: begin with the model alone."""
@@ -245,8 +248,18 @@ class PretrainedModel(StartModel):
 
     def build(self, tokenizer: Tokenizer, *, sequence_length: int) -> PreTrainedModel:
         model = load_model(self.folder(), dtype=self._dtype())
+        if self.expert is not None:
+            model = self._with_expert(model, self.expert)
         _end_with(model, tokenizer.eos_id)
         return model
+
+    def _with_expert(self, model: PreTrainedModel, name: str) -> PreTrainedModel:
+        experts = experts_beside(self.path, model)
+        names = experts.names if experts is not None else []
+        if experts is None or name not in names:
+            known = f"its experts are {', '.join(names)}" if names else "it has no experts"
+            raise FieldError(["model", "expert"], f"there is no {name!r} beside {self.path}: {known}")
+        return merged(model, experts[name])
 
     def folder(self) -> Path:
         """Where the model's files are.

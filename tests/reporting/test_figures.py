@@ -20,7 +20,7 @@ from cambia.reporting.figures import FIGURES, jump_figure, loss_figure, task_lab
 
 Make = Callable[..., Path]
 FOLDER = Path(cambia.reporting.__file__).parent
-DRAWN = {"drawing", "labels", "figures", "task_figures", "stream_figures"}
+DRAWN = {"decoding_figures", "drawing", "labels", "figures", "task_figures", "stream_figures"}
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -121,6 +121,7 @@ def test_only_figures_import_matplotlib_and_only_pages_import_figures() -> None:
                 for wanted in ["matplotlib"] * name.startswith("matplotlib") + ["figures"] * own:
                     importers[wanted].add(path.relative_to(FOLDER).as_posix())
     figures = {
+        "decoding_figures.py",
         "drawing.py",
         "labels.py",
         "figures.py",

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from cambia.cli.app import Settings, app, console, reported
 from cambia.errors import ConfigError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from cambia.experiment.tune import Judged
 
 _EXAMPLE = "cambia tune-decoding MODEL --data FILE"
 
@@ -71,28 +64,6 @@ def tune_decoding(
         folder = train(tuning(model, data, rewards=reward or (), flags={**chosen, **flags}), name=name)
     if not is_finished(RunReader(folder)):
         return reported(folder)
-    out = console()
-    with out.status("comparing") as status:
-        found = judged(folder, grid_points=grid_points, optuna=optuna, told=status.update)
-    code = reported(folder)
-    _print(found, folder.name, out)
-    return code
-
-
-def _print(found: Judged, name: str, out: Console) -> None:
-    from rich.markup import escape
-
-    from cambia.reporting.decoding import judged_tables
-    from cambia.reporting.terminal import print_table
-
-    for title, head, rows in judged_tables(found.as_dict()):
-        print_table(out, title, head, rows, words=2)
-    for line in found.left_out:
-        out.print(f"[dim]left out: {escape(line)}[/dim]", soft_wrap=True)
-    for sample in found.samples:
-        out.print(f"[bold]{escape(sample['prompt'])}[/bold]", soft_wrap=True)
-        for who, text in sample.items():
-            if who != "prompt":
-                out.print(f"[dim]{who:>8}[/dim] {escape(text)}", soft_wrap=True)
-        out.print()
-    out.print(f"use it: cambia generate {name} --prompt TEXT", markup=False, soft_wrap=True)
+    with console().status("comparing") as status:
+        judged(folder, grid_points=grid_points, optuna=optuna, told=status.update)
+    return reported(folder)

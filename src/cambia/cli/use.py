@@ -14,13 +14,16 @@ def generate(
     *,
     prompt: list[str],
     max_new_tokens: int = 256,
-    temperature: float = 0.7,
-    top_p: float = 0.9,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    decoding: list[str] | None = None,
     seed: int = 0,
 ) -> None:
     """Continue text with the model of a run, a checkpoint, or a Hugging Face folder.
 
     Where it has experts, each prompt is answered by the one whose text it resembles, or by the model alone.
+    A model that was tuned (`cambia tune-decoding`) writes as it has learned, others with temperature 0.7 and
+    top-p 0.9.
 
     Args:
         model: a run's name, or a folder.
@@ -28,31 +31,39 @@ def generate(
         max_new_tokens: how much to write (bytes, for a byte-level model).
         temperature: 0 takes the likeliest token always.
         top_p: sample from the likeliest tokens that together have this probability.
+        decoding: an inference_params.json, or a run whose decoding has learned; EXPERT=FILE for one expert.
         seed: the same seed writes the same text.
     """
+    from cambia.experiment.decoding import policies_of
     from cambia.experiment.starts import experts_beside, model_folder
     from cambia.generation import continue_text, routes_of
     from cambia.models.saved import load_model, load_tokenizer
 
+    if decoding and (temperature is not None or top_p is not None):
+        raise ConfigError("--decoding says how to draw: leave out --temperature and --top-p")
     folder = model_folder(model)
     loaded, tokenizer = load_model(folder), load_tokenizer(folder)
     experts = experts_beside(model, loaded)
+    routes = routes_of(experts, tokenizer, prompt) if experts is not None else [None] * len(prompt)
+    drawn = {"temperature": temperature, "top_p": top_p}
+    chosen = {name: value for name, value in drawn.items() if value is not None}
+    policies = policies_of(decoding or [], loaded, None if chosen else folder)
     texts = continue_text(
         loaded,
         tokenizer,
         prompt,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
         seed=seed,
-        writer=experts,
+        writer=policies.writer(loaded, routes, seed=seed, writer=experts) or experts,
+        **chosen,
     )
-    routes = routes_of(experts, tokenizer, prompt) if experts is not None else [None] * len(prompt)
     out = console()
     for given, text, route in zip(prompt, texts, routes, strict=True):
         out.print(f"[bold]{_escape(given)}[/bold]{_escape(text)}\n", soft_wrap=True)  # as it was written
-        if experts is not None:
-            out.print(f"[dim]answered by {_escape(route or 'the model alone')}[/dim]\n", soft_wrap=True)
+        told = [f"answered by {route or 'the model alone'}"] if experts is not None else []
+        told += [f"drawn with {policies.of(route).parameters}"] if policies else []
+        if told:
+            out.print(f"[dim]{_escape(', '.join(told))}[/dim]\n", soft_wrap=True)
 
 
 def _escape(text: str) -> str:

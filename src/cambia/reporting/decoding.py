@@ -1,9 +1,12 @@
-"""A policy that has learned, beside others."""
+"""How decoding has learned: its course over a run, and what came of it beside others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from cambia.reporting.markup import Html, join, table, tag
+from cambia.reporting.run import Run
 
 _Table = tuple[str, list[str], list[list[str]]]
 
@@ -15,14 +18,12 @@ def judged_tables(decoding: Mapping[str, Any]) -> Iterator[_Table]:
         decoding: of summary.json.
     """
     rows = decoding["rows"]
-    head = ["decoding", "parameters", "reward", "repeated", "distinct", "tokens", "nats/token", "to find it"]
     yield (
-        "On prompts that none of them has seen, the higher the reward the better",
-        head,
+        "On prompts that none of them has seen; the higher the reward the better",
+        ["decoding", "reward", "repeated", "distinct", "tokens", "nats/token", "to find it"],
         [
             [
                 row["name"],
-                row["parameters"],
                 f"{row['reward']:.3f} ± {row['spread']:.3f}" if row["spread"] else f"{row['reward']:.3f}",
                 f"{row['repeated']:.3f}",
                 f"{row['distinct']:.3f}",
@@ -34,12 +35,33 @@ def judged_tables(decoding: Mapping[str, Any]) -> Iterator[_Table]:
         ],
     )
     parts = list(rows[0]["parts"])
-    if len(parts) > 1:
-        yield (
-            "What the reward consists of",
-            ["decoding", "parameters", *parts],
-            [
-                [row["name"], row["parameters"], *(f"{row['parts'][part]:.3f}" for part in parts)]
-                for row in rows
-            ],
-        )
+    yield (
+        "Parameters, and what the reward consists of",
+        ["decoding", "parameters", *parts],
+        [[row["name"], row["parameters"], *(f"{row['parts'][part]:.3f}" for part in parts)] for row in rows],
+    )
+
+
+def side_by_side(decoding: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What some policies write behind prompts: the prompt and how it really goes on come first."""
+    first = ("prompt", "people", "learned")
+    return [
+        {name: sample[name] for name in [*first, *(name for name in sample if name not in first)]}
+        for sample in decoding["samples"]
+    ]
+
+
+def decoding_tables(run: Run) -> list[Html]:
+    """What was learned beside others, as parts of the page; none before it was compared."""
+    parts: list[Html] = []
+    judged = run.summary.get("decoding")
+    if judged:
+        for title, head, rows in judged_tables(judged):
+            words = 1 + (head[1] == "parameters")
+            shown = table(head, rows, numbers=range(words, len(head)))
+            parts.append(join([tag("h3", title), tag("div", shown, class_="wide")]))
+        samples = side_by_side(judged)
+        names = list(samples[0]) if samples else []
+        shown = table(names, [list(sample.values()) for sample in samples])
+        parts.append(join([tag("h3", "Side by side"), tag("div", shown, class_="wide")]))
+    return parts

@@ -35,7 +35,11 @@ class Check:
 
 def check_health(run: Run) -> list[Check]:
     """Every question, answered from what the run recorded so far."""
-    return [_falling(run), _holds(run), _kept(run), _exact(run), _covered(run), _skipped(run)]
+    decoding = [_rising(run), _moved(run)] if run.decoding else []
+    if not run.teaches_weights:
+        return decoding
+    weights = [_falling(run), _holds(run), _kept(run), _exact(run), _covered(run), _skipped(run)]
+    return [weights[0], *decoding, *weights[1:]]
 
 
 def _falling(run: Run) -> Check:
@@ -86,12 +90,54 @@ def _losses(run: Run, stretch: Stretch) -> np.ndarray:
 
 def _trend(run: Run, stretch: Stretch) -> tuple[float, float, float]:
     """Mean loss of a task's first and last quarter, and twice the standard error of their difference."""
-    losses = _losses(run, stretch)
-    quarter = max(2, len(losses) // 4)
-    first, last = losses[:quarter], losses[-quarter:]
+    return _quarters(_losses(run, stretch))
+
+
+def _quarters(values: np.ndarray) -> tuple[float, float, float]:
+    quarter = max(2, len(values) // 4)
+    first, last = values[:quarter], values[-quarter:]
     # The first quarter falls steeply, so its spread is no noise: the last one's stands for both.
     noise = 2 * math.sqrt(2 * float(np.var(last)) / quarter)
     return float(first.mean()), float(last.mean()), noise
+
+
+def _rising(run: Run) -> Check:
+    question = "Is the reward of decoding rising?"
+    rewards = np.array([entry["reward"] for entry in run.decoding])
+    if len(rewards) < _FEWEST:
+        return Check(
+            question,
+            "amber",
+            f"Too few steps to tell ({len(rewards)} of at least {_FEWEST}): raise --decoding.fit.tokens, or "
+            "lower --decoding.engine_update_freq.",
+        )
+    first, last, noise = _quarters(rewards)
+    if last - first > noise:
+        return Check(question, "green", f"Yes, from {first:.3f} to {last:.3f}. Nothing to do.")
+    if first - last > noise:
+        return Check(
+            question,
+            "red",
+            f"No: it fell from {first:.3f} to {last:.3f}. Lower --decoding.fit.gradient.rate, or anchor it "
+            "with --decoding.fit.gradient.divergence.",
+        )
+    return Check(
+        question,
+        "amber",
+        f"Hardly: it went from {first:.3f} to {last:.3f}, which is within its noise. It may have begun near "
+        "its best; more --decoding.fit.prompts tell more.",
+    )
+
+
+def _moved(run: Run) -> Check:
+    question = "Have the decoding parameters moved?"
+    drift = {name: by for name, by in run.decoding[-1]["drift"].items() if by}
+    if not drift:
+        return Check(
+            question, "amber", "No: they are where they began. Look at the reward, and at what is learned."
+        )
+    moved = ", ".join(f"{name.replace('_', ' ')} by {by:+.3g}" for name, by in drift.items())
+    return Check(question, "green", f"Yes: {moved}. Nothing to do.")
 
 
 def _holds(run: Run) -> Check:

@@ -18,6 +18,8 @@ from cambia import files
 from cambia.evaluation import TaskMatrix
 from cambia.reporting import units
 from cambia.reporting.continual import measures_table
+from cambia.reporting.decoding import decoding_tables
+from cambia.reporting.decoding_figures import decoding_drawing
 from cambia.reporting.drawing import picture, to_svg
 from cambia.reporting.experts import decisions_table, experts_section
 from cambia.reporting.figures import FIGURES, task_labels
@@ -51,13 +53,11 @@ def page(run: Run) -> str:
     parts = [
         _tiles(run),
         _health(run),
-        _matrix(run),
+        *([_matrix(run)] if run.teaches_weights else []),
         experts_section(run),
+        _decoding(run),
         _stream(run),
-        _loss(run),
-        _growth(run),
-        _size(run),
-        _rate(run),
+        *([_loss(run), _growth(run), _size(run), _rate(run)] if run.teaches_weights else []),
         _next(run),
         _origin(run),
         _configuration(run),
@@ -225,6 +225,15 @@ def _stream(run: Run) -> Html:
         return Html("")
     shown = picture(drawing, "stream", "Novelty, experts and certainty over the stream")
     return section("The stream", shown, decisions_table(run))
+
+
+def _decoding(run: Run) -> Html:
+    """What has been learned about decoding; empty for runs where nothing is."""
+    drawing = decoding_drawing(run)
+    if drawing is None:
+        return Html("")
+    shown = picture(drawing, "decoding", "Loss, reward and how far decoding has moved")
+    return section("Decoding", shown, *decoding_tables(run))
 
 
 def _picture(run: Run, name: str, title: str, empty: str, *caption: object) -> Html:

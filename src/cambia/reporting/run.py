@@ -84,8 +84,17 @@ class Run:
     """Growths that were asked for and left undone; their reasons say why."""
     stream: tuple[Mapping[str, Any], ...]
     """Of a run with experts: whose the rows of each logged batch were, and what was decided, in order."""
+    decoding: tuple[Mapping[str, Any], ...]
+    """Of a run whose decoding learns: what came of each of its steps."""
     scores: tuple[Mapping[str, Any], ...]
     """Rows of eval.csv."""
+
+    @property
+    def teaches_weights(self) -> bool:
+        """Whether anything but decoding learns."""
+        training = self.config.get("training")
+        steps = training.get("neural_steps_per_batch", 1) if isinstance(training, Mapping) else 1
+        return bool(steps)
 
     @property
     def tasks(self) -> list[str]:
@@ -255,6 +264,7 @@ def load_run(name: str | Path) -> Run:
         growth=tuple(event for event in events if event.done),
         not_grown=tuple(event for event in events if not event.done),
         stream=tuple(reader.stream()),
+        decoding=tuple(reader.decoding()),
         scores=tuple(reader.rows(rundir.EVAL)),
     )
 

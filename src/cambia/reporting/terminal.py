@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cambia.decoding.exporting import PARAMS_JSON
 from cambia.evaluation import TaskMatrix, TransferMetrics
 from cambia.reporting import units
+from cambia.reporting.decoding import judged_tables, side_by_side
 from cambia.reporting.experts import after_learning, learned_tables, note_of
 from cambia.reporting.run import Run, stage_names
 from cambia.reporting.sweeps.sweep import Sweep
@@ -28,6 +30,7 @@ from cambia.reporting.sweeps.tables import (
     main_table,
     paired_table,
 )
+from cambia.rundir import LATEST
 
 _WIDTH = 80
 _LONGEST = 22  # letters of a task's name
@@ -46,9 +49,11 @@ def print_summary(run: Run, console: Console) -> None:
     console.print(
         Text.assemble((run.name, "bold"), "  ", (run.status, _STATUS_STYLE[run.status])), soft_wrap=True
     )
-    _print_matrix(run, console)
-    _print_growth(run, console)
+    if run.teaches_weights:
+        _print_matrix(run, console)
+        _print_growth(run, console)
     _print_experts(run, console)
+    _print_decoding(run, console)
     _print_facts(run, console)
 
 
@@ -156,14 +161,35 @@ def _print_experts(run: Run, console: Console) -> None:
         console.print(Text(f"{note_of(run)}\n", style="dim"), width=min(_WIDTH, console.width))
 
 
+def _print_decoding(run: Run, console: Console) -> None:
+    """What was learned about decoding beside what others use, and what they write."""
+    judged = run.summary.get("decoding")
+    if not judged:
+        return
+    for title, head, rows in judged_tables(judged):
+        print_table(console, title, head, rows, words=1 + (head[1] == "parameters"))
+    for line in judged["left_out"]:
+        console.print(Text(f"left out: {line}", style="dim"), soft_wrap=True)
+    for sample in side_by_side(judged):
+        for who, text in sample.items():
+            style = "bold" if who == "prompt" else ""
+            shown = " ".join(text.split())
+            console.print(Text.assemble((f"{who:<11}", "dim"), (shown, style)), soft_wrap=True)
+        console.print()
+
+
 def _print_facts(run: Run, console: Console) -> None:
     start, end = run.parameters_start, run.parameters_end
     facts = []
     if start is not None and end is not None:
         facts.append(("parameters", f"{start:,}" if start == end else f"{start:,} → {end:,}"))
-    facts.append(
-        ("trained", f"{units.plural(run.steps, 'step')}, {run.tokens:,} tokens, {units.flops(run.flops)}")
-    )
+    if run.teaches_weights:
+        facts.append(
+            ("trained", f"{units.plural(run.steps, 'step')}, {run.tokens:,} tokens, {units.flops(run.flops)}")
+        )
+    if run.decoding:
+        last = run.decoding[-1]
+        facts.append(("decoding", f"{units.plural(last['number'], 'step')}, {last['tokens']:,} tokens"))
     if run.skipped_steps:
         facts.append(
             ("skipped", f"{units.plural(run.skipped_steps, 'step')}, for a loss that was not finite")
@@ -175,6 +201,8 @@ def _print_facts(run: Run, console: Console) -> None:
     facts.append(("report", report))
     facts.append(("try it", f'cambia generate {run.handle} --prompt "Once upon a time"'))
     facts += after_learning(run)
+    if run.decoding:
+        facts.append(("parameters", f"{run.folder / LATEST / PARAMS_JSON}"))
     if run.status == "interrupted":
         facts.append(("go on", f"cambia run --resume {run.handle}"))
     _print_pairs(facts, console)
@@ -253,8 +281,10 @@ def print_table(
     most = next((most for most in range(max(widest), 4, -1) if sum(min(most, w) for w in widest) <= room), 4)
     for name in head[:words]:
         shown.add_column(Text(name), overflow="fold", max_width=most)
+    # Where names had to be folded, so are the heads of numbers: rich would cut the table at its right.
+    tight = most < max(widest)
     for name, width in zip(head[words:], narrowest, strict=True):
-        shown.add_column(Text(name), justify="right", min_width=width)
+        shown.add_column(Text(name), justify="right", min_width=width, max_width=width if tight else None)
     for row in filled:
         shown.add_row(*map(Text, row))
     console.print(Text(title, style="bold"))

@@ -21,6 +21,7 @@ import pytest
 import torch
 import yaml
 
+from cambia.experiment.tune import reward_of
 from cambia.growth import AddKVHeads, AddLayers, WidenFFN, WidenHidden, grow
 from cambia.models.architectures import ARCHITECTURES
 from cambia.sweeps import cells_of, read_grid
@@ -204,6 +205,19 @@ def test_experts_run_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for _, printed, after in run_python("docs/experts.md"):
         if after is not None and after.language == "text":
             assert_same_text(printed, after.text)
+
+
+# ---- decoding.md ---------------------------------------------------------------------------------
+
+
+def test_decoding_is_shown_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _, printed, after in run_python("docs/decoding.md"):
+        if after is not None and after.language == "text":
+            assert_same_text(printed, after.text)
+    for line in rows(read("decoding.md"))[2:]:
+        for word in re.findall(r"`([^`]+)`", line[0]):
+            reward_of(word)
 
 
 # ---- papers.md -----------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class DecodingFit:
     weights of layers and heads; it asks no reward."""
     parameters: tuple[str, ...] = SEARCHED
     """What is searched."""
-    search: Annotated[Search, Member(SEARCHES, "search")] = field(default_factory=CmaSearch)
+    search: Annotated[Search, Member(SEARCHES, "search", default="cma")] = field(default_factory=CmaSearch)
     gradient: ScoreFunction = field(default_factory=ScoreFunction)
     likelihood: LikelihoodFit = field(default_factory=LikelihoodFit)
     tokens: Annotated[int, Gt(0)] = 200_000

@@ -1,0 +1,117 @@
+"""`cambia tune-decoding`: what comes out, how it goes on, who draws with it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from cambia.decoding import DecodingPolicy
+from cambia.errors import ConfigError
+from cambia.experiment.tune import reward_of
+from tests.conftest import checkpoint
+from tests.markdown import cambia
+from tests.test_cli_learn import here
+
+QUICK = (
+    "--decoding.fit.prompts 8 --decoding.fit.prompt_tokens 8 --decoding.fit.new_tokens 8 --tokens 1536 "
+    "--grid-points 2 --decoding.fit.search.population 4 --evaluation.max_bytes 400"
+)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory):
+    """A folder with a tiny model, text, and a run whose decoding has learned."""
+    folder = tmp_path_factory.mktemp("tune")
+    checkpoint(folder / "base")
+    draw = random.Random(3)
+    words = ["oak", "elm", "ring", "bark", "leaf", "stands", "grows", "slowly", "by", "the", "river", "and"]
+    texts = [" ".join(draw.choices(words, k=9)) for _ in range(150)]
+    (folder / "trees.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    with pytest.MonkeyPatch.context() as patch:
+        here(folder, patch)
+        return folder, cambia(f"cambia tune-decoding base --data trees.jsonl --name one {QUICK}")
+
+
+@pytest.fixture
+def place(tuned, monkeypatch: pytest.MonkeyPatch) -> Path:
+    here(tuned[0], monkeypatch)
+    return tuned[0]
+
+
+def test_it_ends_with_what_was_learned_beside_others(tuned) -> None:
+    folder, said = tuned
+    assert said.code == 0, said.err
+    for name in ("learned", "T 1", "min-p 0.05", "greedy", "grid of 8", "Optuna (TPE)", "match.n_grams"):
+        assert name in said.out, name
+    summary = json.loads((folder / "runs/one/summary.json").read_text())
+    rows = {row["name"]: row for row in summary["decoding"]["rows"]}
+    assert rows["where it began"]["reward"] == rows["T 1"]["reward"], "the same prompts, the same noise"
+    assert 0 < rows["learned"]["tokens"] <= 1536 and rows["learned"]["reward"] != rows["T 1"]["reward"]
+    assert rows["T 1"]["nats_per_token"] > 4 and rows["greedy"]["nats_per_token"] is None
+    updates = [json.loads(line) for line in (folder / "runs/one/decoding.jsonl").read_text().splitlines()]
+    assert updates[-1]["tokens"] == rows["learned"]["tokens"] and updates[-1]["drift"]
+    page = (folder / "runs/one/report.html").read_text()
+    assert "Have the decoding parameters moved?" in page and "Side by side" in page
+
+
+def test_the_model_stays_and_stock_transformers_draws_with_what_was_learned(tuned) -> None:
+    folder, _ = tuned
+    latest = folder / "runs/one/latest"
+    policy = DecodingPolicy.from_json(latest / "inference_params.json")
+    before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (folder / "base", latest))
+    assert all(value.equal(before.state_dict()[name]) for name, value in after.state_dict().items())
+    assert after.generation_config.temperature == pytest.approx(policy.parameters.temperature)
+    assert after.generation_config.do_sample and after.generation_config.eos_token_id == 256
+
+
+def test_generate_draws_as_was_learned(place: Path) -> None:
+    own = cambia('cambia generate one --prompt "the oak" --max-new-tokens 8')
+    given = cambia('cambia generate base --decoding one --prompt "the oak" --max-new-tokens 8')
+    plain = cambia('cambia generate one --prompt "the oak" --max-new-tokens 8 --temperature 0.7 --top-p 0.9')
+    assert own.code == given.code == plain.code == 0, own.err + given.err + plain.err
+    assert own.out == given.out and "drawn with T" in own.out
+    assert plain.out == cambia('cambia generate base --prompt "the oak" --max-new-tokens 8').out
+
+
+def test_a_finished_run_is_compared_again(place: Path) -> None:
+    said = cambia("cambia tune-decoding --resume one --grid-points 0 --no-optuna")
+    assert said.code == 0, said.err
+    assert "learned" in said.out and "Optuna" not in said.out and "grid of" not in said.out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("base", "text as it should be written"),
+        ("base --data nowhere.txt", "nowhere.txt"),
+        ("base --data trees.jsonl --reward nice", "known are match"),
+        ("base --data trees.jsonl --reward match:3", "takes nothing behind a colon"),
+        ("base --data trees.jsonl --reward 'much length:4'", "its weight"),
+        ("base --data trees.jsonl --expert e1 --name e", "no experts"),
+        (
+            "base --data trees.jsonl --decoding.fit.new_tokens 4000 --name f",
+            "lower prompt_tokens or new_tokens",
+        ),
+        (f"base --data trees.jsonl --reward length:8 {QUICK} --name g", "nothing can be learned"),
+        ("base --data trees.jsonl --by magic", "decoding.fit.by"),
+        ("--resume one --by search", "leave out"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(place: Path, words: str, told: str) -> None:
+    said = cambia(f"cambia tune-decoding {words}")
+    assert said.code == 2 and told in said.err, said.err
+    assert "Traceback" not in said.err
+
+
+def test_rewards_are_named_in_a_word() -> None:
+    assert reward_of("match") == {"type": "match"}
+    assert reward_of("0.2 length:40") == {"type": "length", "target": 40, "weight": 0.2}
+    assert reward_of("function:mine:good") == {"type": "function", "function": "mine:good"}
+    assert reward_of("my_module:Mine") == {"type": "my_module:Mine"}
+    assert reward_of(r"pattern:\d+") == {"type": "pattern", "pattern": r"\d+"}
+    with pytest.raises(ConfigError, match="your own"):
+        reward_of("good")

@@ -367,8 +367,11 @@ class StreamAllocator:
             of = f"{len(rows)} of {len(self.quarantine.rows)} strange rows are {self.open}'s after all"
             self._tell("released", self.open, of if len(rows) else "nothing to learn: no more came")
         self.material.due = joined(self.material.due, rows)
-        if self.open is not None:
-            self.domains[self.open].observe(rows)
+        if self.open is not None and len(rows):
+            domain = self.domains[self.open]
+            # What is ordinary has a tail, without which the next row would be strange sooner.
+            self.detector.remember(self.open, read_by([domain], rows, self.background))
+            domain.observe(rows)
         self._forget_quarantine(reset=False)
 
     def _turned_down(self) -> None:
@@ -435,15 +438,12 @@ class StreamAllocator:
         self._introduced = None
 
 
-_PLAIN = (
-    *("open", "phase", "steps", "losses", "taught"),
-    *("_next", "_version_of", "_asked", "_asked_for", "_refresh_at"),
-)
+_PLAIN = ("open", "phase", "steps", "losses", "taught")
+_PLAIN += ("_next", "_version_of", "_asked", "_asked_for", "_refresh_at")
 _UNCERTAIN = 0.999
 """The novelty of what could still be chance: a rule acts at 1."""
 _LEAST_SHARE = 0.5
-"""Of a batch's rows that make a step of their own. A step on a row or two would be mostly noise, and its rate
-that of a whole batch: fewer are due, and wait until a whole batch is."""
+"""Of a batch's rows that make a step of their own; on fewer it would be mostly noise, and they wait."""
 _STRETCH = 8
 """Rows of the quarantine that are held back, or counted, together."""
 _REFRESH = 1.25

@@ -125,6 +125,10 @@ class NoveltyDetector:
     """The levels of strangeness at which shares are watched."""
     drift: Annotated[float, Gt(0), Le(1)] = 0.7
     """What drift is ordinary: with 1 none, with 0 all; at a level the share level ** drift is allowed."""
+    stake: Annotated[float, Gt(0), Lt(1)] = 0.4
+    """The share of the wealth that a bet risks. What is strange in every window is certain in two groups with
+    nearly any; less of it asks what is strange in some for longer, so that an article on something unusual is
+    over before it is called new."""
     rule: Rule = "martingale"
     """How evidence is gathered, and so what is guaranteed."""
     false_alarms: Annotated[float, Gt(0), Lt(1)] = 0.01
@@ -232,7 +236,7 @@ class NoveltyDetector:
         self._groups += 1
         levels = torch.tensor(self.levels, dtype=torch.float64)
         shares = (p_values[:, None] <= levels).double().mean(0)
-        bets = log_bets(shares, self.allowed, _STAKE)
+        bets = log_bets(shares, self.allowed, self.stake)
         self._wealth = advance(self.rule, self._wealth, bets, self._groups)
         # Whatever the rule, the rise says since when there has been something to see.
         self._rise = advance("cusum", self._rise, bets, self._groups)
@@ -290,11 +294,6 @@ class NoveltyDetector:
             self._known[name].load_state_dict(saved)
         self._wealth, self._rise = state["wealth"].clone(), state["rise"].clone()
         self._groups, self._windows, self._novel, self._quiet = state["counts"]
-
-
-_STAKE = 0.9
-"""The share of the wealth that a bet risks, where the odds allow all of it. Windows that are all strange then
-multiply it by nearly 1 / allowed; windows of which none is leave a tenth."""
 
 
 def _score(name: str) -> Callable[[Readings], Tensor]:

@@ -7,11 +7,13 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from cambia.decoding import DecodingPolicy
 from cambia.errors import ConfigError
 from cambia.experiment.tune import reward_of
+from cambia.models import LoraExperts
 from tests.conftest import checkpoint
 from tests.markdown import cambia
 from tests.test_cli_learn import here
@@ -115,3 +117,62 @@ def test_rewards_are_named_in_a_word() -> None:
     assert reward_of(r"pattern:\d+") == {"type": "pattern", "pattern": r"\d+"}
     with pytest.raises(ConfigError, match="your own"):
         reward_of("good")
+
+
+# ---- experts, and two layers that learn ----------------------------------------------------------
+
+
+def test_an_expert_has_parameters_of_its_own(place: Path) -> None:
+    base = place / "with_experts"
+    checkpoint(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    experts = LoraExperts(model)
+    experts.add("trees")
+    with torch.no_grad():
+        for parameter in experts["trees"].parameters():
+            parameter.add_(0.05)
+    experts["trees"].seal()
+    experts.save_pretrained(base / "experts")
+    words = f"with_experts --data trees.jsonl --expert trees --name own {QUICK} --no-optuna"
+    said = cambia(f"cambia tune-decoding {words}")
+    assert said.code == 0, said.err
+    tuned = AutoModelForCausalLM.from_pretrained(place / "runs/own/latest")
+    alone = AutoModelForCausalLM.from_pretrained(base)
+    ids = torch.arange(1, 9)[None]
+    with experts.using("trees"):
+        torch.testing.assert_close(tuned(ids).logits, experts.model(ids).logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(tuned(ids).logits, alone(ids).logits, atol=1e-2), "the expert is in its weights"
+    drawn = cambia('cambia generate with_experts --decoding trees=own --prompt "the oak" --max-new-tokens 4')
+    assert drawn.code == 0 and "drawn with" in drawn.out, drawn.err
+    wrong = cambia("cambia tune-decoding with_experts --data trees.jsonl --expert oaks --name other")
+    assert wrong.code == 2 and "its experts are trees" in wrong.err
+
+
+def test_weights_and_decoding_learn_in_turns(place: Path) -> None:
+    draw = random.Random(4)
+    pairs = []
+    for _ in range(120):
+        a, b = draw.randint(1, 60), draw.randint(1, 60)
+        pairs.append({"input": f"{a} and {b}?", "output": f"{a + b} it is."})
+    (place / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    sizes = "--model.hidden_size 16 --model.intermediate_size 24 --model.num_hidden_layers 1"
+    little = (
+        "--data.tasks.0.source.path pairs.jsonl --training.steps 8 --training.sequence_length 32 "
+        "--decoding.engine_update_freq 2 --decoding.fit.new_tokens 8 --decoding.fit.prompt_tokens 16 "
+        f"--decoding.fit.prompts 8 {sizes}"
+    )
+    said = cambia(f"cambia run dual_layer --name both {little} --training.neural_steps_per_batch 2")
+    assert said.code == 0, said.err
+    updates = (place / "runs/both/decoding.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in updates] == [2, 4, 6, 8]
+    state = json.loads((place / "runs/both/latest/state.json").read_text())
+    assert state["engine"]["updates"] == 4 and state["optimizer"]
+    page = (place / "runs/both/report.html").read_text()
+    assert "Is the loss falling?" in page and "Is the reward of decoding rising?" in page
+    weights = cambia(f"cambia run dual_layer --name weights {little} --decoding.engine_update_freq 0")
+    assert weights.code == 0 and not (place / "runs/weights/decoding.jsonl").exists(), weights.err
+    none = cambia(f"cambia run dual_layer {little} --decoding null --training.neural_steps_per_batch 0")
+    assert none.code == 2 and "nothing does" in none.err
+    rules = "'[{when: {type: schedule, at_steps: [2]}, then: {type: add_layers, add: 1}}]'"
+    grown = cambia(f"cambia run dual_layer {little} --decoding.layers true --growth.rules {rules}")
+    assert grown.code == 2 and "have the model's shape" in grown.err

@@ -34,6 +34,8 @@ _CALIBRATION = 0.5
 """Of the prompts that rewards are calibrated on; a policy learns on the others."""
 _HELD = 0.25
 """Of the text that a policy learns from, by which is decided when it is best."""
+_PATIENCE = 10
+"""Steps beside the weights without a reward that tells anything apart."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class _RewardLearner(PolicyLearner):
         super().__init__(rollouts.policy)
         self.rollouts, self.reward = rollouts, reward
         self._calibrated: list[list[int]] | None = None
+        self._constant = 0  # first steps in which the reward told nothing apart
         count = len(rollouts.prompts)
         half = int(count * _CALIBRATION)
         self._shown, self._places = list(range(half)), list(range(half, count))
@@ -136,13 +139,26 @@ class _RewardLearner(PolicyLearner):
         if self._calibrated is None:
             self._calibrated = calibrate(self.reward, self.rollouts, self._shown)
 
+    def _refuse_constant(self, scores: Sequence[Score]) -> None:
+        """Stop where the reward has never told anything apart: at once, or after some steps where the model
+        still changes, since all that a beginner writes may be equally bad."""
+        if self._constant < self.updates:
+            return
+        try:
+            refuse_constant(scores)
+        except ConfigError:
+            self._constant += 1
+            if self.rollouts.is_frozen or self._constant >= _PATIENCE:
+                raise
+
     def state_dict(self) -> dict[str, Any]:
-        own = {"calibrated": self._calibrated, "written": self.rollouts.tokens}
+        own = {"calibrated": self._calibrated, "written": self.rollouts.tokens, "constant": self._constant}
         return {**super().state_dict(), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._calibrated, self.rollouts.tokens = state["calibrated"], state["written"]
+        self._calibrated, self._constant = state["calibrated"], state["constant"]
+        self.rollouts.tokens = state["written"]
         if self._calibrated is not None:
             calibrate(self.reward, self.rollouts, self._shown, self._calibrated)
 
@@ -189,8 +205,7 @@ class SearchLearner(_RewardLearner):
         # A grid is one round: all of its points are compared behind the same prompts.
         begun, candidates, number = self.rollouts.tokens, self._search.ask(), self._search.round
         scores = scored(self.reward, self.rollouts, candidates, self._some(number), number)
-        if self.updates == 0:
-            refuse_constant(scores)
+        self._refuse_constant(scores)
         values = [score.value for score in scores]
         self._search.tell(values)
         self.tokens += self.rollouts.tokens - begun
@@ -241,8 +256,7 @@ class GradientLearner(_RewardLearner):
             return scores[0].each
 
         update = self._learner.step(ids, worth, new_tokens=self.rollouts.new_tokens, mask=mask)
-        if self.updates == 0:
-            refuse_constant([scores[0]] * 2)
+        self._refuse_constant([scores[0]] * 2)
         self.tokens += update.tokens
         self.tried.append(Tried(self.chosen.parameters, scores[0].value, self.updates))
         found = {"divergence": update.divergence, "entropy": update.entropy, **_mean_parts(scores)}

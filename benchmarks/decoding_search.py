@@ -24,27 +24,17 @@ import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from forgetting.runs import NATIVE, pretrained, source
-from forgetting.stories import stories_folder
-from forgetting.streams import base_model
 from harness import in_parts, keep, table
+from writing.desk import Desk
 
-from cambia import rundir
-from cambia.data.sources import TEST, TRAIN, VALID
+from cambia.data.sources import TEST, VALID
 from cambia.decoding import PRESETS as USUAL
 from cambia.decoding import DecodingPolicy
-from cambia.decoding.fitting import DecodingFit
 from cambia.decoding.judging import Judge
-from cambia.decoding.prompts import Prompts
-from cambia.decoding.rewards import MatchReward, Reward
+from cambia.decoding.rewards import MatchReward
 from cambia.decoding.searching import CmaSearch, GridSearch, TpeSearch
-from cambia.experiment.build import open_stream
-from cambia.experiment.decoding import prompts_of
-from cambia.experiment.tree import experiment_from, read_tree
-from cambia.models.saved import load_model
 
 
 @dataclass(frozen=True)
@@ -79,69 +69,7 @@ PRESETS = {
     "full": Preset(grid_prompts=256, prompts=96),
     "gpu": Preset(grid_prompts=1024, prompts=384, held=4000, calibrated=2000),
 }  # fmt: skip
-TOKENS = {"stories260K": (32, 48), "wikitext": (48, 80), "python": (48, 80)}
-"""Of a prompt, and of a continuation; those of the last two are bytes."""
 GOALS = {"closed": 0.95, "optuna": 0.0}
-
-
-# ---- models and prompts --------------------------------------------------------------------------
-
-
-def model_of(name: str, data: Path, preset: Preset) -> Path:
-    """The folder of a model."""
-    if name == "stories260K":
-        return stories_folder(data / "stories260K", rundir.run_folder("bench-decoding-stories260K"))
-    folder = rundir.run_folder(f"bench-decoding-{name}-{preset.base_steps}")
-    if name == "wikitext":
-        return base_model("llama", data, folder, steps=preset.base_steps, rows=16)
-    text = {"type": "embedded", "domain": "python"}
-    return pretrained(folder, text, NATIVE, steps=preset.base_steps, rows=16)
-
-
-def text_of(name: str, data: Path) -> dict[str, Any]:
-    """Where a model's text is."""
-    if name == "stories260K":
-        return {"type": "files", "path": str(data / "stories260K/tinystories_sample.txt.gz")}
-    if name == "wikitext":
-        return source("wikitext", data, plain=False)
-    return {"type": "embedded", "domain": "python"}
-
-
-@dataclass
-class Desk:
-    """A model, its prompts, and how parameters are looked for."""
-
-    name: str
-    data: Path
-    preset: Preset
-
-    def __post_init__(self) -> None:
-        folder = model_of(self.name, self.data, self.preset)
-        prompt_tokens, new_tokens = TOKENS[self.name]
-        tree = read_tree("tune_decoding")[0]
-        tree["data"]["tasks"] = [{"name": self.name, "source": text_of(self.name, self.data)}]
-        tree["data"] |= {"valid_fraction": 0.2, "test_fraction": 0.4}
-        tree["model"]["path"] = str(folder)
-        tree["decoding"]["fit"] |= {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
-        experiment = experiment_from(tree, source="benchmark", flags={})
-        tokenizer, stream = open_stream(experiment)
-        assert experiment.decoding is not None
-        self.model, self.tokenizer = load_model(folder).eval(), tokenizer.hf
-        self.fit = experiment.decoding.fit
-        self.prompts = {
-            split: prompts_of(stream, experiment.decoding, self.model, split)
-            for split in (TRAIN, VALID, TEST)
-        }
-
-    def some(self, split: str, count: int) -> Prompts:
-        """Prompts of a part of the text, no more than there are."""
-        prompts = self.prompts[split]
-        return prompts.take(range(min(count, len(prompts))))
-
-    def fitted(self, fit: DecodingFit, reward: Reward) -> tuple[DecodingPolicy, int]:
-        """What a search comes to, and the tokens that it wrote."""
-        found = fit.run(DecodingPolicy(), self.model, self.tokenizer, self.prompts[TRAIN], reward)
-        return found.policy, found.tokens
 
 
 # ---- one seed of one model -----------------------------------------------------------------------
@@ -250,7 +178,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     models: dict[str, list[Any]] = {}
     for name in preset.models:
-        desk = functools.cache(functools.partial(Desk, name, data, preset))
+        desk = functools.cache(functools.partial(Desk, name, data, preset.base_steps))
         models[name] = [
             parts.once(f"{name}-{seed}", functools.partial(cell, desk, seed, preset))
             for seed in range(preset.seeds)

@@ -47,7 +47,7 @@ class Text:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def chosen(self, places: Tensor) -> Text:
+    def chosen(self, places: Tensor | Sequence[int]) -> Text:
         """Some of the rows."""
         return Text(self.ids[places], self.prompt_tokens, None if self.mask is None else self.mask[places])
 

@@ -145,9 +145,9 @@ def markdown(result: Mapping[str, Any]) -> str:
             )
     note = (
         f"A Llama of 1M parameters that has read WikiText-2 reads another text, {preset['steps']} steps of "
-        f"2,048 bytes, one of the policy after every {EVERY}th; match with people's text (1 people, 0 the finished "
-        f"model at temperature 1) behind {result['prompts']:,} prompts of other documents, mean and standard "
-        f"deviation over {preset['seeds']} seeds."
+        f"2,048 bytes, one of the policy after every {EVERY}th; match with people's text (1 people, 0 the "
+        f"finished model at temperature 1) behind {result['prompts']:,} prompts of other documents, mean and "
+        f"standard deviation over {preset['seeds']} seeds."
     )
     head = ["text", "decoding learned", "reward", "parameters, by seed", "repeated", "tokens written"]
     return f"{note}\n\n{table(head, rows)}"

@@ -132,7 +132,7 @@ def test_other_text_is_noticed_and_more_of_the_same_is_not(parts: Any) -> None:
     assert (change["known"], change["new"]) == (["low"], "high")
     together = change["scores"][detectors.TOGETHER]
     assert together["window"] == together["batch"] == 1.0
-    assert together["delays"] == [3, 3] and (together["false"], together["quiet"]) == (0, 12)
+    assert together["delays"] == [3, 4] and (together["false"], together["quiet"]) == (0, 12)
     assert (
         change["scores"]["entropy"]["window"] == 0.5
     )  # one known domain leaves nothing to be undecided about

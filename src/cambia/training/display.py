@@ -9,6 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cambia.decoding.learners import Update
 from cambia.records import GrowthEvent, Signals
 
 
@@ -33,7 +34,8 @@ class Display:
         )
         self._bar = self._progress.add_task("", total=self.total, completed=done, rate="", loss="")
         self._smooth: float | None = None
-        self._tokens = 0
+        self._reward: float | None = None
+        self._written = 0
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -50,19 +52,27 @@ class Display:
             previous = signals.loss if self._smooth is None else self._smooth
             self._smooth = 0.95 * previous + 0.05 * signals.loss
         speed = self._progress.tasks[self._bar].speed
-        per_step = signals.tokens / max(1, signals.step)
+        per_step = (signals.tokens if self._smooth is not None else self._written) / max(1, signals.step)
         name = self._names[next((i for i, end in enumerate(self._ends) if signals.step <= end), -1)]
         self._progress.update(
             self._bar,
             completed=signals.step,
             description=name,
             rate=f"{speed * per_step:,.0f} tokens/s" if speed else "",
-            loss=f"loss {self._smooth:.3f}" if self._smooth is not None else "",
+            loss=self._measured,
         )
         if not self.console.is_terminal and signals.step % max(1, self.total // 20) == 0:
-            self.console.print(
-                f"step {signals.step}/{self.total}  {name}  loss {self._smooth or math.nan:.3f}"
-            )
+            self.console.print(f"step {signals.step}/{self.total}  {name}  {self._measured}")
+
+    @property
+    def _measured(self) -> str:
+        """Loss and reward, as far as they are known."""
+        known = {"loss": self._smooth, "reward": self._reward}
+        return "  ".join(f"{name} {value:.3f}" for name, value in known.items() if value is not None)
+
+    def decoded(self, update: Update) -> None:
+        """Take in what a step of the decoding policy came to."""
+        self._reward, self._written = update.reward, update.tokens
 
     def grew(self, event: GrowthEvent) -> None:
         """Say that the model grew."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from cambia.decoding.exporting import write_beside
 from cambia.decoding.learners import PolicyLearner
+from cambia.training.display import Display
 from cambia.training.journal import Journal
 from cambia.training.settings import Progress
 
@@ -23,12 +24,13 @@ class Engine:
     def __init__(self, learner: PolicyLearner, every: int):
         self.learner, self.every = learner, every
 
-    def step(self, progress: Progress, journal: Journal) -> int:
+    def step(self, progress: Progress, journal: Journal, display: Display) -> int:
         """After a batch: learn, where it is time to; returns how many tokens' worth of training that was."""
         if not self.every or progress.step % self.every:
             return 0
-        before = self.learner.tokens
-        journal.decoded(progress, self.learner.step())
+        before, update = self.learner.tokens, self.learner.step()
+        journal.decoded(progress, update)
+        display.decoded(update)
         return (self.learner.tokens - before) // 3  # to write is a third of a training step
 
     def write_beside(self, folder: Path) -> None:

@@ -236,7 +236,7 @@ class Trainer:
 
                     # Once in a while, how it is decoded from learns too.
                     if self.engine is not None:
-                        self._count_flops(self.engine.step(p, journal))
+                        self._count_flops(self.engine.step(p, journal, display))
 
                     # Signals up; the rules may answer with growth.
                     self._measured(allocation.measured)

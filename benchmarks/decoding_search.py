@@ -19,22 +19,21 @@ there is to win; the share of it that is closed may be above one, since the grid
 
 from __future__ import annotations
 
-import functools
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from harness import in_parts, keep, table
-from writing.desk import Desk
+from harness import in_parts, keep, over_seeds, table
+from writing.desk import Desk, at_each_desk
 
 from cambia.data.sources import TEST, VALID
 from cambia.decoding import PRESETS as USUAL
-from cambia.decoding import DecodingPolicy
+from cambia.decoding import DecodingParameters, DecodingPolicy
 from cambia.decoding.judging import Judge
 from cambia.decoding.rewards import MatchReward
-from cambia.decoding.searching import CmaSearch, GridSearch, TpeSearch
+from cambia.decoding.searching import CmaSearch, GridSearch, Space, TpeSearch
 
 
 @dataclass(frozen=True)
@@ -75,14 +74,12 @@ GOALS = {"closed": 0.95, "optuna": 0.0}
 # ---- one seed of one model -----------------------------------------------------------------------
 
 
-def cell(desk: Callable[[], Desk], seed: int, preset: Preset) -> dict[str, Any]:
+def cell(at: Desk, seed: int, preset: Preset) -> dict[str, Any]:
     """All searches, and what they came to, scored anew."""
-    at = desk()
     grid = GridSearch(points=preset.points)
-    points, size = preset.points ** len(at.fit.parameters), preset.grid_prompts
-    whole = points * size * at.fit.new_tokens
-    every = replace(at.fit, by="search", search=grid, prompts=size, tokens=2 * whole, seed=seed)
-    arms = {"grid": at.fitted(every, MatchReward())}
+    every = replace(at.fit, by="search", search=grid, prompts=preset.grid_prompts, seed=seed)
+    rounds = grid.rounds(Space(every.parameters, DecodingParameters()))
+    arms = {"grid": at.fitted(replace(every, tokens=rounds * every.step_tokens), MatchReward())}
     few = int(preset.share * arms["grid"][1])
     search = replace(at.fit, by="search", prompts=preset.prompts, tokens=few, seed=seed)
     arms["ours"] = at.fitted(replace(search, search=CmaSearch()), MatchReward())
@@ -117,11 +114,6 @@ def closed(one: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _mean(values: Sequence[float], digits: int = 3) -> str:
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
-
-
 def markdown(result: dict[str, Any]) -> str:
     """Tables: the gap and who closes it; what each came to."""
     preset, rows, found = result["preset"], [], []
@@ -129,7 +121,7 @@ def markdown(result: dict[str, Any]) -> str:
         each = [closed(one) for one in cells]
         columns = ("preset", "grid", "ours", "optuna")
         won = sum(one["ours"] - one["preset"] for one in each) / max(1e-9, sum(one["gap"] for one in each))
-        rows.append([name, *(_mean([one[key] for one in each]) for key in columns), f"{won:.2f}"])
+        rows.append([name, *(over_seeds([one[key] for one in each]) for key in columns), f"{won:.2f}"])
         for seed, one in enumerate(cells):
             for row in one["rows"]:
                 if not row["name"].startswith("optuna ") or row["name"] == "optuna 0":
@@ -176,13 +168,7 @@ def headlines(result: Mapping[str, Any]) -> dict[str, str]:
 def main() -> None:
     options, preset, data, parts = in_parts(__doc__, PRESETS)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    models: dict[str, list[Any]] = {}
-    for name in preset.models:
-        desk = functools.cache(functools.partial(Desk, name, data, preset.base_steps))
-        models[name] = [
-            parts.once(f"{name}-{seed}", functools.partial(cell, desk, seed, preset))
-            for seed in range(preset.seeds)
-        ]
+    models = at_each_desk(cell, preset, data, parts)
     result = {
         "name": f"decoding_search_{options.preset}",
         "preset": asdict(preset),

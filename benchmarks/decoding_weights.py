@@ -9,15 +9,14 @@ decides when it is best; other documents say what it is worth, in bits per byte,
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from harness import in_parts, keep, table
-from writing.desk import Desk
+from harness import in_parts, keep, over_seeds, table
+from writing.desk import Desk, at_each_desk
 
 from cambia.data.sources import TEST, TRAIN
 from cambia.decoding import DecodingPolicy
@@ -58,9 +57,8 @@ LEARNS: dict[str, dict[str, Any]] = {
 }
 
 
-def cell(desk: Callable[[], Desk], seed: int, preset: Preset) -> dict[str, Any]:
+def cell(at: Desk, seed: int, preset: Preset) -> dict[str, Any]:
     """Bits per byte by what is learned, and how far it moved."""
-    at = desk()
 
     def rows(prompts: Prompts) -> Text:
         return text_of(Rollouts(at.model, at.tokenizer, prompts, new_tokens=at.fit.new_tokens))
@@ -111,7 +109,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     for name, cells in result["models"].items():
         before = cells[0]["bits"]["as it is"]
         gains = {what: [one["bits"]["as it is"] - one["bits"][what] for one in cells] for what in LEARNS}
-        rows.append([name, f"{before:.4f}", *(_mean(gains[what]) for what in LEARNS)])
+        rows.append([name, f"{before:.4f}", *(over_seeds(gains[what], 4) for what in LEARNS)])
     note = (
         f"Bits per byte of {result['windows']:,} stretches of documents that nothing was fitted to, and by "
         f"how much it falls with what is learned, {preset['steps']} steps on {preset['read']:,} stretches; "
@@ -119,11 +117,6 @@ def markdown(result: Mapping[str, Any]) -> str:
     )
     head = ["model", "as it is", *(f"{name} learned" for name in LEARNS)]
     return f"{note}\n\n{table(head, rows)}"
-
-
-def _mean(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):+.4f}{spread}"
 
 
 def headlines(result: Mapping[str, Any]) -> dict[str, str]:
@@ -138,13 +131,7 @@ def headlines(result: Mapping[str, Any]) -> dict[str, str]:
 
 def main() -> None:
     options, preset, data, parts = in_parts(__doc__, PRESETS)
-    models: dict[str, list[Any]] = {}
-    for name in preset.models:
-        desk = functools.cache(functools.partial(Desk, name, data, preset.base_steps))
-        models[name] = [
-            parts.once(f"{name}-{seed}", functools.partial(cell, desk, seed, preset))
-            for seed in range(preset.seeds)
-        ]
+    models = at_each_desk(cell, preset, data, parts)
     result = {
         "name": f"decoding_weights_{options.preset}",
         "preset": asdict(preset),

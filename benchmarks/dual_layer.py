@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from forgetting.runs import source
 from forgetting.streams import base_model
-from harness import in_parts, keep, table
+from harness import in_parts, keep, over_seeds, table
 
 from cambia import rundir
 from cambia.data.sources import TEST, TRAIN, VALID
@@ -137,7 +137,7 @@ def markdown(result: Mapping[str, Any]) -> str:
                 [
                     text,
                     row["name"],
-                    _mean([one["reward"] for one in same]),
+                    over_seeds([one["reward"] for one in same]),
                     "; ".join(one["parameters"] for one in same),
                     f"{statistics.fmean(one['repeated'] for one in same):.3f}",
                     f"{statistics.fmean(one['tokens'] for one in same):,.0f}",
@@ -151,11 +151,6 @@ def markdown(result: Mapping[str, Any]) -> str:
     )
     head = ["text", "decoding learned", "reward", "parameters, by seed", "repeated", "tokens written"]
     return f"{note}\n\n{table(head, rows)}"
-
-
-def _mean(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{spread}"
 
 
 def headlines(result: Mapping[str, Any]) -> dict[str, str]:

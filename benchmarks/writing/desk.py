@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from forgetting.runs import NATIVE, pretrained, source
 from forgetting.stories import stories_folder
 from forgetting.streams import base_model
+from harness import Parts
 
 from cambia import rundir
 from cambia.data.sources import TEST, TRAIN, VALID
@@ -81,3 +84,17 @@ class Desk:
         """What a search comes to, and the tokens that it wrote."""
         found = fit.run(DecodingPolicy(), self.model, self.tokenizer, self.prompts[TRAIN], reward)
         return found.policy, found.tokens
+
+
+def at_each_desk(
+    cell: Callable[[Desk, int, Any], Any], preset: Any, data: Path, parts: Parts
+) -> dict[str, list[Any]]:
+    """What `cell` finds for each model and seed of a preset; a model is opened when it is first needed."""
+    found: dict[str, list[Any]] = {}
+    for name in preset.models:
+        desk = functools.cache(functools.partial(Desk, name, data, preset.base_steps))
+        found[name] = [
+            parts.once(f"{name}-{seed}", lambda at=desk, i=seed: cell(at(), i, preset))
+            for seed in range(preset.seeds)
+        ]
+    return found

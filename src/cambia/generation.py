@@ -23,6 +23,9 @@ from cambia.nn.modes import evaluating
 
 # B prompts, T tokens of the longest prompt
 
+TEMPERATURE, TOP_P = 0.7, 0.9
+"""How text is drawn where nobody says otherwise and nothing was learned."""
+
 
 def continue_text(
     model: PreTrainedModel,
@@ -30,8 +33,8 @@ def continue_text(
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 64,
-    temperature: float = 0.7,
-    top_p: float = 0.9,
+    temperature: float = TEMPERATURE,
+    top_p: float = TOP_P,
     seed: int = 0,
     writer: Any = None,
 ) -> list[str]:

@@ -18,6 +18,11 @@ from transformers import LogitsProcessor
 from cambia.decoding.odds import History, Knobs, warped
 
 
+def seed_of(seed: int, number: int) -> int:
+    """The seed of one of many draws: the same pair gives the same, so none of their states has to be kept."""
+    return hash((seed, number)) % 2**62
+
+
 class Noise:
     """Gumbel noise, one tensor for each token that is written.
 

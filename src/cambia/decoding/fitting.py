@@ -114,8 +114,12 @@ class DecodingFit:
         """Steps within its tokens, where there are as many prompts as it asks for."""
         if self.by == "likelihood":
             return self.likelihood.steps
-        texts = self.prompts * (self.search.population if self.by == "search" else 1)
-        return max(1, self.tokens // (texts * self.new_tokens))
+        return max(1, self.tokens // self.step_tokens)
+
+    @property
+    def step_tokens(self) -> int:
+        """That a step writes at most."""
+        return self.prompts * (self.search.population if self.by == "search" else 1) * self.new_tokens
 
     def goes_on(self, learner: PolicyLearner) -> bool:
         """Whether another step is to be taken: within the tokens, but always a first one."""

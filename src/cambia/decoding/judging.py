@@ -87,17 +87,19 @@ class Judge:
         writer: Any = None,
         seed: int = 0,
     ):
-        self._given: tuple[PreTrainedModel, PreTrainedTokenizerBase] = (model, tokenizer)
-        self._held, self._reward, self._draws = held, reward, draws
-        self._settings: dict[str, Any] = {"new_tokens": new_tokens, "writer": writer, "seed": seed}
-        first = Rollouts(*self._given, calibration, **self._settings)
-        calibrate(reward, first, range(len(calibration)))
+        self._model, self._reward, self._draws = model, reward, draws
+
+        def behind(prompts: Prompts) -> Rollouts:
+            return Rollouts(model, tokenizer, prompts, new_tokens=new_tokens, writer=writer, seed=seed)
+
+        calibrate(reward, behind(calibration), range(len(calibration)))
+        self._rollouts = behind(held)
+        self._text = text_of(self._rollouts)
 
     def samples(self, policy: DecodingPolicy, draw: int = 0, places: Sequence[int] | None = None) -> Samples:
         """What a policy writes behind the held-out prompts, or some of them."""
-        rollouts = Rollouts(*self._given, self._held, policy=policy, **self._settings)
-        chosen = range(len(self._held)) if places is None else places
-        return rollouts.write([policy.parameters], chosen, _DRAW + draw)[0]
+        chosen = range(len(self._rollouts.prompts)) if places is None else places
+        return self._rollouts.with_policy(policy).write([policy.parameters], chosen, _DRAW + draw)[0]
 
     def row(self, name: str, policy: DecodingPolicy, *, tokens: int) -> JudgedRow:
         """Score one.
@@ -127,6 +129,5 @@ class Judge:
     def _likelihood(self, policy: DecodingPolicy) -> float | None:
         if policy.context is not None:
             return None  # its parameters differ from token to token
-        model, _ = self._given
-        found = mean_loss(policy, model, text_of(Rollouts(*self._given, self._held, **self._settings)))
+        found = mean_loss(policy, self._model, self._text)
         return found if math.isfinite(found) else None

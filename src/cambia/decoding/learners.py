@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cambia.decoding.drawing import seed_of
 from cambia.decoding.likelihood import LikelihoodFit, Text
 from cambia.decoding.parameters import DecodingParameters
 from cambia.decoding.policy import DecodingPolicy
@@ -130,7 +131,7 @@ class _RewardLearner(PolicyLearner):
 
     def _some(self, number: int) -> list[int]:
         """Prompts of a round, others each time."""
-        generator = torch.Generator().manual_seed(hash((self.rollouts.seed, number)) % 2**62)
+        generator = torch.Generator().manual_seed(seed_of(self.rollouts.seed, number))
         order = torch.randperm(len(self._places), generator=generator)[: self._size]
         return [self._places[i] for i in order.tolist()]
 
@@ -152,13 +153,11 @@ class _RewardLearner(PolicyLearner):
                 raise
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"calibrated": self._calibrated, "written": self.rollouts.tokens, "constant": self._constant}
-        return {**super().state_dict(), **own}
+        return {**super().state_dict(), "calibrated": self._calibrated, "constant": self._constant}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._calibrated, self._constant = state["calibrated"], state["constant"]
-        self.rollouts.tokens = state["written"]
         if self._calibrated is not None:
             calibrate(self.reward, self.rollouts, self._shown, self._calibrated)
 

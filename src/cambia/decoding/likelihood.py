@@ -21,6 +21,7 @@ from annotated_types import Gt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cambia.decoding.drawing import seed_of
 from cambia.decoding.learned import LearnedParameters, load_optimizer_state, optimizer_state
 from cambia.decoding.odds import History, Knobs, warped
 from cambia.decoding.policy import DecodingPolicy
@@ -175,7 +176,7 @@ class LikelihoodLearner:
         """Learn from some rows; returns how many tokens that were."""
         if not self.curve:
             self.look()
-        generator = torch.Generator().manual_seed(hash((self.seed, self.updates)) % 2**62)
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.updates))
         some = torch.randperm(len(self.text), generator=generator)[: self.settings.batch_size]
         self.optimizer.zero_grad()
         text = self.text.chosen(some)

@@ -92,8 +92,6 @@ PRESETS = {
     "greedy": DecodingParameters(temperature=0.0),
 }
 """What people use who do not tune."""
-UNTUNED = DecodingParameters(temperature=0.7, top_p=0.9)
-"""How we write where nothing was learned."""
 
 
 @dataclass(frozen=True)

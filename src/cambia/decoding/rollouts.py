@@ -8,6 +8,7 @@ noise, so what differs between them is the parameters' doing (common random numb
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cambia.decoding.drawing import Noise
+from cambia.decoding.drawing import Noise, seed_of
 from cambia.decoding.odds import Knobs
 from cambia.decoding.parameters import DecodingParameters
 from cambia.decoding.policy import DecodingPolicy
@@ -60,6 +61,12 @@ class Rollouts:
         self._ends = end_tokens(model, tokenizer)
         self._texts: dict[int, tuple[str, str]] = {}
 
+    def with_policy(self, policy: DecodingPolicy) -> Rollouts:
+        """The same behind the same prompts with another policy; what was decoded of them is shared."""
+        other = copy.copy(self)
+        other.policy, other.tokens = policy, 0
+        return other
+
     def write(
         self, candidates: Sequence[DecodingParameters], places: Sequence[int], round_: int = 0
     ) -> list[Samples]:
@@ -99,7 +106,7 @@ class Rollouts:
             self.model,
             input_ids.repeat(copies, 1).to(self.model.device),
             mask.repeat(copies, 1).to(self.model.device),
-            Noise(hash((self.seed, round_)) % 2**62, shared),
+            Noise(seed_of(self.seed, round_), shared),
             knobs=Knobs.by_row(by_row, self.model.device),
             writer=self.writer,
             max_new_tokens=self.new_tokens,

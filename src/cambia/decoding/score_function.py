@@ -26,7 +26,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cambia.decoding.drawing import Noise
+from cambia.decoding.drawing import Noise, seed_of
 from cambia.decoding.learned import LearnedParameters, load_optimizer_state, optimizer_state
 from cambia.decoding.likelihood import logits_of, past_of
 from cambia.decoding.odds import History, Knobs, cooled, is_neutral, penalised, soft_nucleus
@@ -157,7 +157,7 @@ class ScoreFunctionLearner:
             self.model,
             repeated,
             torch.ones_like(repeated) if mask is None else mask.repeat_interleave(self.settings.texts, 0),
-            Noise(hash((self.seed, self.updates)) % 2**62),
+            Noise(seed_of(self.seed, self.updates)),
             knobs=self.parameters.knobs(),
             odds=soft_odds,
             max_new_tokens=new_tokens,

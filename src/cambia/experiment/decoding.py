@@ -16,7 +16,7 @@ from cambia.data.streams import Stream
 from cambia.data.tokenizers import Tokenizer
 from cambia.decoding.exporting import PARAMS_JSON
 from cambia.decoding.learners import PolicyLearner
-from cambia.decoding.parameters import UNTUNED
+from cambia.decoding.parameters import DecodingParameters
 from cambia.decoding.policy import DecodingPolicy
 from cambia.decoding.prompts import Prompts
 from cambia.decoding.rewards import total
@@ -25,6 +25,7 @@ from cambia.decoding.settings import DecodingConfig
 from cambia.decoding.writing import PolicyWriter
 from cambia.errors import ConfigError
 from cambia.experiment.tree import Experiment
+from cambia.generation import TEMPERATURE, TOP_P
 
 
 def prompts_of(stream: Stream, settings: DecodingConfig, model: PreTrainedModel, split: str) -> Prompts:
@@ -76,6 +77,9 @@ def policy_learner(
 # ---- policies that have learned ------------------------------------------------------------------
 
 
+_UNTUNED = DecodingParameters(temperature=TEMPERATURE, top_p=TOP_P)
+
+
 @dataclass(frozen=True)
 class Policies:
     """How a model is decoded from, and where it has experts, each of them."""
@@ -89,7 +93,7 @@ class Policies:
 
     def of(self, route: str | None) -> DecodingPolicy:
         """That of an expert, or of the model alone."""
-        return self.by_expert.get(route or "") or self.default or DecodingPolicy(UNTUNED)
+        return self.by_expert.get(route or "") or self.default or DecodingPolicy(_UNTUNED)
 
     def writer(
         self, model: PreTrainedModel, routes: Sequence[str | None], *, seed: int, writer: Any = None

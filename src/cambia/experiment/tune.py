@@ -166,8 +166,10 @@ def judged(
     rivals: dict[str, DecodingFit] = {}
     if grid_points:
         grid = GridSearch(points=grid_points)
+        rival = replace(fit, by="search", search=grid)
+        rounds = grid.rounds(Space(fit.parameters, settings.start))
         rivals[f"grid of {grid_points ** len(fit.parameters)}"] = replace(
-            fit, by="search", search=grid, tokens=grid.rounds(Space(fit.parameters, settings.start)) * 10**9
+            rival, tokens=rounds * rival.step_tokens
         )
     if optuna:
         rivals["Optuna (TPE)"] = replace(fit, by="search", search=TpeSearch())

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from cambia.decoding.parameters import SHORT
 from cambia.reporting.curves import smoothed, thinned
-from cambia.reporting.drawing import COLORS, LETTER_SIZE, LINE_COLORS, Drawing, dress, line, new_figure
+from cambia.reporting.drawing import LINE_COLORS, Drawing, dress, legend_beside, line, new_figure
 from cambia.reporting.run import Run
 
 _NO_PART = ("best", "divergence", "entropy")
@@ -53,7 +53,7 @@ def _reward(axes: Axes, run: Run) -> None:
     rewards = np.array([entry["reward"] for entry in run.decoding])
     line(axes, steps, rewards, color="leaf", width=1.6, label="reward")
     axes.set_ylabel("reward")
-    _legend(axes)
+    legend_beside(axes)
 
 
 def _drift(axes: Axes, run: Run) -> None:
@@ -64,14 +64,4 @@ def _drift(axes: Axes, run: Run) -> None:
         label = SHORT.get(name, name.replace("_", " "))
         line(axes, steps, moved, color=LINE_COLORS[i % len(LINE_COLORS)], width=1.4, label=label)
     axes.set_ylabel("moved by")
-    _legend(axes)
-
-
-def _legend(axes: Axes) -> None:
-    axes.legend(
-        loc="upper left",
-        bbox_to_anchor=(1.0, 1.0),
-        frameon=False,
-        fontsize=LETTER_SIZE,
-        labelcolor=COLORS["ink"],
-    )
+    legend_beside(axes)

@@ -158,6 +158,25 @@ def legend(figure: Figure, axes: Axes) -> None:
     )
 
 
+def legend_beside(axes: Axes, *, without: str | None = None) -> None:
+    """What the marks are, at the right of the axes.
+
+    Args:
+        without: a label that is left out.
+    """
+    handles, labels = axes.get_legend_handles_labels()
+    keep = [i for i, label in enumerate(labels) if label != without]
+    axes.legend(
+        [handles[i] for i in keep],
+        [labels[i] for i in keep],
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.0),
+        frameon=False,
+        fontsize=LETTER_SIZE,
+        labelcolor=COLORS["ink"],
+    )
+
+
 def to_svg(figure: Figure, name: str, title: str) -> str:
     """An <svg> element to put into a page.
 

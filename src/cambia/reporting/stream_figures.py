@@ -15,7 +15,16 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from cambia.reporting.curves import smoothed, thinned
-from cambia.reporting.drawing import COLORS, LETTER_SIZE, LINE_COLORS, Drawing, dots, dress, line, new_figure
+from cambia.reporting.drawing import (
+    COLORS,
+    LINE_COLORS,
+    Drawing,
+    dots,
+    dress,
+    legend_beside,
+    line,
+    new_figure,
+)
 from cambia.reporting.figures import mark_stretches, tokens_axis
 from cambia.reporting.run import Run
 from cambia.reporting.sweeps.tables import shortened
@@ -51,7 +60,7 @@ def stream_drawing(run: Run) -> Drawing | None:
     _certainty(panels[2], run)
     tokens_axis(panels[2])
     for axes in panels:
-        _legend(axes)
+        legend_beside(axes, without="growth")
     return Drawing(
         figure,
         "Above: the evidence that something new has come (at 1 an expert may grow, dashed), how many rows "
@@ -130,18 +139,3 @@ def _certainty(axes: Axes, run: Run) -> None:
     highest = max(float(np.max(values, initial=1)) for _, values in measured.values())
     axes.set_ylim(0, 1.06 * highest)
     axes.set_ylabel("certainty of known rows")
-
-
-def _legend(axes: Axes) -> None:
-    """What the marks are, beside the panel."""
-    handles, labels = axes.get_legend_handles_labels()
-    keep = [i for i, label in enumerate(labels) if label != "growth"]
-    axes.legend(
-        [handles[i] for i in keep],
-        [labels[i] for i in keep],
-        loc="upper left",
-        bbox_to_anchor=(1.0, 1.0),
-        frameon=False,
-        fontsize=LETTER_SIZE,
-        labelcolor=COLORS["ink"],
-    )

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from cambia.data.tokenizers import BytesTokenizer, build_tokenizer
 from cambia.decoding import DecodingParameters, DecodingPolicy
@@ -14,7 +15,7 @@ from cambia.decoding.learners import PolicyLearner, text_of
 from cambia.decoding.likelihood import LikelihoodFit, mean_loss
 from cambia.decoding.prompts import Prompts
 from cambia.decoding.rewards import LengthReward, MatchReward
-from cambia.decoding.rollouts import Rollouts
+from cambia.decoding.rollouts import Rollouts, text_features
 from cambia.decoding.score_function import ScoreFunction
 from cambia.errors import ConfigError
 from cambia.models.nested_state import put_in_tensors, take_out_tensors
@@ -58,6 +59,17 @@ def test_what_a_model_makes_of_texts_is_not_asked_of_one_that_is_trained(writer)
     with pytest.raises(ConfigError, match="mauve_share: 0"):
         DecodingFit(by="gradient").learner(rollouts, MatchReward()).step()
     DecodingFit(by="gradient", prompts=8).learner(rollouts, LengthReward(9)).step()
+
+
+def test_what_a_model_makes_of_a_text_does_not_depend_on_the_others() -> None:
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(BytesTokenizer()).hf
+    sizes = {"vocab_size": 264, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32, "eos_token_id": None}
+    model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()  # learned positions: a shift would show
+    with torch.no_grad():
+        together = text_features(model, tokenizer, ["a long text", "short", ""])
+        alone = torch.cat([text_features(model, tokenizer, [text]) for text in ["a long text", "short", ""]])
+    torch.testing.assert_close(together, alone)
 
 
 def test_padding_of_prompts_changes_nothing(writer) -> None:  # noqa: F811

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cambia.decoding.drawing import Noise, seed_of
@@ -22,7 +23,7 @@ from cambia.decoding.parameters import DecodingParameters
 from cambia.decoding.policy import DecodingPolicy
 from cambia.decoding.prompts import Prompts
 from cambia.decoding.rewards.reward import Samples
-from cambia.generation import before_end, end_tokens, left_padded
+from cambia.generation import before_end, end_tokens
 
 _ROWS = 512
 """Continuations in a batch."""
@@ -138,8 +139,9 @@ def text_features(
     found = []
     for first in range(0, len(texts), rows):
         ids = [list(tokenizer(text)["input_ids"]) or [0] for text in texts[first : first + rows]]
-        input_ids, mask = left_padded(ids, padding=0)
-        states = body(
+        input_ids = pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in ids], batch_first=True)
+        states = body(  # padded on the right: every token keeps the position that it has alone
             input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
         ).last_hidden_state
         weights = mask.to(states)[..., None]

@@ -64,7 +64,14 @@ def test_what_a_model_makes_of_texts_is_not_asked_of_one_that_is_trained(writer)
 def test_what_a_model_makes_of_a_text_does_not_depend_on_the_others() -> None:
     torch.manual_seed(0)
     tokenizer = build_tokenizer(BytesTokenizer()).hf
-    sizes = {"vocab_size": 264, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32, "eos_token_id": None}
+    sizes = {
+        "vocab_size": 264,
+        "n_embd": 8,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": 32,
+        "eos_token_id": None,
+    }
     model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()  # learned positions: a shift would show
     with torch.no_grad():
         together = text_features(model, tokenizer, ["a long text", "short", ""])

@@ -6,7 +6,8 @@ Three models write behind prompts of text that they know: stories260K (children'
 million parameters that has read WikiText-2, and one that has read Python. For each model and seed
 
     ours      CMA-ES with a quadric, with a share of the tokens that the grid writes
-    optuna    studies of Optuna's TPE, with as many; the median of them counts
+    optuna    studies of Optuna's TPE, with as many, all candidates behind the same prompts with the same
+              noise; the median of them counts
     grid      points x points x points values of temperature, top-p and repetition penalty; its winner
     presets   temperature 1; 0.8 with top-p 0.95; min-p 0.05; greedy
 
@@ -30,10 +31,10 @@ from writing.desk import Desk, at_each_desk
 
 from cambia.data.sources import TEST, VALID
 from cambia.decoding import PRESETS as USUAL
-from cambia.decoding import DecodingParameters, DecodingPolicy
+from cambia.decoding import DecodingPolicy
 from cambia.decoding.judging import Judge
 from cambia.decoding.rewards import MatchReward
-from cambia.decoding.searching import CmaSearch, GridSearch, Space, TpeSearch
+from cambia.decoding.searching import CmaSearch, GridSearch, TpeSearch
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,7 @@ def cell(at: Desk, seed: int, preset: Preset) -> dict[str, Any]:
     """All searches, and what they came to, scored anew."""
     grid = GridSearch(points=preset.points)
     every = replace(at.fit, by="search", search=grid, prompts=preset.grid_prompts, seed=seed)
-    rounds = grid.rounds(Space(every.parameters, DecodingParameters()))
-    arms = {"grid": at.fitted(replace(every, tokens=rounds * every.step_tokens), MatchReward())}
+    arms = {"grid": at.fitted(every, MatchReward())}
     few = int(preset.share * arms["grid"][1])
     search = replace(at.fit, by="search", prompts=preset.prompts, tokens=few, seed=seed)
     arms["ours"] = at.fitted(replace(search, search=CmaSearch()), MatchReward())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,30 @@ def test_generate_draws_as_was_learned(place: Path) -> None:
     assert plain.out == cambia('cambia generate base --prompt "the oak" --max-new-tokens 8').out
 
 
+def test_what_was_learned_goes_to_other_programs(place: Path) -> None:
+    said = cambia("cambia export one vllm.json --to vllm")
+    values = json.loads((place / "vllm.json").read_text())
+    assert said.code == 0 and values["top_k"] == -1 and values["temperature"] > 0, said.err
+    said = cambia("cambia export one openai.json --to openai")
+    assert "left out: repetition" in said.out and "temperature" in said.out
+    assert "cambia tune-decoding" in cambia("cambia export base none.json --to vllm").err
+    assert "no scales of heads" in cambia("cambia export one folded --fold-heads").err
+
+    policy = DecodingPolicy.from_json(place / "runs/one/latest/inference_params.json")
+    model = AutoModelForCausalLM.from_pretrained(place / "base")
+    scaled = DecodingPolicy.of(model, policy.parameters, heads=True)
+    assert scaled.head_weights is not None
+    scaled.head_weights[0][0] = 0.5
+    shutil.copytree(place / "base", place / "scaled")
+    scaled.to_json(place / "scaled/inference_params.json")
+    assert cambia("cambia export scaled folded --fold-heads").code == 0
+    ids = torch.tensor([[3, 9, 27, 81]])
+    with torch.no_grad(), scaled.heard(model):
+        wanted = model(ids).logits
+    folded = AutoModelForCausalLM.from_pretrained(place / "folded")
+    torch.testing.assert_close(folded(ids).logits, wanted)
+
+
 def test_a_finished_run_is_compared_again(place: Path) -> None:
     said = cambia("cambia tune-decoding --resume one --grid-points 0 --no-optuna")
     assert said.code == 0, said.err
@@ -98,7 +123,7 @@ def test_a_finished_run_is_compared_again(place: Path) -> None:
             "base --data trees.jsonl --decoding.fit.new_tokens 4000 --name f",
             "lower prompt_tokens or new_tokens",
         ),
-        (f"base --data trees.jsonl --reward length:8 {QUICK} --name g", "nothing can be learned"),
+        (f"base --data trees.jsonl --reward pattern:QQQQ {QUICK} --name g", "nothing can be learned"),
         ("base --data trees.jsonl --by magic", "decoding.fit.by"),
         ("--resume one --by search", "leave out"),
     ],
@@ -115,8 +140,17 @@ def test_rewards_are_named_in_a_word() -> None:
     assert reward_of("function:mine:good") == {"type": "function", "function": "mine:good"}
     assert reward_of("my_module:Mine") == {"type": "my_module:Mine"}
     assert reward_of(r"pattern:\d+") == {"type": "pattern", "pattern": r"\d+"}
+    assert reward_of("0.2 pattern:hello  world") == {
+        "type": "pattern",
+        "pattern": "hello  world",
+        "weight": 0.2,
+    }
+    assert reward_of("style:my notes.txt") == {"type": "style", "corpus": "my notes.txt"}
+    assert reward_of("pattern:42") == {"type": "pattern", "pattern": "42"}
     with pytest.raises(ConfigError, match="your own"):
         reward_of("good")
+    with pytest.raises(ConfigError, match="is its weight"):
+        reward_of("much length:40")
 
 
 # ---- experts, and two layers that learn ----------------------------------------------------------

@@ -20,6 +20,13 @@ class ConfigError(CambiaError, ValueError):
     """A setting is unknown, of the wrong kind, out of range, or contradicts another."""
 
 
+class RewardError(ConfigError):
+    """A reward told nothing apart or was not a number; what was learned until then is kept."""
+
+    policy: object = None
+    """What was learned until then, where it stopped a fit."""
+
+
 class DataError(CambiaError, ValueError):
     """A file or a corpus cannot be used as it is."""
 

@@ -164,4 +164,4 @@ def test_spans_are_lines_between_their_ends() -> None:
         assert span.at(0) == span.low and span.at(1) == pytest.approx(span.high)
         assert span.place(span.at(0.37)) == pytest.approx(0.37)
         assert span.at(7) == pytest.approx(span.high)
-    assert Span(1, 100, log=True).grid(3) == pytest.approx([1, 10, 100])
+    assert [Span(1, 100, log=True).at(x) for x in (0, 0.5, 1)] == pytest.approx([1, 10, 100])

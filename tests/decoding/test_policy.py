@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from transformers import (
 from cambia import CambiaConfig, CambiaForCausalLM
 from cambia.decoding import DecodingParameters, DecodingPolicy, InferenceEngine
 from cambia.decoding.mixing import with_heads_folded
-from cambia.errors import ConfigError
+from cambia.errors import ConfigError, DataError
 
 SIZES: dict[str, Any] = {
     "vocab_size": 23,
@@ -198,6 +197,8 @@ def test_json_holds_all_of_it(tmp_path: Path) -> None:
         ({"tempperature": 1}, "did you mean 'temperature'"),
         ({"format_version": 7}, "format_version 7"),
         ({"layer_weights": ["x"]}, "weights"),
+        ({"context": [1]}, "context has to be a mapping"),
+        ({"made_for": [1]}, "made_for has to be a mapping"),
     ],
 )
 def test_bad_json_is_refused_in_one_line(tmp_path: Path, change: dict, message: str) -> None:
@@ -211,6 +212,36 @@ def test_a_model_of_another_shape_is_refused() -> None:
     policy = DecodingPolicy.of(made("llama"), layers=True)
     with pytest.raises(ConfigError, match="model_type"):
         policy.generate(made("gpt2"), IDS)
-    copied = copy.deepcopy(policy)
-    copied.made_for = None
     assert DecodingPolicy().check(made("gpt2")) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"layer_weights": [1.0, 0.0]}, "num_hidden_layers 1, this one has 3"),
+        (
+            {"head_weights": [[1.0, 1.0, 1.0]] * 3},
+            r"heads of each layer \[3, 3, 3\], this one has \[2, 2, 2\]",
+        ),
+        ({"context": {"linear.weight": [[0.0] * 5] * 2, "linear.bias": [0.0, 0.0]}}, "hidden_size 5, .* 12"),
+    ],
+)
+def test_weights_of_another_shape_are_refused(given: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DecodingPolicy.from_dict(given).generate(made("llama"), IDS, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("values", [[], None, "x", 3])
+def test_a_policy_is_a_mapping(values: object) -> None:
+    with pytest.raises(ConfigError, match="has to be a mapping"):
+        DecodingPolicy.from_dict(values)  # type: ignore[arg-type]
+
+
+def test_prompts_that_cannot_be_continued_are_refused() -> None:
+    model = made("gpt2")
+    with pytest.raises(DataError, match="empty"):
+        DecodingPolicy().generate(model, IDS[:, :0], max_new_tokens=4)
+    with pytest.raises(DataError, match="empty"):
+        DecodingPolicy().generate(model, IDS, torch.tensor([[0] * 5, [1] * 5]), max_new_tokens=4)
+    with pytest.raises(DataError, match="62 tokens and 4 new ones are more than the 64"):
+        DecodingPolicy().generate(model, torch.full((1, 62), 5), max_new_tokens=4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cambia.decoding import DecodingParameters, DecodingPolicy
+from cambia.decoding import DecodingParameters, DecodingPolicy, score_function
 from cambia.decoding.score_function import ScoreFunction
 from cambia.errors import ConfigError
 from tests.decoding.test_policy import made
@@ -35,7 +35,7 @@ def test_the_estimate_agrees_with_finite_differences_of_the_expected_reward() ->
 
     def expected() -> float:
         with torch.no_grad():
-            chance = one._written_again(every, 3)[0].exp()
+            chance = one._written_again(every, 3, torch.ones(len(every), 2))[0].exp()
         assert float(chance.sum()) == pytest.approx(1.0, abs=1e-6)
         return float((chance * worth(every)).sum())
 
@@ -53,9 +53,9 @@ def test_the_estimate_agrees_with_finite_differences_of_the_expected_reward() ->
     for _ in range(40):
         rows = one.write(PROMPT.expand(250, -1), 2)
         one.updates += 1  # so that the next noise is another
-        loss, _ = one.loss(rows, worth(rows), 3)
         one.optimizer.zero_grad()
-        loss.backward()
+        for part in one.losses(rows, worth(rows), 3):
+            part.loss.backward()
         for name, raw in one.parameters.lines.items():
             estimates[name].append(-float(raw.grad))
     for name, slope in slopes.items():
@@ -127,3 +127,39 @@ def test_what_cannot_be_learned_from_is_refused() -> None:
         learner(ScoreFunction(()))
     with pytest.raises(ConfigError, match="not a number"):
         learner(ScoreFunction()).step(PROMPT, lambda rows: torch.full((len(rows),), torch.nan), new_tokens=2)
+
+
+def test_more_rows_than_fit_are_learned_from_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ScoreFunction(("temperature", "top_p"), divergence=0.3, entropy=0.1)
+    found = []
+    for most in (score_function._MOST_ODDS, 1):
+        monkeypatch.setattr(score_function, "_MOST_ODDS", most)
+        one = learner(settings)
+        step = one.step(PROMPT.expand(3, -1), worth, new_tokens=2)
+        found.append((step, [line.item() for line in one.parameters.tensors()]))
+    (whole, lines), (parts, again) = found
+    assert again == pytest.approx(lines, abs=1e-6)
+    assert (parts.divergence, parts.entropy) == pytest.approx((whole.divergence, whole.entropy))
+    assert parts.reward == whole.reward and whole.entropy > 0
+
+
+def test_a_bonus_for_entropy_warms() -> None:
+    found = {}
+    for entropy in (0.0, 5.0):
+        one = learner(ScoreFunction(("temperature",), entropy=entropy))
+        for _ in range(10):
+            one.step(PROMPT.expand(4, -1), lambda rows: torch.zeros(len(rows)), new_tokens=2)
+        found[entropy] = one.policy.parameters.temperature
+    assert found[5.0] > found[0.0] + 0.1
+    assert found[0.0] == pytest.approx(START.temperature)
+
+
+def test_what_leaves_its_range_stays_at_the_edge_and_comes_back() -> None:
+    one = learner(ScoreFunction(("temperature",), entropy=5.0, rate=1.0))
+    for _ in range(6):
+        one.step(PROMPT, lambda rows: torch.zeros(len(rows)), new_tokens=2)
+    assert one.policy.parameters.temperature == pytest.approx(5.0)
+    one.settings = ScoreFunction(("temperature",), entropy=-5.0, rate=1.0)
+    for _ in range(30):
+        one.step(PROMPT, lambda rows: torch.zeros(len(rows)), new_tokens=2)
+    assert one.policy.parameters.temperature < 4.0

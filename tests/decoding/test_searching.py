@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cambia.decoding.parameters import SEARCHED, DecodingParameters
-from cambia.decoding.searching import CmaSearch, GridSearch, Space, TpeSearch, search_of, top_of_quadric
+from cambia.decoding.searching import CmaSearch, GridSearch, Space, TpeSearch, top_of_quadric
 from cambia.errors import ConfigError
 
 TOP = DecodingParameters(temperature=0.7, top_p=0.85, repetition_penalty=1.1)
@@ -62,8 +62,6 @@ def test_too_few_points_leave_the_middle() -> None:
 def test_what_cannot_be_searched_is_said() -> None:
     with pytest.raises(ConfigError, match="temperature"):
         Space(("temp",), DecodingParameters())
-    with pytest.raises(ConfigError, match="cma"):
-        search_of("bayes")
 
 
 @pytest.mark.parametrize("search", [CmaSearch(), TpeSearch(), GridSearch(points=3, population=5)])

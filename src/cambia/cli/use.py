@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cambia.cli.app import app, console
 from cambia.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from cambia.decoding.policy import DecodingPolicy
 
 
 @app.command
@@ -148,17 +154,21 @@ def compare(*names: str, metric: str | None = None, out: Path = Path("comparison
 
 
 @app.command
-def export(model: str, out: Path, *, to: str | None = None) -> None:
+def export(model: str, out: Path, *, to: str | None = None, fold_heads: bool = False) -> None:
     """Write a model as a stock Hugging Face class with the same logits, without the state of training.
 
-    Experts are written into its folder `experts`, each as a stock adapter of PEFT.
+    Experts are written into its folder `experts`, each as a stock adapter of PEFT. With `--to vllm` and the
+    like only how it is decoded from is written, as a JSON file, and what the program cannot hold is said.
 
     Args:
         model: a run's name, or a folder with a model.
-        out: the folder to write; must not exist.
-        to: the class: llama for a native model (uneven layers are padded with zeros), its own for another.
+        out: the folder to write, or the file; must not exist.
+        to: the class: llama for a native model (uneven layers are padded with zeros), its own for another;
+            or a program that takes decoding parameters: transformers, openai, vllm, llama.cpp.
+        fold_heads: put the scales of heads that decoding has learned into the weights.
     """
     from cambia.continual.methods.experts import EXPERTS_FOLDER
+    from cambia.decoding.exporting import EXPORTS
     from cambia.experiment.starts import experts_beside, model_folder
     from cambia.files import atomic_folder
     from cambia.models.causal_lm import CambiaForCausalLM
@@ -166,12 +176,18 @@ def export(model: str, out: Path, *, to: str | None = None) -> None:
     from cambia.models.saved import load_model, load_tokenizer
     from cambia.reporting.units import plural
 
-    if to not in (None, "llama"):
-        raise ConfigError(f"--to {to!r}: the only class so far is llama")
+    if to not in (None, "llama", *EXPORTS):
+        raise ConfigError(
+            f"--to {to!r}: the only class so far is llama, and decoding parameters go to {', '.join(EXPORTS)}"
+        )
     if out.exists():
-        raise ConfigError(f"{out} exists already; name a folder that does not")
+        raise ConfigError(f"{out} exists already; name one that does not")
     folder = model_folder(model)
+    if to in EXPORTS:
+        return _export_decoding(folder, out, to)
     grown = load_model(folder)
+    if fold_heads:
+        grown = _with_folded_heads(grown, folder)
     if to not in (None, grown.config.model_type) and not isinstance(grown, CambiaForCausalLM):
         raise ConfigError(f"{folder} holds a {type(grown).__name__}, a stock class: leave out --to {to}")
     experts = experts_beside(model, grown)
@@ -188,3 +204,35 @@ def export(model: str, out: Path, *, to: str | None = None) -> None:
             experts.save_pretrained(temporary / EXPERTS_FOLDER)
     beside = f", and {plural(len(experts.names), 'expert')} beside it" if experts is not None else ""
     console().print(f"{out}: {type(exported).__name__}, {exported.num_parameters():,} parameters{beside}")
+
+
+def _export_decoding(folder: Path, out: Path, to: str) -> None:
+    """How a model is decoded from, for another program."""
+    from cambia import files
+    from cambia.decoding.exporting import exported
+
+    found = exported(_learned_policy(folder), to)
+    files.write_json(out, dict(found.values))
+    console().print(f"{out}: {', '.join(f'{name} {value}' for name, value in found.values.items())}")
+    for line in found.left_out:
+        console().print(f"left out: {line}", style="dim", soft_wrap=True)
+
+
+def _with_folded_heads(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """A model whose weights hold the scales of heads that were learned for it."""
+    from cambia.decoding.mixing import with_heads_folded
+
+    policy = _learned_policy(folder, model)
+    if policy.head_weights is None:
+        raise ConfigError(f"{folder} has learned no scales of heads: leave out --fold-heads")
+    return with_heads_folded(model, policy.head_weights)
+
+
+def _learned_policy(folder: Path, model: PreTrainedModel | None = None) -> DecodingPolicy:
+    """What decoding has learned beside a model."""
+    from cambia.decoding.exporting import PARAMS_JSON
+    from cambia.decoding.policy import DecodingPolicy
+
+    if not (folder / PARAMS_JSON).is_file():
+        raise ConfigError(f"{folder} has no {PARAMS_JSON}: learn how to decode from it, cambia tune-decoding")
+    return DecodingPolicy.from_json(folder / PARAMS_JSON, model=model)

@@ -39,7 +39,8 @@ class ContextHead(nn.Module):
             (...,) each.
         """
         states = torch.nn.functional.layer_norm(hidden.float(), hidden.shape[-1:])
-        moved = _MOST * torch.tanh(self.linear(states))
+        weight, bias = self.linear.weight.to(states.device), self.linear.bias.to(states.device)
+        moved = _MOST * torch.tanh(torch.nn.functional.linear(states, weight, bias))
         start = torch.as_tensor(top_p, dtype=moved.dtype, device=moved.device)
         warmth = temperature * moved[..., 0].exp()
         return warmth, torch.sigmoid(torch.logit(start, 1e-4) + moved[..., 1])

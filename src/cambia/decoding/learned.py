@@ -17,14 +17,12 @@ _FACTORS = ("temperature", "repetition_penalty")
 """Learned as logarithms."""
 _RANGES = {
     "temperature": (0.05, 5.0),
-    "top_p": (0.02, 1.0),
+    "top_p": (0.02, 0.993),  # from 1 nothing can move it
     "repetition_penalty": (0.5, 3.0),
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
 }
-"""What a learned parameter may become."""
-_FIRST_TOP_P = 0.993
-"""At most, at the start: from 1 nothing can move it."""
+"""What a learned parameter may become; one that begins outside begins at the edge."""
 
 
 class LearnedParameters:
@@ -48,11 +46,17 @@ class LearnedParameters:
         """Those with a gradient."""
         return [line for line in self.lines.values() if line.requires_grad]
 
-    def knobs(self) -> Knobs:
-        """As they are now, with gradients."""
-        return replace(
-            Knobs.of(self._start), **{name: _value(name, line) for name, line in self.lines.items()}
-        )
+    def knobs(self, device: torch.device | str = "cpu") -> Knobs:
+        """As they are now, with gradients, on the device of the odds that they change."""
+        values = {name: _value(name, line).to(device) for name, line in self.lines.items()}
+        return replace(Knobs.of(self._start), **values)
+
+    @torch.no_grad()
+    def stay_inside(self) -> None:
+        """Put those that have left their range back to its edge, where a gradient can move them again."""
+        for name, line in self.lines.items():
+            low, high = _RANGES[name]
+            line.clamp_(_line(name, low), _line(name, high))
 
     def values(self) -> dict[str, float]:
         """As they are now."""
@@ -74,16 +78,14 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Sequence[Mappi
 
 def _line(name: str, value: float) -> Tensor:
     low, high = _RANGES[name]
-    if name == "top_p":
-        return torch.logit(torch.tensor(min(_FIRST_TOP_P, max(low, value))))
     number = torch.tensor(min(high, max(low, value)))
+    if name == "top_p":
+        return torch.logit(number)
     return number.log() if name in _FACTORS else number
 
 
 def _value(name: str, line: Tensor) -> Tensor:
-    """The inverse, within the range."""
+    """The inverse."""
     if name in _FACTORS:
-        line = line.exp()
-    elif name == "top_p":
-        line = torch.sigmoid(line)
-    return line.clamp(*_RANGES[name])
+        return line.exp()
+    return torch.sigmoid(line) if name == "top_p" else line.clone()

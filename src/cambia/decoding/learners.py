@@ -3,7 +3,7 @@
     >>> learner = DecodingFit(by="search").learner(rollouts, reward)
     >>> learner.step()          # writes behind some prompts, asks the reward, learns
     Update(number=1, reward=0.12, ...)
-    >>> learner.chosen          # the policy, at its best as far as it knows
+    >>> learner.chosen          # the policy that has come of it so far
 
 `DecodingFit.run` takes steps until its tokens are spent; the training loop takes one every so many batches.
 """
@@ -24,12 +24,13 @@ from cambia.decoding.drawing import seed_of
 from cambia.decoding.likelihood import LikelihoodFit, Text
 from cambia.decoding.parameters import DecodingParameters
 from cambia.decoding.policy import DecodingPolicy
+from cambia.decoding.prompts import parted
 from cambia.decoding.rewards.reward import Material, Reward, Score
 from cambia.decoding.rewards.sums import refuse_constant
 from cambia.decoding.rollouts import Rollouts, text_features
 from cambia.decoding.score_function import ScoreFunction
 from cambia.decoding.searching import Search, Space, Tried
-from cambia.errors import ConfigError, DataError
+from cambia.errors import ConfigError, DataError, RewardError
 
 _CALIBRATION = 0.5
 """Of the prompts that rewards are calibrated on; a policy learns on the others."""
@@ -53,6 +54,8 @@ class Update:
     """How far each part has moved from where it began; of weights, the one that moved furthest."""
     tokens: int
     """Written so far, or read."""
+    processed: int
+    """Tokens that have gone through the model for it so far, one way; the way back counts as one more."""
     measured: Mapping[str, float]
     """Parts of the reward, and what else there is to know."""
 
@@ -69,13 +72,16 @@ class PolicyLearner(ABC):
         self.updates = 0
         self.tokens = 0
         """Written so far, or read; what a reward is calibrated on does not count."""
+        self.processed = 0
+        """Tokens that have gone through the model, one way: prompts, looks and calibration too; the way back
+        counts as one more."""
         self.tried: list[Tried] = []
         """What was found out about parameters, in order."""
 
     @property
     @abstractmethod
     def chosen(self) -> DecodingPolicy:
-        """The policy, at its best as far as it knows."""
+        """The policy that has come of it so far: the best where that can be told, or where it stands."""
 
     @property
     @abstractmethod
@@ -91,13 +97,14 @@ class PolicyLearner(ABC):
         """Learn from some prompts.
 
         Raises:
-            ConfigError: the reward is constant or not a number.
+            RewardError: the reward is constant or not a number; the learner stands where it stood.
         """
         reward, measured = self._step()
         self.updates += 1
         now = self.chosen
+        moved = drift(self._start, now)
         return Update(
-            self.updates, reward, now.parameters, drift(self._start, now), self.tokens, dict(measured)
+            self.updates, reward, now.parameters, moved, self.tokens, self.processed, dict(measured)
         )
 
     @abstractmethod
@@ -107,11 +114,21 @@ class PolicyLearner(ABC):
     # ---- what must survive a restart -----------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "tokens": self.tokens}
+        counts = {name: getattr(self, name) for name in ("updates", "tokens", "processed")}
+        return {"kind": type(self).__name__, **counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken, from a learner that has just been made."""
-        self.updates, self.tokens = state["updates"], state["tokens"]
+        """Go on exactly where `state_dict` was taken, from a learner that has just been made.
+
+        Raises:
+            ConfigError: another kind of learner was there.
+        """
+        if state["kind"] != type(self).__name__:
+            raise ConfigError(
+                f"this run's policy was learned by a {state['kind']}, here is a {type(self).__name__}: go "
+                "on with the settings and the packages that it began with"
+            )
+        self.updates, self.tokens, self.processed = state["updates"], state["tokens"], state["processed"]
 
 
 class _RewardLearner(PolicyLearner):
@@ -122,10 +139,9 @@ class _RewardLearner(PolicyLearner):
         self.rollouts, self.reward = rollouts, reward
         self._calibrated: list[list[int]] | None = None
         self._constant = 0  # first steps in which the reward told nothing apart
-        count = len(rollouts.prompts)
-        half = int(count * _CALIBRATION)
-        self._shown, self._places = list(range(half)), list(range(half, count))
+        self._shown, self._places = parted(rollouts.prompts.documents, _CALIBRATION)
         if not self._shown or len(self._places) < 2:
+            count = len(rollouts.prompts)
             raise DataError(f"{count} prompts are too few to calibrate and to learn on: give more text")
         self._size = min(prompts, len(self._places))
 
@@ -147,7 +163,7 @@ class _RewardLearner(PolicyLearner):
             return
         try:
             refuse_constant(scores)
-        except ConfigError:
+        except RewardError:
             self._constant += 1
             if self.rollouts.is_frozen or self._constant >= _PATIENCE:
                 raise
@@ -202,12 +218,14 @@ class SearchLearner(_RewardLearner):
     def _step(self) -> tuple[float, Mapping[str, float]]:
         self._begin()
         # A grid is one round: all of its points are compared behind the same prompts.
-        begun, candidates, number = self.rollouts.tokens, self._search.ask(), self._search.round
-        scores = scored(self.reward, self.rollouts, candidates, self._some(number), number)
+        rollouts, candidates, number = self.rollouts, self._search.ask(), self._search.round
+        begun = rollouts.tokens
+        scores = scored(self.reward, rollouts, candidates, self._some(number), number)
         self._refuse_constant(scores)
         values = [score.value for score in scores]
         self._search.tell(values)
-        self.tokens += self.rollouts.tokens - begun
+        self.tokens += rollouts.tokens - begun
+        self.processed += rollouts.taken()
         return sum(values) / len(values), {"best": max(values), **_mean_parts(scores)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -231,6 +249,7 @@ class GradientLearner(_RewardLearner):
     def __init__(self, rollouts: Rollouts, reward: Reward, settings: ScoreFunction, *, prompts: int):
         super().__init__(rollouts, reward, prompts=prompts)
         self._learner = settings.learner(rollouts.policy, rollouts.model, seed=rollouts.seed)
+        self._start = self._learner.policy
         self._copies = settings.texts
         self._size = max(1, self._size // self._copies)
 
@@ -257,6 +276,8 @@ class GradientLearner(_RewardLearner):
         update = self._learner.step(ids, worth, new_tokens=self.rollouts.new_tokens, mask=mask)
         self._refuse_constant([scores[0]] * 2)
         self.tokens += update.tokens
+        prompts = self._copies * int(mask.sum())
+        self.processed += self.rollouts.taken() + 2 * (prompts + update.tokens)  # written, and read again
         self.tried.append(Tried(self.chosen.parameters, scores[0].value, self.updates))
         found = {"divergence": update.divergence, "entropy": update.entropy, **_mean_parts(scores)}
         return scores[0].value, found
@@ -284,15 +305,16 @@ class TextLearner(PolicyLearner):
     def __init__(self, rollouts: Rollouts, settings: LikelihoodFit):
         super().__init__(rollouts.policy)
         text = text_of(rollouts)
-        held = max(1, int(len(text) * _HELD))
-        order = torch.arange(len(text))
-        some, others = text.chosen(order[:-held]), text.chosen(order[-held:])
-        self._learner = settings.learner(rollouts.policy, rollouts.model, some, others, seed=rollouts.seed)
+        held, some = (text.chosen(places) for places in parted(rollouts.prompts.documents, _HELD))
+        self._learner = settings.learner(rollouts.policy, rollouts.model, some, held, seed=rollouts.seed)
+        self._start = self._learner.policy
         self._settings, self._row_tokens = settings, rollouts.new_tokens
+        self._is_frozen = rollouts.is_frozen
 
     @property
     def chosen(self) -> DecodingPolicy:
-        return self._learner.best
+        # What a model that has changed since made of the held-out text tells nothing about this one.
+        return self._learner.best if self._is_frozen else self._learner.policy
 
     @property
     def finished(self) -> bool:
@@ -304,6 +326,7 @@ class TextLearner(PolicyLearner):
 
     def _step(self) -> tuple[float, Mapping[str, float]]:
         self.tokens += self._learner.step()
+        self.processed = self._learner.processed
         return -self._learner.curve[-1], {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -365,7 +388,8 @@ def calibrate(
             )
         return text_features(rollouts.model, rollouts.tokenizer, texts)
 
-    reward.begin(Material(rollouts.human(places), plain, features))
+    documents = [rollouts.prompts.documents[place] for place in places]
+    reward.begin(Material(rollouts.human(places), plain, features, documents))
     return [list(row) for row in plain.tokens]
 
 

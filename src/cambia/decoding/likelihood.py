@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Gt
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from cambia.decoding.drawing import seed_of
@@ -166,6 +166,8 @@ class LikelihoodLearner:
         self.curve: list[float] = []
         """Nats per token on the text that is held out, at each look."""
         self._looked = -1
+        self.processed = 0
+        """Tokens that have gone through the model, one way; the way back counts as one more."""
 
     @property
     def policy(self) -> DecodingPolicy:
@@ -183,6 +185,8 @@ class LikelihoodLearner:
         with frozen(self.model):
             self._learned.backward(self.model, text)
         self.optimizer.step()
+        self._learned.parameters.stay_inside()
+        self.processed += 2 * text.ids.numel()
         self.updates += 1
         if self.updates % self.settings.look_steps == 0:
             self.look()
@@ -195,6 +199,7 @@ class LikelihoodLearner:
         self._looked = self.updates
         with frozen(self.model):
             self.curve.append(self._learned.loss(self.model, self.held))
+        self.processed += self.held.ids.numel()
         if self.curve[-1] <= min(self.curve):
             self.best = self._learned.policy()
 
@@ -204,6 +209,7 @@ class LikelihoodLearner:
             "optimizer": optimizer_state(self.optimizer),
             "updates": self.updates,
             "looked": self._looked,
+            "processed": self.processed,
             "curve": list(self.curve),
             "best": self.best.to_dict(),
         }
@@ -215,6 +221,7 @@ class LikelihoodLearner:
                 tensor.copy_(value)
         load_optimizer_state(self.optimizer, state["optimizer"])
         self.updates, self._looked = state["updates"], state["looked"]
+        self.processed = state["processed"]
         self.curve, self.best = list(state["curve"]), DecodingPolicy.from_dict(state["best"])
 
 
@@ -256,7 +263,8 @@ class _Learned:
         listening, vocabulary = self.listening(), model.config.vocab_size
         at_once = max(1, _MOST_ODDS // (text.ids.shape[1] * vocabulary))
         for some in text.parts(at_once):
-            ids, first, knobs = some.ids.to(model.device), text.prompt_tokens, self.parameters.knobs()
+            ids, first = some.ids.to(model.device), text.prompt_tokens
+            knobs = self.parameters.knobs(model.device)
             mask = None if some.mask is None else some.mask.to(model.device)
             with listening.heard(model):
                 logits = logits_of(model, ids, mask)[:, first - 1 : -1].float()
@@ -292,11 +300,11 @@ def token_losses(
 
 def past_of(ids: Tensor, vocabulary: int, prompt_tokens: int = 1, mask: Tensor | None = None) -> History:
     """What stands before each token of a text (B, T) behind its prompt: (B, T - P, V)."""
-    stands = nn.functional.one_hot(ids[:, :-1], vocabulary)
-    if mask is not None:
-        stands = stands * mask[:, :-1, None].to(stands)
-    stood = stands.cumsum(1)[:, prompt_tokens - 1 :]
-    return History(stood > 0, (stood - stood[:, :1]).float())
+    before = ids[:, :-1, None]
+    stands = torch.zeros(*before.shape[:2], vocabulary, device=ids.device)
+    real = 1.0 if mask is None else mask[:, :-1, None].to(stands)
+    stood = stands.scatter_(2, before, real).cumsum(1)[:, prompt_tokens - 1 :]
+    return History(stood > 0, stood - stood[:, :1])
 
 
 def mean_loss(policy: DecodingPolicy, model: PreTrainedModel, text: Text) -> float:

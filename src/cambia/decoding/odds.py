@@ -120,7 +120,7 @@ def cooled(logits: Tensor, temperature: Number) -> Tensor:
         return logits / temperature if temperature else _likeliest(logits)
     column = temperature[..., None]
     greedy = column == 0
-    if not bool(greedy.any()):
+    if temperature.requires_grad or not bool(greedy.any()):  # one that is learned is never 0
         return logits / column
     return torch.where(greedy, _likeliest(logits), logits / torch.where(greedy, 1.0, column))
 

@@ -117,10 +117,6 @@ class Span:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
-    def grid(self, count: int) -> list[float]:
-        """`count` values at equal steps, both ends among them."""
-        return [self.at(i / max(1, count - 1)) for i in range(count)]
-
 
 SPANS = {
     "temperature": Span(0.2, 1.6),

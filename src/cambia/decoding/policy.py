@@ -28,7 +28,7 @@ from cambia.decoding.drawing import Drawing, Noise
 from cambia.decoding.mixing import Anatomy, heads_of, mixed_layers, scaled_heads
 from cambia.decoding.odds import History, Knobs, warped
 from cambia.decoding.parameters import DecodingParameters
-from cambia.errors import ConfigError
+from cambia.errors import ConfigError, DataError
 from cambia.generation import end_tokens, only_as_told
 from cambia.nn.modes import evaluating
 
@@ -105,18 +105,23 @@ class DecodingPolicy:
         """Refuse a model of another shape.
 
         Raises:
-            ConfigError: it was fitted to a model of other sizes.
+            ConfigError: it was fitted to a model of other sizes, or its weights are for another.
         """
-        if self.made_for is None:
-            return
-        sizes = sizes_of(model)
-        wrong = {name: size for name, size in self.made_for.items() if sizes.get(name) != size}
-        if wrong:
-            name, size = next(iter(wrong.items()))
-            raise ConfigError(
-                f"this policy was fitted to a model with {name} {size}, this one has {sizes.get(name)}: fit "
-                "one for it, `cambia tune-decoding`, or leave out its weights and its context head"
-            )
+        sizes, wrong = sizes_of(model), dict[str, tuple[Any, Any]]()
+        for name, size in (self.made_for or {}).items():
+            wrong[name] = (size, sizes.get(name))
+        if self.layer_weights is not None:
+            wrong["num_hidden_layers"] = (len(self.layer_weights) - 1, sizes["num_hidden_layers"])
+        if self.head_weights is not None:
+            wrong["heads of each layer"] = ([len(scales) for scales in self.head_weights], heads_of(model))
+        if self.context is not None:
+            wrong["hidden_size"] = (self.context.linear.in_features, sizes["hidden_size"])
+        for name, (wanted, found) in wrong.items():
+            if wanted != found:
+                raise ConfigError(
+                    f"this policy was fitted to a model with {name} {wanted}, this one has {found}: fit one "
+                    "for it, `cambia tune-decoding`, or leave out its weights and its context head"
+                )
 
     @contextmanager
     def heard(self, model: PreTrainedModel) -> Generator[None]:
@@ -163,7 +168,10 @@ class DecodingPolicy:
 
         Raises:
             ConfigError: the policy was made for a model of another shape.
+            DataError: a prompt is empty, or there is no room for the new tokens behind it.
         """
+        self.check(model)
+        _check_room(model, input_ids, attention_mask, max_new_tokens)
         noise = None if self.parameters.is_greedy else Noise(seed)
         return self.written(
             model,
@@ -289,12 +297,15 @@ class DecodingPolicy:
         Raises:
             ConfigError: a name is unknown, or a number outside its range.
         """
-        left = dict(values)
+        left = _mapping(values, "a policy")
         version = left.pop("format_version", FORMAT_VERSION)
         if version != FORMAT_VERSION:
             raise ConfigError(f"format_version {version} is not known here (known: {FORMAT_VERSION})")
         layers, heads = left.pop("layer_weights", None), left.pop("head_weights", None)
-        context, made_for = left.pop("context", None), left.pop("made_for", None)
+        context, made_for = (
+            None if left.get(name) is None else _mapping(left[name], name) for name in ("context", "made_for")
+        )
+        left = {name: value for name, value in left.items() if name not in ("context", "made_for")}
         parameters = DecodingParameters.of(left)
         try:
             return cls(
@@ -341,6 +352,28 @@ def _plain(model: PreTrainedModel, settings: Mapping[str, Any]) -> GenerationCon
     padding = own.pad_token_id if own.pad_token_id is not None else (*ends, 0)[0]
     plain = {"pad_token_id": padding, "eos_token_id": ends or None, "bos_token_id": own.bos_token_id}
     return GenerationConfig(do_sample=False, repetition_penalty=1.0, **{**plain, **settings})
+
+
+def _check_room(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None, new_tokens: int) -> None:
+    """Refuse prompts that cannot be continued."""
+    longest = input_ids.shape[1]
+    empty = longest == 0 if mask is None else bool((mask.sum(1) == 0).any())
+    if empty:
+        raise DataError("a prompt is empty: a model writes behind at least one token, such as its bos_token")
+    context = getattr(model.config, "max_position_embeddings", None)
+    if mask is not None:
+        longest = int(mask.sum(1).max())
+    if context is not None and longest + new_tokens > context:
+        raise DataError(
+            f"a prompt of {longest} tokens and {new_tokens} new ones are more than the {context} that the "
+            "model reads: shorten it, or lower max_new_tokens"
+        )
+
+
+def _mapping(values: Any, name: str) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{name} has to be a mapping of names to values, not {values!r}")
+    return dict(values)
 
 
 def _numbers(values: Any, name: str) -> Tensor:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,13 +25,26 @@ class Prompts:
     """N prompts of up to P tokens."""
     human: Sequence[Sequence[int]]
     """What stands behind each, up to as many tokens as are written."""
+    documents: Sequence[int]
+    """The number of the document that each is from."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, places: Sequence[int]) -> Prompts:
         """Some of them."""
-        return Prompts([self.rows[i] for i in places], [self.human[i] for i in places])
+        documents = [self.documents[i] for i in places]
+        return Prompts([self.rows[i] for i in places], [self.human[i] for i in places], documents)
+
+    @classmethod
+    def joined(cls, several: Sequence[Prompts]) -> Prompts:
+        """All of several; no document is in two of them."""
+        documents: list[int] = []
+        for prompts in several:
+            known = max(documents, default=-1) + 1
+            documents += [known + number for number in prompts.documents]
+        human = [row for prompts in several for row in prompts.human]
+        return cls([row for prompts in several for row in prompts.rows], human, documents)
 
     def batch(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Token ids and mask of some, (N, P) each, padded on the left."""
@@ -49,7 +63,7 @@ class Prompts:
         """The beginning of each text that is long enough.
 
         Args:
-            texts: documents, or stretches of one.
+            texts: documents.
             prompt_tokens: P.
             new_tokens: of each continuation.
             context: what a model can read at most.
@@ -58,11 +72,12 @@ class Prompts:
             DataError: no text is long enough, or prompt and continuation are longer than the context.
         """
         needed = _needed(prompt_tokens, new_tokens, context)
-        rows = [list(tokenizer(text)["input_ids"])[:needed] for text in texts]
-        rows = [row for row in rows if len(row) == needed]
+        rows = {i: list(tokenizer(text)["input_ids"])[:needed] for i, text in enumerate(texts)}
+        rows = {i: row for i, row in rows.items() if len(row) == needed}
         if not rows:
             raise _too_short(len(texts), prompt_tokens, new_tokens)
-        return cls([row[:prompt_tokens] for row in rows], [row[prompt_tokens:] for row in rows])
+        human = [row[prompt_tokens:] for row in rows.values()]
+        return cls([row[:prompt_tokens] for row in rows.values()], human, list(rows))
 
     @classmethod
     def of_documents(
@@ -89,14 +104,39 @@ class Prompts:
             DataError: no document is long enough, or prompt and continuation are longer than the context.
         """
         needed = _needed(prompt_tokens, new_tokens, context)
-        pairs = [
-            pair for ids, trained in _documents(file) for pair in _pairs(ids, trained, prompt_tokens, needed)
+        found = [
+            (*pair, number)
+            for number, (ids, trained) in enumerate(_documents(file))
+            for pair in _pairs(ids, trained, prompt_tokens, needed)
         ]
-        if not pairs:
+        if not found:
             raise _too_short(file.num_documents, prompt_tokens, new_tokens)
-        step = max(1.0, len(pairs) / most)
-        chosen = [pairs[int(i * step)] for i in range(min(most, len(pairs)))]
-        return cls([prompt for prompt, _ in chosen], [human for _, human in chosen])
+        step = max(1.0, len(found) / most)
+        return cls(*zip(*(found[int(i * step)] for i in range(min(most, len(found)))), strict=True))
+
+
+def parted(documents: Sequence[int], share: float) -> tuple[list[int], list[int]]:
+    """Places in two parts that have no document in common, the first with about a share of them.
+
+    What is calibrated on one part and measured on the other would find the words of the same documents again.
+    Where one document is nearly all there is, it is cut.
+
+    Args:
+        documents: the number of the document at each place.
+        share: of the first part, 0 to 1.
+
+    Returns:
+        The places of both parts, each in order.
+    """
+    wanted, chosen, held = share * len(documents), set[int](), 0
+    for number, size in sorted(Counter(documents).items(), key=lambda item: -item[1]):  # large ones first
+        if held + size / 2 <= wanted:
+            chosen.add(number)
+            held += size
+    places = range(len(documents))
+    if held < wanted / 2 or len(documents) - held < (len(documents) - wanted) / 2:
+        return list(places[: int(wanted)]), list(places[int(wanted) :])
+    return [i for i in places if documents[i] in chosen], [i for i in places if documents[i] not in chosen]
 
 
 def _documents(file: TokenFile) -> Iterator[tuple[list[int], np.ndarray | None]]:

@@ -24,6 +24,7 @@ from cambia.decoding.policy import DecodingPolicy
 from cambia.decoding.prompts import Prompts
 from cambia.decoding.rewards.reward import Samples
 from cambia.generation import before_end, end_tokens
+from cambia.nn.modes import evaluating
 
 _ROWS = 512
 """Continuations in a batch."""
@@ -59,6 +60,7 @@ class Rollouts:
         self.seed, self.is_frozen = seed, is_frozen
         self.tokens = 0
         """Written so far."""
+        self._processed = 0
         self._ends = end_tokens(model, tokenizer)
         self._texts: dict[int, tuple[str, str]] = {}
 
@@ -67,6 +69,11 @@ class Rollouts:
         other = copy.copy(self)
         other.policy, other.tokens = policy, 0
         return other
+
+    def taken(self) -> int:
+        """Tokens that have gone through the model, prompts included, since this was last asked."""
+        taken, self._processed = self._processed, 0
+        return taken
 
     def write(
         self, candidates: Sequence[DecodingParameters], places: Sequence[int], round_: int = 0
@@ -114,7 +121,9 @@ class Rollouts:
         )
         new: list[list[int]] = tokens[:, input_ids.shape[1] :].tolist()
         ended = [before_end(row, self._ends) for row in new]
-        self.tokens += sum(min(len(row) + 1, self.new_tokens) for row in ended)
+        written = sum(min(len(row) + 1, self.new_tokens) for row in ended)
+        self.tokens += written
+        self._processed += written + copies * int(mask.sum())
         return ended
 
     def _samples(self, rows: Sequence[list[int]], places: Sequence[int]) -> Samples:
@@ -141,9 +150,10 @@ def text_features(
         ids = [list(tokenizer(text)["input_ids"]) or [0] for text in texts[first : first + rows]]
         input_ids = pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
         mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in ids], batch_first=True)
-        states = body(  # padded on the right: every token keeps the position that it has alone
-            input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
-        ).last_hidden_state
+        with evaluating(model):
+            states = body(  # padded on the right: every token keeps the position that it has alone
+                input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
+            ).last_hidden_state
         weights = mask.to(states)[..., None]
         found.append(((states * weights).sum(1) / weights.sum(1)).float().cpu())
     return torch.cat(found)

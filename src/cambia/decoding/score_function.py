@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from annotated_types import Ge, Gt
@@ -31,20 +31,22 @@ from cambia.decoding.learned import LearnedParameters, load_optimizer_state, opt
 from cambia.decoding.likelihood import logits_of, past_of
 from cambia.decoding.odds import History, Knobs, cooled, is_neutral, penalised, soft_nucleus
 from cambia.decoding.policy import DecodingPolicy, last_states
-from cambia.errors import ConfigError
+from cambia.errors import ConfigError, RewardError
 from cambia.generation import end_tokens
 from cambia.nn.modes import evaluating
 
 Worth = Callable[[Tensor], Tensor]
 """(N G, T) tokens, prompts included, texts behind one prompt together -> (N G,) what each is worth."""
 LEARNED = ("temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_MOST_ODDS = 1 << 24
+"""Numbers of one tensor of odds, in float64; more rows are read in parts."""
 _WIDTH = 0.25
 """Of the threshold's distribution, on the line of logits."""
 
 
 @dataclass(frozen=True)
-class Update:
-    """One step."""
+class GradientStep:
+    """What came of one step."""
 
     reward: float
     """The mean over texts."""
@@ -54,6 +56,16 @@ class Update:
     """Nats per token."""
     tokens: int
     """That were written for it."""
+
+
+class Part(NamedTuple):
+    """The loss of some of the texts of a step, and what it holds."""
+
+    loss: Tensor
+    """() with a gradient."""
+    divergence: float
+    """Nats per token of all texts."""
+    entropy: float
 
 
 @dataclass
@@ -118,7 +130,9 @@ class ScoreFunctionLearner:
         """As it is now."""
         return copy.deepcopy(self._policy).with_parameters(**self.parameters.values())
 
-    def step(self, prompts: Tensor, worth: Worth, *, new_tokens: int, mask: Tensor | None = None) -> Update:
+    def step(
+        self, prompts: Tensor, worth: Worth, *, new_tokens: int, mask: Tensor | None = None
+    ) -> GradientStep:
         """Write behind prompts, and learn from what it was worth.
 
         Args:
@@ -127,20 +141,24 @@ class ScoreFunctionLearner:
             mask: (N, P), 0 where a prompt is padded.
 
         Raises:
-            ConfigError: a reward is not a number.
+            RewardError: a reward is not a number.
         """
         rows = self.write(prompts, new_tokens, mask)
         rewards = worth(rows).double()
         if not bool(torch.isfinite(rewards).all()):
-            raise ConfigError(
+            raise RewardError(
                 "a reward is not a number: it has to be finite for every text, an empty one too"
             )
-        loss, update = self.loss(rows, rewards, prompts.shape[1], self._whole(mask, rows))
         self.optimizer.zero_grad()
-        loss.backward()
+        divergence, entropy = 0.0, 0.0
+        for part in self.losses(rows, rewards, prompts.shape[1], self._whole(mask, rows)):
+            part.loss.backward()
+            divergence, entropy = divergence + part.divergence, entropy + part.entropy
         self.optimizer.step()
+        self.parameters.stay_inside()
         self.updates += 1
-        return update
+        written = int(self._before_end(rows[:, prompts.shape[1] :]).sum())
+        return GradientStep(float(rewards.mean()), divergence, entropy, written)
 
     def _whole(self, mask: Tensor | None, rows: Tensor) -> Tensor | None:
         """The mask of prompts (N, P) as that of whole texts, (N G, T)."""
@@ -158,15 +176,19 @@ class ScoreFunctionLearner:
             repeated,
             torch.ones_like(repeated) if mask is None else mask.repeat_interleave(self.settings.texts, 0),
             Noise(seed_of(self.seed, self.updates)),
-            knobs=self.parameters.knobs(),
+            knobs=self.parameters.knobs(self.model.device),
             odds=soft_odds,
             max_new_tokens=new_tokens,
         )
 
-    def loss(
+    def losses(
         self, rows: Tensor, rewards: Tensor, prompt_tokens: int, mask: Tensor | None = None
-    ) -> tuple[Tensor, Update]:
-        """What is minimised, whose gradient is an estimate of the expected reward's.
+    ) -> Generator[Part]:
+        """What is minimised, as parts that add up to it, each of as many rows as fit into memory.
+
+        The gradient of the reward is an estimate of that of its expectation. Those of divergence and entropy
+        are taken token by token, behind what was written: that a token now changes what is written later is
+        left out of them.
 
         Args:
             rows: (N G, T) prompts and what was written.
@@ -174,33 +196,35 @@ class ScoreFunctionLearner:
             prompt_tokens: of each row.
             mask: (N G, T), 0 where a row is padded.
         """
-        chosen, divergence, entropy = self._written_again(rows, prompt_tokens, mask)
         groups = rewards.unflatten(0, (-1, self.settings.texts))
         others = (groups.sum(1, keepdim=True) - groups) / (self.settings.texts - 1)
-        advantage = (groups - others).flatten()
-        gain = (advantage * chosen).mean()
-        loss = -gain + self.settings.divergence * divergence - self.settings.entropy * entropy
-        written = int(self._before_end(rows[:, prompt_tokens:]).sum())
-        update = Update(float(rewards.mean()), float(divergence.detach()), float(entropy.detach()), written)
-        return loss, update
+        advantage = (groups - others).flatten().to(rows.device)
+        counts = self._before_end(rows[:, prompt_tokens:]).double()  # (N G, new)
+        at_once = max(1, _MOST_ODDS // (rows.shape[1] * self.model.config.vocab_size))
+        for some in torch.arange(len(rows), device=rows.device).split(at_once):
+            here = None if mask is None else mask[some]
+            chosen, divergence, entropy = self._written_again(rows[some], prompt_tokens, counts[some], here)
+            gain = (advantage[some] * chosen).sum() / len(rows)
+            divergence, entropy = divergence / counts.sum(), entropy / counts.sum()
+            loss = -gain + self.settings.divergence * divergence - self.settings.entropy * entropy
+            yield Part(loss, float(divergence.detach()), float(entropy.detach()))
 
     def _written_again(
-        self, rows: Tensor, prompt_tokens: int, mask: Tensor | None = None
+        self, rows: Tensor, prompt_tokens: int, counts: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probability of each text (N G,); divergence from the start and entropy, nats per token."""
+        """Log-probability of each text (N G,); divergence from the start and entropy, nats of all tokens."""
         model = self.model
         with torch.no_grad(), evaluating(model), self._policy.heard(model), last_states(model) as hidden:
             logits = logits_of(model, rows, mask)
         places = slice(prompt_tokens - 1, -1)
         logits, states = logits[:, places].double(), hidden[0][:, places]
         past = functools.partial(past_of, rows, logits.shape[-1], prompt_tokens, mask)
-        now = self._odds(self._policy, states, logits, past, self.parameters.knobs())
+        now = self._odds(self._policy, states, logits, past, self.parameters.knobs(logits.device))
         with torch.no_grad():
             began = self._odds(self._start, states, logits, past, self._began)
         new, odds = rows[:, prompt_tokens:], now.exp()
-        counts = self._before_end(new).to(odds)  # (N G, new)
-        divergence = ((odds * (now - began)).sum(-1) * counts).sum() / counts.sum()
-        entropy = -((odds * now).sum(-1) * counts).sum() / counts.sum()
+        divergence = ((odds * (now - began)).sum(-1) * counts).sum()
+        entropy = -((odds * now).sum(-1) * counts).sum()
         chosen = now.gather(-1, new[..., None])[..., 0] * counts
         return chosen.sum(1), divergence, entropy
 

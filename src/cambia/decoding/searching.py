@@ -21,7 +21,6 @@ from typing import Annotated, Any
 import numpy as np
 from annotated_types import Gt
 
-from cambia.config import resolve
 from cambia.decoding.parameters import SPANS, DecodingParameters, Span
 from cambia.errors import ConfigError, MissingExtraError
 
@@ -146,6 +145,10 @@ class Search(ABC):
             MissingExtraError: it needs a package.
         """
 
+    def rounds(self, space: Space) -> int | None:
+        """In which it has tried everything; None: it goes on for as long as it may."""
+        return None
+
     def run(self, worth: Worth, space: Space, *, rounds: int, seed: int = 0) -> Found:
         """Look for the best parameters.
 
@@ -210,7 +213,11 @@ class _CmaOngoing(Ongoing):
 
 
 class _BestTried(Ongoing):
-    """The best that was tried is taken."""
+    """The best that was tried is taken, so all of them are compared behind the same prompts."""
+
+    @property
+    def round(self) -> int:
+        return 0
 
     @property
     def best(self) -> DecodingParameters:
@@ -221,7 +228,8 @@ class _BestTried(Ongoing):
 
 @dataclass
 class TpeSearch(Search):
-    """Optuna's tree-structured Parzen estimator; the best that was tried is taken."""
+    """Optuna's tree-structured Parzen estimator, all candidates behind the same prompts; the best that was
+    tried is taken."""
 
     def begin(self, space: Space, *, seed: int = 0) -> Ongoing:
         return _TpeOngoing(self, space, seed)
@@ -262,7 +270,6 @@ class GridSearch(Search):
         return _GridOngoing(self, space)
 
     def rounds(self, space: Space) -> int:
-        """In which it has visited every point."""
         return -(-(self.points ** len(space.names)) // self.population)
 
 
@@ -272,11 +279,6 @@ class _GridOngoing(_BestTried):
         lines = [np.linspace(0, 1, search.points)] * len(space.names)
         self._every = np.stack(np.meshgrid(*lines, indexing="ij"), -1).reshape(-1, len(space.names))
         self._population = search.population
-
-    @property
-    def round(self) -> int:
-        """The first, to the end: all points are compared with each other."""
-        return 0
 
     def _ask(self) -> list[DecodingParameters]:
         done = len(self.tried)
@@ -341,12 +343,3 @@ def _quadratic(x: np.ndarray) -> np.ndarray:
     """(C, S) -> (C, S + S (S + 1) / 2): the coordinates, and all products of two."""
     pairs = [x[:, i] * x[:, j] for i in range(x.shape[1]) for j in range(i, x.shape[1])]
     return np.stack([*x.T, *pairs], 1)
-
-
-def search_of(kind: str, **settings: Any) -> Search:
-    """A search by its short name.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    return resolve(kind, SEARCHES, "search")(**settings)

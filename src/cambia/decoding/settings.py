@@ -14,6 +14,7 @@ from cambia.decoding.parameters import DecodingParameters
 from cambia.decoding.policy import DecodingPolicy
 from cambia.decoding.rewards.match import MatchReward
 from cambia.decoding.rewards.reward import REWARDS, Reward
+from cambia.errors import ConfigError
 
 
 @dataclass
@@ -46,8 +47,13 @@ class DecodingConfig:
         """Where it begins, for a model.
 
         Raises:
-            ConfigError: heads of a model of whose attention nothing is known.
+            ConfigError: heads of a model of whose attention nothing is known, or a part that `fit` cannot
+                learn.
         """
+        by = self.fit.by
+        for name, way in (("layers", "likelihood"), ("heads", "likelihood"), ("context", "gradient")):
+            if getattr(self, name) and by != way:
+                raise ConfigError(f"decoding.{name} is not learned by {by}: --decoding.fit.by {way}")
         return DecodingPolicy.of(
             model, self.start, layers=self.layers, heads=self.heads, context=self.context
         )

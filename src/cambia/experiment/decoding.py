@@ -47,7 +47,7 @@ def prompts_of(stream: Stream, settings: DecodingConfig, model: PreTrainedModel,
         )
         for task in stream.tasks
     ]
-    every = Prompts([row for p in found for row in p.rows], [row for p in found for row in p.human])
+    every = Prompts.joined(found)
     generator = torch.Generator().manual_seed(fit.seed)
     return every.take(torch.randperm(len(every), generator=generator).tolist())
 
@@ -137,7 +137,7 @@ def policies_of(words: Sequence[str], model: PreTrainedModel, folder: Path | Non
 def _params(place: str) -> Path:
     """The file of a policy: itself, or that of a run."""
     for folder in (Path(place), rundir.runs_root() / place):
-        for path in (folder, folder / PARAMS_JSON, folder / rundir.LATEST / PARAMS_JSON):
+        for path in (folder, folder / rundir.LATEST / PARAMS_JSON, folder / PARAMS_JSON):
             if path.is_file():
                 return path
     raise ConfigError(f"--decoding {place}: neither a file nor a run whose decoding has learned")

@@ -14,16 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import GENERATION_CONFIG_NAME
+
 from cambia import rundir
 from cambia.config import FieldError, apply_overrides, build, explain, merged
 from cambia.data.sources import TEST, TRAIN, VALID
-from cambia.decoding.exporting import PARAMS_JSON
+from cambia.decoding.exporting import PARAMS_JSON, exported
 from cambia.decoding.fitting import DecodingFit
 from cambia.decoding.judging import Judge, JudgedRow
 from cambia.decoding.parameters import PRESETS
 from cambia.decoding.policy import DecodingPolicy
 from cambia.decoding.rewards import REWARDS, total
-from cambia.decoding.searching import GridSearch, Space, TpeSearch
+from cambia.decoding.searching import GridSearch, TpeSearch
 from cambia.errors import ConfigError, MissingExtraError
 from cambia.experiment.build import open_stream
 from cambia.experiment.decoding import prompts_of
@@ -53,26 +55,26 @@ def reward_of(word: str) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such reward.
     """
-    weight, _, name = word.strip().rpartition(" ")
+    weighed = re.fullmatch(r"(?P<weight>\d*\.?\d+)\s+(?P<name>.+)", word.strip(), re.DOTALL)
+    name = weighed["name"] if weighed else word.strip()
     kind, colon, first = name.partition(":")
     if kind in REWARDS:
         found: dict[str, Any] = {"type": kind}
         if colon:
             if kind not in _FIRST:
                 raise ConfigError(f"--reward {word}: {kind} takes nothing behind a colon")
-            found[_FIRST[kind]] = int(first) if re.fullmatch(r"\d+", first) else first
+            found[_FIRST[kind]] = int(first) if kind == "length" and first.isdecimal() else first
+    elif " " in kind:
+        raise ConfigError(
+            f"--reward {word!r}: what stands before the reward is its weight, as in '0.2 length:40'"
+        )
     elif colon:
         found = {"type": name}
     else:
         raise ConfigError(
             f"--reward {word}: known are {', '.join(REWARDS)}, and your own, my_module:MyReward"
         )
-    try:
-        return {**found, "weight": float(weight)} if weight else found
-    except ValueError:
-        raise ConfigError(
-            f"--reward {word!r}: what stands before the reward is its weight, as in '0.2 length:40'"
-        ) from None
+    return {**found, "weight": float(weighed["weight"])} if weighed else found
 
 
 def tuning(
@@ -120,7 +122,7 @@ class Judged:
     samples: Sequence[Mapping[str, str]]
     """Prompts, how their documents go on, and what some of the policies write: by name."""
     left_out: Sequence[str]
-    """What could not be compared with, and why."""
+    """What could not be compared with, or does not stand in generation_config.json, and why."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -165,15 +167,12 @@ def judged(
     arms |= {name: (DecodingPolicy(parameters), 0) for name, parameters in PRESETS.items()}
     rivals: dict[str, DecodingFit] = {}
     if grid_points:
-        grid = GridSearch(points=grid_points)
-        rival = replace(fit, by="search", search=grid)
-        rounds = grid.rounds(Space(fit.parameters, settings.start))
-        rivals[f"grid of {grid_points ** len(fit.parameters)}"] = replace(
-            rival, tokens=rounds * rival.step_tokens
+        rivals[f"grid of {grid_points ** len(fit.searched)}"] = replace(
+            fit, by="search", search=GridSearch(points=grid_points)
         )
     if optuna:
         rivals["Optuna (TPE)"] = replace(fit, by="search", search=TpeSearch())
-    left_out = []
+    left_out = [f"{GENERATION_CONFIG_NAME}: {note}" for note in exported(learned, "transformers").left_out]
     for name, rival in rivals.items():
         told(f"searching with {name}")
         try:

@@ -204,7 +204,8 @@ def _print_facts(run: Run, console: Console) -> None:
     if run.decoding:
         facts.append(("parameters", f"{run.folder / LATEST / PARAMS_JSON}"))
     if run.status == "interrupted":
-        facts.append(("go on", f"cambia run --resume {run.handle}"))
+        command = "run" if run.teaches_weights else "tune-decoding"
+        facts.append(("go on", f"cambia {command} --resume {run.handle}"))
     _print_pairs(facts, console)
 
 

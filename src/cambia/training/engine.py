@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cambia.decoding.exporting import write_beside
+from cambia.decoding.exporting import PARAMS_JSON, write_beside
 from cambia.decoding.learners import PolicyLearner
+from cambia.errors import RewardError
 from cambia.training.display import Display
 from cambia.training.journal import Journal
 from cambia.training.settings import Progress
@@ -25,13 +26,24 @@ class Engine:
         self.learner, self.every = learner, every
 
     def step(self, progress: Progress, journal: Journal, display: Display) -> int:
-        """After a batch: learn, where it is time to; returns how many tokens' worth of training that was."""
-        if not self.every or progress.step % self.every:
+        """After a batch: learn, where it is time to; returns how many tokens' worth of training that was.
+
+        Raises:
+            RewardError: the reward is constant or not a number; the policy until then is kept in the run.
+        """
+        if not self.every or progress.step % self.every or self.learner.finished:
             return 0
-        before, update = self.learner.tokens, self.learner.step()
+        before = self.learner.processed
+        try:
+            update = self.learner.step()
+        except RewardError as error:
+            if not self.learner.updates:
+                raise
+            kept = self.learner.chosen.to_json(journal.run.folder / PARAMS_JSON)
+            raise RewardError(f"{error}; what was learned until then is kept in {kept}") from None
         journal.decoded(progress, update)
         display.decoded(update)
-        return (self.learner.tokens - before) // 3  # to write is a third of a training step
+        return (update.processed - before) // 3  # one way through the model is a third of a training step
 
     def write_beside(self, folder: Path) -> None:
         """The policy, beside the model in its folder."""

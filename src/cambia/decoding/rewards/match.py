@@ -35,6 +35,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from cambia.decoding.prompts import parted
 from cambia.decoding.rewards.calibration import Measure, Ruler
 from cambia.decoding.rewards.frontier import Clusters, frontier_area, smoothed
 from cambia.decoding.rewards.grams import GramHistogram, Grams
@@ -54,8 +55,8 @@ Parts = Callable[[Tensor], Mapping[str, Tensor]]
 class MatchReward(Reward):
     """Match to what people write: 1 like people, 0 like the model with temperature 1 and top-p 1.
 
-    The first half of the material's texts is compared with, the second half calibrates: they should be of
-    different documents, in no order. Prompts that are scored later should be of others still.
+    Half of the material's texts is compared with, the other half, of other documents, calibrates. Prompts
+    that are scored later should be of others still.
     """
 
     order: Annotated[int, Ge(2)] = 4
@@ -125,9 +126,8 @@ class MatchReward(Reward):
 
 def _halves(material: Material) -> tuple[Samples, Samples, Samples]:
     """What is compared with, and people's and plain texts to calibrate on."""
-    number = len(material.human)
-    held = range(number // 2, number)
-    return material.human.chosen(range(number // 2)), material.human.chosen(held), material.plain.chosen(held)
+    compared, held = parted(material.documents or range(len(material.human)), 0.5)
+    return material.human.chosen(compared), material.human.chosen(held), material.plain.chosen(held)
 
 
 # ---- n-grams -------------------------------------------------------------------------------------

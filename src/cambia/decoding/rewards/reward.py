@@ -26,7 +26,7 @@ from typing import Annotated
 from annotated_types import Gt
 from torch import Tensor
 
-from cambia.errors import ConfigError
+from cambia.errors import ConfigError, RewardError
 
 REWARDS: dict[str, str] = {
     "match": "cambia.decoding.rewards.match:MatchReward",
@@ -81,6 +81,8 @@ class Material:
     """What the model writes behind the same prompts with temperature 1 and nothing cut off."""
     features: Callable[[Sequence[str]], Tensor]
     """Texts -> (N, D): what a frozen model makes of them. It is not asked about empty ones."""
+    documents: Sequence[int] = ()
+    """The number of the document that each is from; empty: each is from one of its own."""
 
     def __post_init__(self) -> None:
         if list(self.human.prompts) != list(self.plain.prompts):
@@ -128,13 +130,13 @@ class Reward(ABC):
         """Score continuations.
 
         Raises:
-            ConfigError: the reward is not a number.
+            RewardError: the reward is not a number.
         """
         found = self.measure(samples)
         wrong = (~found.each.isfinite()).nonzero().flatten().tolist()
         if wrong or not math.isfinite(found.value):
             place = wrong[0] if wrong else 0
-            raise ConfigError(
+            raise RewardError(
                 f"the reward {type(self).__name__} gave {found.each[place].item()} for the continuation "
                 f"{samples.texts[place][:60]!r} and {found.value} for all {len(samples)}: it has to be a "
                 "finite number for every text, an empty one too"

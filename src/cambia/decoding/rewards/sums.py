@@ -12,7 +12,7 @@ import torch
 
 from cambia.config import Member
 from cambia.decoding.rewards.reward import REWARDS, Material, Reward, Samples, Score
-from cambia.errors import ConfigError
+from cambia.errors import ConfigError, RewardError
 
 
 @dataclass
@@ -64,12 +64,12 @@ def refuse_constant(scores: Sequence[Score]) -> None:
         scores: of several sets of continuations that differ, as those of different decoding parameters do.
 
     Raises:
-        ConfigError: they are all the same, and so is the share of every continuation.
+        RewardError: they are all the same, and so is the share of every continuation.
     """
     values = torch.cat([torch.cat([score.each, torch.tensor([score.value]).double()]) for score in scores])
     if len(scores) > 1 and bool((values - values[0]).abs().max() <= 1e-12 * (1 + values[0].abs())):
         parts = ", ".join(f"{name} {value:g}" for name, value in scores[0].parts.items()) or "no parts"
-        raise ConfigError(
+        raise RewardError(
             f"the reward is {scores[0].value:g} for all of {len(scores)} sets of continuations that differ, "
             f"and for every continuation in them ({parts}): nothing can be learned from it; give another "
             "reward, or add one"

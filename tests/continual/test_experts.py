@@ -40,14 +40,16 @@ QUICK = {
 }
 
 
-def learned(folder: Path, order: list[str], *, steps: int = 40, **changes: Any) -> RunReader:
-    """A run on a stream of generated text that does not say where one kind ends."""
+def learned(
+    folder: Path, order: list[str], *, steps: int = 40, boundaries: bool = False, **changes: Any
+) -> RunReader:
+    """A run on a stream of generated text that does not say where one kind ends, unless asked to."""
     tasks = [
         {"name": name, "source": {"type": "generated", "task": name, "size_bytes": 60_000}}
         for name in dict.fromkeys(order)
     ]
     tree: dict[str, Any] = {
-        "data": {"tasks": tasks, "stream": {"type": "sequence", "order": order, "boundaries": False}},
+        "data": {"tasks": tasks, "stream": {"type": "sequence", "order": order, "boundaries": boundaries}},
         "model": {
             "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
         },
@@ -266,6 +268,40 @@ def test_growth_that_is_not_done_leaves_the_text_unlearned(tmp_path: Path) -> No
     run = learned(tmp_path / "run", ["counting", "brackets"], growth={"rules": [{**RULE, "max_events": 1}]})
     assert opened(run).experts.names == ["expert_0"]
     assert "turned down" in [line.get("what") for line in run.stream()]
+
+
+def test_with_boundaries_each_text_ends_with_its_expert_sealed(tmp_path: Path) -> None:
+    """Also one that is too little to tell another from by ranks, and known text learns nobody."""
+    run = learned(tmp_path / "run", ["counting", "brackets", "counting"], steps=14, boundaries=True)
+    told = [(line["what"], line["part"], line["step"]) for line in run.stream() if "what" in line]
+    sealed = [(part, step) for what, part, step in told if what == "sealed"]
+    assert [part for part, _ in sealed] == ["expert_0", "expert_1"]
+    second = next(step for what, part, step in told if (what, part) == ("grew", "expert_1"))
+    assert sealed[0][1] < second, "before it has seen anything else"
+    matrix = task_matrix(run.rows("eval.csv"), split="test", route="oracle")
+    assert all(matrix.rows[-1][i] < matrix.rows[0][i] - 0.2 for i in range(2))
+    assert matrix.rows[1][0] == matrix.rows[-1][0], "the row at its end is scored with it sealed"
+
+
+def test_an_expert_that_is_born_at_the_very_end_is_taught(tmp_path: Path) -> None:
+    run = learned(tmp_path / "run", ["counting"], steps=3)
+    assert [event["step"] for event in run.growth()] == [3]
+    method = opened(run)
+    assert method.experts.sealed == ["expert_0"] and method.right("counting") == "expert_0"
+
+
+def test_going_on_with_other_rows_is_refused(recurring: RunReader, tmp_path: Path) -> None:
+    start = {"type": "pretrained", "path": str(recurring.folder / "latest")}
+    training = {"steps": 2, "batch_size": 16, "sequence_length": 24}
+    with pytest.raises(ConfigError, match="measured on rows of 32 tokens"):
+        learned(tmp_path / "run", ["copy"], model=start, training=training)
+
+
+def test_strangeness_is_measured_in_the_same_units_for_good(recurring: RunReader, tmp_path: Path) -> None:
+    start = {"type": "pretrained", "path": str(recurring.folder / "latest")}
+    run = learned(tmp_path / "run", ["counting"], model=start, steps=2, seed=77)
+    before, after = opened(recurring)._allocator.background, opened(run)._allocator.background
+    assert torch.equal(before.mean, after.mean) and before.count == after.count
 
 
 def test_without_a_rule_there_is_nothing_to_learn_with(tmp_path: Path) -> None:

@@ -87,6 +87,21 @@ def test_a_young_domain_rejects_nothing() -> None:
     assert verdict.nearest == ["d0"] * 16
 
 
+@pytest.mark.parametrize("count", [10, 30, 100])
+def test_a_little_text_that_is_learned_is_enough_to_find_others_strange(count: int) -> None:
+    """Nothing lies beyond the last of few windows by rank; by how far it lies, it does."""
+    detector = NoveltyDetector()
+    detector.remember("d0", rows([0] * count, 1, torch.Generator().manual_seed(1)))
+    detector.complete("d0")
+    others = detector.judge(rows([None] * 16, 1, torch.Generator().manual_seed(2), apart=30.0))
+    assert others.novel.all()
+    own = detector.judge(rows([0] * 400, 1, torch.Generator().manual_seed(3)))
+    assert own.novel.double().mean() <= 0.02
+    again = NoveltyDetector()
+    again.load_state_dict(through_a_file(detector.state_dict()))
+    assert again.judge(rows([None] * 16, 1, torch.Generator().manual_seed(2), apart=30.0)).novel.all()
+
+
 @pytest.mark.parametrize("score", list(NOVELTY_SCORES))
 def test_every_score_gives_a_number_for_each_row_and_domain(score: str) -> None:
     detector = detector_of(3, scores=[score])

@@ -140,6 +140,19 @@ def test_nothing_is_read_before_it_may_be() -> None:
     assert experts.router.route(reader.read(other[:, :8])).names == tuple(experts.route(BATCH))
 
 
+def test_the_loss_is_that_of_the_logits_and_so_looks_at_nothing_later() -> None:
+    experts = with_kinds(0, 1)
+    labels = BATCH.clone()
+    labels[:, :3] = -100
+    with torch.no_grad():
+        found = experts(BATCH, labels=labels)
+    logits, targets = found.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    assert torch.equal(found.logits, said(experts))
+    torch.testing.assert_close(found.loss, torch.nn.functional.cross_entropy(logits, targets))
+    with pytest.raises(ConfigError, match="leave out logits_to_keep"):
+        experts(BATCH, logits_to_keep=1)
+
+
 def test_what_cannot_be_chosen_is_refused() -> None:
     experts = with_kinds(0)
     with pytest.raises(ConfigError, match="no routing 'competes'; did you mean"):

@@ -12,12 +12,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from cambia.errors import CheckpointError, ConfigError
 from cambia.models import LoraExperts, LoraShape
 from cambia.models.bodies import count_parameters
-from cambia.models.parts.lora_shape import share_of
+from cambia.models.parts.lora_expert import LoraExpert
+from cambia.models.parts.lora_shape import new_deltas, share_of
 from cambia.nn.routed import bare_copy
 from tests.conftest import tiny
 from tests.laws.examples import logits
@@ -48,6 +49,10 @@ def test_one_model_has_one_set_of_experts() -> None:
     experts.add("a")
     moved(experts, "a")
     experts.remove()
+    model.requires_grad_(True)
+    with pytest.raises(ConfigError, match="'query'"):
+        LoraExperts(model, LoraShape(targets=("query",)))
+    assert all(parameter.requires_grad for parameter in model.parameters()), "nothing has happened to it"
     again = LoraExperts(model)
     again.add("a")
     assert torch.equal(said(again, ["a"] * 6), logits(model, BATCH))
@@ -175,7 +180,13 @@ def test_tables_and_norms_of_an_adapter_come_in_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"use_dora": True}, "use_dora=True"), ({"bias": "all"}, "trains biases")],
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"bias": "all"}, "trains biases"),
+        ({"init_lora_weights": "pissa"}, "began as pissa, which changes the weights of its base"),
+        ({"init_lora_weights": "olora"}, "began as olora"),
+        ({"trainable_token_indices": {"embed_tokens": [1, 2]}}, "trainable_token_indices"),
+    ],
 )
 def test_what_an_expert_cannot_do_is_refused(settings: dict[str, Any], said: str, tmp_path: Path) -> None:
     model = tiny("llama", attention_bias=True)
@@ -204,6 +215,20 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
         LoraExperts(tiny("llama")).from_peft(folder)
 
 
+def test_an_adapter_of_ours_knows_its_base(tmp_path: Path) -> None:
+    experts = beside("llama", "default", "a")
+    folder = experts.to_peft("a", tmp_path / "a")
+    LoraExperts(bare_copy(experts.model)).from_peft(folder)
+    other = bare_copy(experts.model)
+    with torch.no_grad():
+        next(other.parameters()).add_(0.01)
+    others = LoraExperts(other)
+    with pytest.raises(CheckpointError, match="made for another LlamaForCausalLM"):
+        others.from_peft(folder)
+    (folder / "base.json").unlink()
+    assert others.from_peft(folder).name == "a" and others.sealed == ["a"]
+
+
 # ---- size, and writing text ------------------------------------------------------------------------
 
 
@@ -215,6 +240,28 @@ def test_an_expert_takes_its_share_of_the_model(hidden: int) -> None:
     assert share <= share_of(model)
     assert share > 0.7 * share_of(model)
     assert part.rank % 4 == 0
+
+
+LARGE = {
+    "1B": {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+           "num_attention_heads": 32, "num_key_value_heads": 4},
+    "1B, tied": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+                 "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+                 "tie_word_embeddings": True},
+    "7B": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+           "num_attention_heads": 32},
+    "8B": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "num_key_value_heads": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", LARGE)
+def test_experts_of_large_models_have_rank_16_and_take_about_a_percent(size: str) -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**LARGE[size]))
+        part = LoraExpert("a", new_deltas(model, LoraShape()))
+    assert part.rank >= 16
+    assert 0.002 < part.num_parameters / count_parameters(model) < 0.015
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "cambia"])
@@ -243,4 +290,17 @@ def test_a_beam_search_keeps_each_row_with_its_expert() -> None:
         together = experts.model.generate(BATCH[:2], **settings)
     for row, name in enumerate("ab"):
         with experts.using(name):
+            assert torch.equal(experts.model.generate(BATCH[row : row + 1], **settings)[0], together[row])
+
+
+def test_a_mixture_is_searched_with_beams_as_alone() -> None:
+    experts = beside("llama", "default", "a", "b")
+    weights = torch.tensor([[0.7, 0.3], [0.1, 0.9]])
+    settings: dict[str, Any] = {
+        "max_new_tokens": 5, "do_sample": False, "num_beams": 2, "pad_token_id": 0, "eos_token_id": None,
+    }  # fmt: skip
+    with experts.mixed(["a", "b"], weights):
+        together = experts.model.generate(BATCH[:2], **settings)
+    for row in range(2):
+        with experts.mixed(["a", "b"], weights[row : row + 1]):
             assert torch.equal(experts.model.generate(BATCH[row : row + 1], **settings)[0], together[row])

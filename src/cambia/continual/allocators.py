@@ -26,7 +26,7 @@ from torch import Tensor
 from cambia.continual.course import Course, Phase
 from cambia.continual.domains import Domain, ReadRows, read_by
 from cambia.continual.kept_rows import Material, Quarantine, joined
-from cambia.continual.monitoring import certainty, shares_of, use_of
+from cambia.continual.monitoring import certainty, count_taught, shares_of, taught_most, use_of
 from cambia.continual.novelty.detector import NoveltyDetector, Verdict
 from cambia.continual.returns import Reopen, Returns
 from cambia.data.batches import Batch
@@ -141,7 +141,7 @@ class StreamAllocator:
         if not learned:
             return Allocation(train=False, measured=measured, use=use)
         assert self.open is not None
-        self._count(self.open, [batch.source] * len(learned))
+        count_taught(self.taught, self.open, [batch.source] * len(learned))
         rate, part = self._rate(), self.open
         return Allocation(
             rows=tuple(learned), parts=(part,), rate=rate, measured=measured | self._look(), use=use
@@ -233,9 +233,15 @@ class StreamAllocator:
             self._seal()
 
     def finish(self, batch_size: int) -> None:
-        """The stream has ended: what is left is to consolidate the open Part, once no whole batch is due."""
+        """The text has ended: what is left is to consolidate the open Part, once no whole batch is due."""
         if len(self.material.due) < batch_size:
-            self.consolidate("the stream has ended")
+            self.consolidate("the text has ended")
+
+    def begin_text(self) -> None:
+        """Another text begins, as was told: what was strange and not yet certain went with the last one."""
+        if not self._asked:
+            self._release()
+            self.detector.reset(cooldown=False)
 
     @property
     def _is_over(self) -> bool:
@@ -265,18 +271,12 @@ class StreamAllocator:
         self.detector.remember(name, read_by([domain], rows.take(halves[1]), self.background))
         domain.observe(rows.take([i for i in halves[1] if i < kept]))
         self._refresh()
-        self._count(name, sources)
-
-    def _count(self, name: str, sources: Sequence[str]) -> None:
-        counts = self.taught.setdefault(name, {})
-        for source in sources:
-            counts[source] = counts.get(source, 0) + 1
+        count_taught(self.taught, name, sources)
 
     def right(self, source: str) -> str | None:
         """The Part that was taught most of a source; None: there is none."""
-        counts = {name: taught.get(source, 0) for name, taught in self.taught.items()}
-        best = max(counts, key=counts.__getitem__, default=None)
-        return None if best is None or not counts[best] else self.domains[best].answers
+        best = taught_most(self.taught, source)
+        return None if best is None else self.domains[best].answers
 
     def _learn(self, mine: list[int], rows: ReadRows, verdict: Verdict) -> list[int]:
         """Rows of the domain that is being learned: those of them that train its Part now."""
@@ -299,7 +299,6 @@ class StreamAllocator:
         return learned
 
     def _refresh(self) -> None:
-        """The densities of the open domain are brought up to date, more and more seldom."""
         assert self.open is not None
         domain = self.domains[self.open]
         domain.refresh()
@@ -316,6 +315,7 @@ class StreamAllocator:
         self._tell("sealed" if outcome.answers == self.open else "dropped", self.open, outcome.reason)
         self._succeeded(self.open, outcome)
         domain.seal()
+        self.detector.complete(self.open)
         self._introduce(domain, sealed=True)
         self.open, self.steps = None, 0
         self.material.end()

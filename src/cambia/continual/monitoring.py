@@ -9,7 +9,7 @@ anyway. How certain the router itself is stands beside each text at the end of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -72,3 +72,19 @@ def certainty(verdict: Verdict, owners: Sequence[str | None]) -> dict[str, float
         "routing_confidence": float(shares.gather(1, chosen[:, None]).mean()),
         "routing_entropy": float(entropy(shares, 1).mean()),
     }
+
+
+# ---- who was taught what -------------------------------------------------------------------------
+
+
+def count_taught(taught: dict[str, dict[str, int]], name: str, sources: Sequence[str]) -> None:
+    """Note that a Part was taught rows of some sources."""
+    counts = taught.setdefault(name, {})
+    for source in sources:
+        counts[source] = counts.get(source, 0) + 1
+
+
+def taught_most(taught: Mapping[str, Mapping[str, int]], source: str) -> str | None:
+    """The Part that was taught most of a source; None: nobody was taught any."""
+    counts = {name: sources[source] for name, sources in taught.items() if source in sources}
+    return max(counts, key=counts.__getitem__, default=None)

@@ -38,7 +38,7 @@ def go_on(trainer: Trainer, start: StartModel, sequence_length: int) -> bool:
         return False
     state = load_state(checkpoint)
     _same_base(trainer, checkpoint)
-    _same_rows(state["allocator"], sequence_length, checkpoint)
+    _same_rows(state["method"], sequence_length, checkpoint)
     try:
         method.restore(state["method"])
         trainer.allocator.load_state_dict(state["allocator"])
@@ -76,10 +76,9 @@ def _same_base(trainer: Trainer, checkpoint: Path) -> None:
 
 
 def _same_rows(state: Mapping[str, Any], sequence_length: int, checkpoint: Path) -> None:
-    kept = [state["quarantine"]["rows"], *state["material"]["rows"].values()]
-    waiting = [rows["input_ids"] for rows in kept if len(rows["input_ids"])]
-    if waiting and waiting[0].shape[1] != sequence_length:
+    known = state["row_tokens"]
+    if state["experts"] and known != sequence_length:
         raise ConfigError(
-            f"in {checkpoint} rows of {waiting[0].shape[1]} tokens wait to be learned from, and "
+            f"in {checkpoint} strangeness was measured on rows of {known} tokens, and "
             f"--training.sequence_length is {sequence_length}: leave it as it was"
         )

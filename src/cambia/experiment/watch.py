@@ -168,7 +168,10 @@ class Watcher:
         number = len(self.arrivals()) + 1
         copied = self.home / ARRIVED / f"{number:04d}-{Path(name).name}"
         part = copied.with_name(f".{copied.name}.part")
-        shutil.copyfile(self.inbox / name, part)
+        try:
+            shutil.copyfile(self.inbox / name, part)
+        except FileNotFoundError:
+            return  # it has gone since it was seen
         files.fsync_path(part)
         part.replace(copied)
         self._write_down(

@@ -109,6 +109,8 @@ class Mixed(Use):
             weights = weights[:, None]  # (N, 1, E)
         flat = said.dim() == 2
         given, said = _in_rows(module, given, len(weights)), _in_rows(module, said, len(weights))
+        if len(said) > len(weights):  # in a beam search those of one row stand together
+            weights = weights.repeat_interleave(len(said) // len(weights), 0)
         total = said
         for number, part in enumerate(self.parts):
             if part in deltas:

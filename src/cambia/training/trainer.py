@@ -215,7 +215,8 @@ class Trainer:
             while p.stage < len(names):
                 if p.stage_step == 0 and stream.boundaries:
                     self.method.begin_stage(p.stage)
-                while p.stage_step < stage_steps[p.stage] or (p.stage + 1 == len(names) and self.method.owes):
+                told = stream.boundaries or p.stage + 1 == len(names)
+                while p.stage_step < stage_steps[p.stage] or (told and self.method.owes):
                     began = time.perf_counter()
 
                     # One step: which batch, what of it trains, at which rate.

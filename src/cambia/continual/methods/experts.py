@@ -130,8 +130,13 @@ class Experts(Method):
         # Named after its stage, so that it can be told afterwards who was taught what.
         return replace(super().batch(stream, stage, at), source=stream.stages[stage].name)
 
+    def begin_stage(self, stage: int) -> None:
+        if stage:
+            self._allocator.begin_text()
+
     @property
     def owes(self) -> bool:
+        self.meet_newcomer()
         self._allocator.settle()
         return self._allocator.open is not None
 
@@ -153,7 +158,7 @@ class Experts(Method):
         """What the base makes of a batch's rows; every row costs a forward pass."""
         ids = batch.input_ids
         self.extra_tokens += ids.numel() / 3
-        prefixes = self.reader.read(ids)
+        prefixes = self.reader.read_at_once(ids)
         return ReadRows(
             ids, batch.targets, prefixes.losses(None), prefixes.features(), float(batch.num_bytes)
         )
@@ -286,6 +291,9 @@ class Experts(Method):
                 }
                 for name in self.experts.names
             ],
+            # What strangeness is measured in: a run that goes on with another seed must not measure anew.
+            "background": self._allocator.background.state_dict(),
+            "row_tokens": self.situation.stream.sequence_length,
             # The open one is measured anew when it is asked for.
             "router": self.experts.router.state_dict(sealed_only=True),
         }
@@ -306,6 +314,7 @@ class Experts(Method):
             self.experts.hang(part)
         self.experts.router.load_state_dict(state["router"])
         self.experts.born = state["born"]
+        self._allocator.background.load_state_dict(state["background"])
 
 
 _BACKGROUND_TOKENS = 64

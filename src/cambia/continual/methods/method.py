@@ -165,7 +165,7 @@ class Method:
 
     @property
     def owes(self) -> bool:
-        """Whether there is still to be trained when the stream has ended, out of the method's own memory."""
+        """Whether there is still to be trained when a text has ended, out of the method's own memory."""
         return False
 
     @contextmanager

@@ -4,6 +4,11 @@ A new window is ranked among them, which gives a conformal p-value (Vovk, Gammer
 Algorithmic Learning in a Random World): if the window is one more of the same kind, exchangeable with those
 remembered, then P(p <= e) <= e for every e, whatever the scores are. No distribution is assumed.
 
+A p-value is never below one in the number of windows, so few of them would call nothing strange. Where a
+domain is learned and has few, a window that is stranger than all of them is put into their standard
+deviations: whatever their distribution is, if it has one peak, no more than 4 / (9 (1 + b^2)) of it lies more
+than b above its mean (Vysochanskij and Petunin 1983, Justification of the 3-sigma rule).
+
 That is an average over which windows happened to be remembered. For the ones at hand the rate may lie
 higher; `risk` says how likely that is (Vovk 2012, Conditional validity of inductive conformal predictors,
 arXiv:1209.2673).
@@ -68,6 +73,17 @@ class Calibration:
         count = len(self.ranked)
         return (1 + count - below).double() / (count + 1)
 
+    def tail(self, combined: Tensor) -> Tensor:
+        """(B,) -> (B,): at most that share lies as far above the own windows, if they have one peak; 1 where
+        they are too few to have a spread."""
+        count = len(self.ranked)
+        if count < _FEWEST:
+            return torch.ones_like(combined)
+        # Of a new one: the spread of a prediction from so few, Student's.
+        wider = math.sqrt((1 + 1 / count) * (count - 1) / (count - 3))
+        above = (combined - self.ranked.mean()) / (self.ranked.std().clamp_min(1e-9) * wider)
+        return torch.where(above > 2, 4 / (9 * (1 + above**2)), 1.0)
+
     def risk(self, level: float, allowed: float) -> float:
         """How likely it was to meet windows by which more than `allowed` of the domain's fall to `level`.
 
@@ -98,6 +114,8 @@ class Ordinary:
         self._scores = torch.empty(0, num_scores, dtype=torch.float64)
         self._ages = torch.empty(0, dtype=torch.int64)
         self._seen, self._stride, self._beginning = 0, 1, 0
+        self.is_complete = False
+        """Whether the domain has learned what it will learn."""
         self.calibration = Calibration.of(self._scores)
 
     def remember(self, strangeness: Tensor) -> None:
@@ -114,6 +132,16 @@ class Ordinary:
             self._scores, self._ages, self._stride = self._scores[::2], self._ages[::2], 2 * self._stride
         self._calibrate()
 
+    def p_values(self, combined: Tensor) -> Tensor:
+        """(B,) -> (B,), as those of the calibration; where a domain is learned and has few windows, by their
+        tail for one that is stranger than all of them."""
+        found = self.calibration.p_values(combined)
+        return found.minimum(self.calibration.tail(combined)) if self._has_few else found
+
+    @property
+    def _has_few(self) -> bool:
+        return self.is_complete and len(self.calibration.ranked) < _ENOUGH
+
     def _calibrate(self) -> None:
         self.calibration = Calibration.of(self._scores[self._ages >= self._beginning])
 
@@ -123,13 +151,21 @@ class Ordinary:
             "scores": self._scores,
             "ages": self._ages,
             "counts": [self._seen, self._stride, self._beginning],
+            "is_complete": self.is_complete,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken."""
         self._scores, self._ages = state["scores"], state["ages"]
         self._seen, self._stride, self._beginning = state["counts"]
+        self.is_complete = state["is_complete"]
         self._calibrate()
+
+
+_FEWEST = 4
+"""Windows that have a spread."""
+_ENOUGH = 99
+"""Windows that are ranked among, with which a p-value reaches 0.01."""
 
 
 def _checked(strangeness: Tensor) -> Tensor:

@@ -172,8 +172,8 @@ class NoveltyDetector:
         """Take in what windows of a domain look like to it before it learns from them; it is known from then.
 
         While a domain learns, its rows are remembered batch by batch. Of one that was learned elsewhere,
-        held-out windows are remembered at once, from all over its text. With few windows little is novel: a
-        p-value is never below one in their number.
+        held-out windows are remembered at once, from all over its text. With few windows little is novel, as
+        long as the domain learns: a p-value is never below one in their number.
 
         Args:
             domain: one of the columns.
@@ -183,6 +183,11 @@ class NoveltyDetector:
         column = found.domains.index(domain)
         known = self._known.setdefault(domain, Ordinary(len(self.scores), self.remembered_windows))
         known.remember(raw[:, column])
+
+    def complete(self, domain: str) -> None:
+        """A domain has learned what it will learn: now few windows are enough to call others strange, by how
+        far they lie outside."""
+        self._known[domain].is_complete = True
 
     def forget(self, domain: str) -> None:
         """A domain that is no longer known, for example since its Part was merged into another."""
@@ -200,12 +205,12 @@ class NoveltyDetector:
                 "remember() each domain that is read, and forget() those that are gone"
             )
         raw = self._raw(readings)  # (B, K, S)
-        known = [self._known[domain].calibration for domain in readings.domains]
+        known = [self._known[domain] for domain in readings.domains]
         strangeness = raw.new_empty(raw.shape[:2])
         p_values = torch.empty_like(strangeness)
-        for i, calibration in enumerate(known):
-            strangeness[:, i] = calibration.combined(raw[:, i])
-            p_values[:, i] = calibration.p_values(strangeness[:, i])
+        for i, ordinary in enumerate(known):
+            strangeness[:, i] = ordinary.calibration.combined(raw[:, i])
+            p_values[:, i] = ordinary.p_values(strangeness[:, i])
         novel = _least(p_values, 0.0, largest=True) <= self.row_level
         return Verdict(readings.domains, strangeness, p_values, novel, raw)
 
@@ -270,10 +275,11 @@ class NoveltyDetector:
             for name, known in self._known.items()
         }
 
-    def reset(self) -> None:
-        """Begin anew, with a cool-down: after a growth, or when an alarm was turned down."""
+    def reset(self, *, cooldown: bool = True) -> None:
+        """Begin anew: after a growth, or when an alarm was turned down, with a cool-down; without one where
+        somebody has said that another text begins."""
         self._begin()
-        self._quiet = self.cooldown_windows
+        self._quiet = self.cooldown_windows if cooldown else 0
 
     # ---- what must survive a restart -------------------------------------------------------------
 

@@ -68,22 +68,44 @@ def routed_logits(
     """Each row answered as was decided from its `tokens`-th token on, and by the model alone before.
 
     A row that the model alone answers is left as one reading gave it, to the bit: read in parts it would be
-    rounded otherwise.
+    rounded otherwise. The loss, where `labels` are given, is that of these logits.
+
+    Raises:
+        ConfigError: only some of the logits are asked for.
     """
-    model = experts.model
+    if settings.get("logits_to_keep"):
+        raise ConfigError("rows that are routed need all of their logits: leave out logits_to_keep")
+    model, labels = experts.model, settings.pop("labels", None)
     with answer.block():
         outputs = model(input_ids=input_ids, attention_mask=attention_mask, **settings)
-    if not any(answer.by_experts):
-        return outputs
+    if labels is not None:
+        outputs.loss = None
+    if any(answer.by_experts):
+        _as_before(experts, answer, outputs, input_ids, attention_mask, tokens)
+    if labels is not None:
+        vocabulary = outputs.logits.shape[-1]
+        outputs.loss = model.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocabulary)
+    return outputs
+
+
+def _as_before(
+    experts: LoraExperts,
+    answer: Answer,
+    outputs: CausalLMOutputWithPast,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    tokens: int,
+) -> None:
+    """Put in what the model alone says where too little had been read to decide."""
     with experts.using(None):
         first = slice(0, tokens - 1 + _padding(attention_mask))
         mask = None if attention_mask is None else attention_mask[:, first]
-        alone = model(input_ids=input_ids[:, first], attention_mask=mask, use_cache=False).logits
+        alone = experts.model(input_ids=input_ids[:, first], attention_mask=mask, use_cache=False).logits
+    assert outputs.logits is not None
     outputs.logits = outputs.logits.clone()
     unread = _read(input_ids, attention_mask)[:, first] < tokens  # (B, P - 1): too little was read there
     unread = unread & torch.tensor(answer.by_experts, device=unread.device)[:, None]
     outputs.logits[:, first][unread] = alone[unread]
-    return outputs
 
 
 def _read(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

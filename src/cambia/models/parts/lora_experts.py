@@ -34,7 +34,7 @@ from cambia.models.parts.folder import opened, read_base, read_experts, shape_of
 from cambia.models.parts.lora_expert import LoraExpert
 from cambia.models.parts.lora_shape import LoraShape, new_deltas, places_of
 from cambia.models.parts.merging import merged
-from cambia.models.parts.peft_format import read_adapter, write_adapter
+from cambia.models.parts.peft_format import read_adapter, write_adapter, write_base
 from cambia.models.routing.router import Router
 from cambia.models.routing.routes import Routes
 from cambia.nn.routed import ByRow, Everywhere, Mixed, Routed, Use
@@ -54,8 +54,10 @@ class LoraExperts(nn.Module):
 
     def __init__(self, model: PreTrainedModel, shape: LoraShape | None = None, *, seed: int = 0):
         super().__init__()
-        self.model = model.requires_grad_(False)
         self.shape = shape or LoraShape()
+        places_of(model, self.shape.targets)  # says now what could not be adapted later
+        self._routed = Routed(model, self)
+        self.model = model.requires_grad_(False)
         self.seed = seed
         self._routing, self._prefix_tokens = "compete", 64
         self.router = Router(model.config.get_text_config().vocab_size)
@@ -68,8 +70,6 @@ class LoraExperts(nn.Module):
         """How many there have been, so that the name of one that was dropped is not given again."""
         self._answers: str | None = _WHO_KNOWS
         self.parts = nn.ModuleDict()
-        self._routed = Routed(model, self)
-        places_of(model, self.shape.targets)  # says now what could not be adapted later
 
     @staticmethod
     def of(model: PreTrainedModel) -> LoraExperts | None:
@@ -205,6 +205,7 @@ class LoraExperts(nn.Module):
         if Path(folder).exists():
             raise ConfigError(f"{folder} exists already: name a new folder")
         write_adapter(Path(folder), self[name], self.model)
+        write_base(Path(folder), self.model)
         return Path(folder)
 
     def from_peft(self, folder: str | Path, name: str | None = None) -> LoraExpert:

@@ -84,10 +84,8 @@ def places_of(model: PreTrainedModel, targets: tuple[str, ...] = ()) -> Places:
 
 
 def share_of(model: nn.Module) -> float:
-    """The share of a model that an expert takes by default: 0.35 to ten million parameters, then less.
-
-    At a billion it is one percent, which is about rank 16.
-    """
+    """The share of a model that an expert takes by default: 0.35 to ten million parameters, then less, one
+    percent at a billion."""
     return 0.35 * min(1.0, (1e7 / count_parameters(model)) ** 0.75)
 
 
@@ -116,8 +114,10 @@ def _deltas(model: PreTrainedModel, places: Places, shape: LoraShape) -> dict[st
 
 def _tables(model: PreTrainedModel, places: Places, shape: LoraShape) -> dict[str, Delta]:
     table = model.get_submodule(places.table)
-    small = weight_of(table).numel() <= SMALL_TABLE * count_parameters(model)
-    auto = small or shape.kind == "full"
+    size, base = weight_of(table).numel(), count_parameters(model)
+    both = size if places.tied or places.head is None else 2 * size
+    fits = size <= SMALL_TABLE * base and both <= share_of(model) * base
+    auto = fits or shape.kind == "full"
     whole = auto if shape.tables == "auto" else shape.tables == "whole"
     matrix = _matrix(table, shape, whole=whole)
     deltas: dict[str, Delta] = {places.table: Lookup(matrix, scale_of(table))}
@@ -137,7 +137,8 @@ def _matrix(layer: nn.Module, shape: LoraShape, *, whole: bool) -> Matrix:
 
 
 def _fitting_rank(model: PreTrainedModel, places: Places, shape: LoraShape) -> int:
-    """The largest rank, a multiple of 4, with which an expert stays within its share of the model."""
+    """The largest rank, a multiple of 4, with which an expert stays within its share of the model; at least
+    4, and 16 from a billion parameters on."""
     thin, thicker = (
         count_parameters(nn.ModuleList(_deltas(model, places, replace(shape, rank=rank)).values()))
         for rank in (1, 2)
@@ -145,7 +146,12 @@ def _fitting_rank(model: PreTrainedModel, places: Places, shape: LoraShape) -> i
     each = thicker - thin
     room = share_of(model) * count_parameters(model) - (thin - each)
     widest = max(min(sides(layer)) for layer in places.linears.values())
-    return max(4, min(int(room / each) // 4 * 4, widest)) if each else 1
+    least = 16 if count_parameters(model) >= _LARGE else 4
+    return max(least, min(int(room / each) // 4 * 4, widest)) if each else 1
+
+
+_LARGE = 1_000_000_000
+"""Parameters of a model that is given a rank of 16 or more."""
 
 
 def sides(layer: nn.Module) -> tuple[int, int]:

@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from cambia import files
 from cambia.errors import CheckpointError, ConfigError
+from cambia.models.hashing import fingerprint
 from cambia.models.parts.lora_expert import LoraExpert
 from cambia.models.parts.lora_shape import places_of, scale_of, sides
 from cambia.models.parts.merging import louder, matrix_of
@@ -35,7 +37,11 @@ from cambia.nn.deltas import Delta, Gain, Lookup, LowRank, Matrix, Whole
 from cambia.nn.lora import LINEAR, weight_of
 
 CONFIG, WEIGHTS, GAINS = "adapter_config.json", "adapter_model.safetensors", "gains.safetensors"
+BASE = "base.json"
+"""Beside an adapter: the model that it was made for."""
 _PREFIX = "base_model.model."
+_CHANGES_ITS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways of PEFT to begin that take something out of the base's weights, or put something into them."""
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -74,6 +80,23 @@ def write_adapter(folder: Path, part: LoraExpert, model: PreTrainedModel) -> Non
     norms = [path for path, delta in part.by_module.items() if isinstance(delta, Gain)]
     config = _config(model, ranks, scales, norms)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def write_base(folder: Path, model: PreTrainedModel) -> None:
+    """Say which model an adapter is for."""
+    files.write_json(folder / BASE, {"class": type(model).__name__, "sha256": fingerprint(model)})
+
+
+def _check_base(folder: Path, model: PreTrainedModel) -> None:
+    if not (folder / BASE).exists():
+        return
+    made_for = files.read_json(folder / BASE)
+    if made_for["sha256"] != fingerprint(model):
+        raise CheckpointError(
+            f"{folder} was made for another {made_for['class']}, whose weights or whose dtype differ from "
+            f"those of this one ({model.dtype}): load the model that it was made for, or, if this one is to "
+            f"serve in its place, remove {BASE} there"
+        )
 
 
 def _config(
@@ -130,6 +153,7 @@ def read_adapter(folder: Path, name: str, model: PreTrainedModel) -> LoraExpert:
     """
     config, found = _opened(folder)
     _refuse(config, folder)
+    _check_base(folder, model)
     adapted = sorted({n.partition(".lora_")[0] for n in found if ".lora_" in n})
     saved = sorted({n.rpartition(".")[0] for n in found if ".lora_" not in n})
     modules = dict(model.named_modules())
@@ -174,12 +198,20 @@ def _refuse(config: Mapping[str, Any], folder: Path) -> None:
         "target_parameters",
         "use_bdlora",
         "arrow_config",
+        "alora_invocation_tokens",
+        "trainable_token_indices",
     ):
         if config.get(field):
             raise ConfigError(
                 f"{folder} has {field}={config[field]!r}, which a LoRA expert cannot do: merge it into its "
                 "model with PEFT (merge_and_unload), or train it without"
             )
+    begun = str(config.get("init_lora_weights", "")).lower()
+    if begun.startswith(_CHANGES_ITS_BASE):
+        raise ConfigError(
+            f"{folder} began as {begun}, which changes the weights of its base: let PEFT convert it "
+            "(save_pretrained with path_initial_model_for_weight_conversion), or merge it into its model"
+        )
     if config.get("bias", "none") != "none":
         raise ConfigError(f"{folder} trains biases (bias={config['bias']!r}), which a LoRA expert cannot")
 

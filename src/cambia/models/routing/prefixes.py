@@ -107,6 +107,16 @@ class Prefixes:
             known[missing] = given.to("cpu", torch.float64)
         return known[asked]
 
+    def know(self, losses: Tensor, features: Tensor) -> None:
+        """What somebody else has found out, so that it is not asked for again.
+
+        Args:
+            losses: (B,), of the base.
+            features: (B, D).
+        """
+        self._losses[None] = losses.to("cpu", torch.float64)
+        self._features = features.to("cpu", torch.float32)
+
     def first(self, tokens: int) -> Prefixes:
         """The first tokens of each, as prefixes of their own; rows that are shorter stay as they are."""
         return Prefixes(
@@ -133,6 +143,24 @@ class PrefixReader:
         return Prefixes(input_ids, lengths, features_of=self.features, losses_of=self.losses)
 
     @torch.no_grad()
+    def read_at_once(self, input_ids: Tensor) -> Prefixes:
+        """The same of whole rows (B, P), with the base's losses and features out of one pass."""
+        found = self.read(input_ids)
+        config = self.model.config
+        held = config.vocab_size + config.hidden_size * (config.num_hidden_layers + 1)
+        rows = max(1, _MOST_HELD // max(1, input_ids.shape[1] * held))
+        losses, features = [], []
+        with self.using(None), evaluating(self.model):
+            for ids, mask in zip(found.input_ids.split(rows), found.mask.split(rows), strict=True):
+                ids = ids.to(self.model.device)
+                outputs = self.model(input_ids=ids, use_cache=False, output_hidden_states=True)
+                losses.append(_mean_losses(outputs.logits, ids, mask))
+                features.append(_mean_state(outputs.hidden_states[self.layer], mask))
+        if losses:
+            found.know(torch.cat(losses), torch.cat(features))
+        return found
+
+    @torch.no_grad()
     def features(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, P) -> (B, D) float32, of the base; a row without tokens has zeros."""
         config = self.model.config
@@ -147,9 +175,7 @@ class PrefixReader:
         # The trunk alone: a head would cost as much again where the vocabulary is large.
         trunk = self.model.base_model
         outputs = trunk(ids.to(self.model.device), use_cache=False, output_hidden_states=True)
-        hidden = outputs.hidden_states[self.layer].float()  # (B, P, D)
-        counted = mask.to(hidden.device)[..., None]
-        return hidden.masked_fill(~counted, 0).sum(1) / counted.sum(1).clamp_min(1)
+        return _mean_state(outputs.hidden_states[self.layer], mask)
 
     @torch.no_grad()
     def losses(self, name: str | None, ids: Tensor, mask: Tensor) -> Tensor:
@@ -164,10 +190,20 @@ class PrefixReader:
 
     def _losses(self, ids: Tensor, mask: Tensor) -> Tensor:
         ids = ids.to(self.model.device)
-        logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]  # (B, P - 1, V)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        targets = ids[:, 1:]
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        counted = mask[:, 1:].to(losses.device)
-        losses = losses.view(targets.shape).double().masked_fill(~counted, 0)
-        return losses.sum(1) / counted.sum(1).clamp_min(1)
+        return _mean_losses(self.model(input_ids=ids, use_cache=False).logits, ids, mask)
+
+
+def _mean_state(hidden: Tensor, mask: Tensor) -> Tensor:
+    """(B, P, D) and (B, P) -> (B, D) float32: the mean over the tokens that count."""
+    counted = mask.to(hidden.device)[..., None]
+    return hidden.float().masked_fill(~counted, 0).sum(1) / counted.sum(1).clamp_min(1)
+
+
+def _mean_losses(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """(B, P, V), (B, P) and (B, P) -> (B,) float64: nats per token that counts, from the second on."""
+    logits, targets = logits[:, :-1], ids[:, 1:]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    counted = mask[:, 1:].to(losses.device)
+    losses = losses.view(targets.shape).double().masked_fill(~counted, 0)
+    return losses.sum(1) / counted.sum(1).clamp_min(1)

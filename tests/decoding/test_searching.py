@@ -51,7 +51,7 @@ def test_through_noise_the_quadric_is_nearer_than_the_best_that_was_tried() -> N
         found = CmaSearch().run(noisy(seed, 0.04), SPACE, rounds=12, seed=seed)
         mine.append(away(found.best))
         tried.append(away(max(found.tried, key=lambda one: one.worth).parameters))
-    assert np.mean(mine) < 0.6 * np.mean(tried)
+    assert np.mean(mine) < 0.7 * np.mean(tried)
 
 
 def test_too_few_points_leave_the_middle() -> None:

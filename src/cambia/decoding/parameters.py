@@ -119,7 +119,7 @@ class Span:
 
 
 SPANS = {
-    "temperature": Span(0.2, 1.6),
+    "temperature": Span(0.1, 1.9),  # 1, where nearly everybody begins, is the middle of any odd grid
     "top_p": Span(0.3, 1.0),
     "min_p": Span(0.0, 0.3),
     "repetition_penalty": Span(1.0, 1.6, log=True),

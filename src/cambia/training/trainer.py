@@ -218,7 +218,6 @@ class Trainer:
                 told = stream.boundaries or p.stage + 1 == len(names)
                 while p.stage_step < stage_steps[p.stage] or (told and self.method.owes):
                     began = time.perf_counter()
-
                     # One step: which batch, what of it trains, at which rate.
                     batch = self.method.batch(stream, p.stage, at=p.stage_step / stage_steps[p.stage])
                     signals = self._signals(None, stage_steps)

@@ -286,7 +286,7 @@ def test_a_full_disk_keeps_what_was_written(cambia, tmp_path, monkeypatch):
     assert cambia("run", "--resume", "tiny")[0] == 0
 
 
-@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("which", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_signals_finish_the_step_and_save(tmp_path, cache, which):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     environment = {**os.environ, "CAMBIA_RUNS": str(tmp_path / "runs"), "CAMBIA_CACHE": str(cache)}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -16,13 +17,17 @@ from cambia.data.sources import Splits
 LIMIT = {"english": 1_000_000}  # enough to reach the docstrings behind the language reference
 
 
+FAST_FIRST = [pytest.param(d, marks=[pytest.mark.slow] if d == "english" else []) for d in DOMAINS]
+"""The largest is slow."""
+
+
 def source(domain):
     return EmbeddedSource(domain, limit_bytes=LIMIT.get(domain, 300_000))
 
 
-@pytest.fixture(scope="module")
-def documents():
-    return {domain: [*source(domain).documents()] for domain in DOMAINS}
+@functools.cache
+def read(domain):
+    return [*source(domain).documents()]
 
 
 def plain(line):
@@ -31,8 +36,8 @@ def plain(line):
     return re.sub(r"\d+", "0", " ".join(words))
 
 
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_splits_are_disjoint_by_key_and_by_near_duplicate_lines(domain, tmp_path, byte_tokenizer, documents):
+@pytest.mark.parametrize("domain", FAST_FIRST)
+def test_splits_are_disjoint_by_key_and_by_near_duplicate_lines(domain, tmp_path, byte_tokenizer):
     """Law 9."""
     rule = Splits()
     corpus = prepare(source(domain), byte_tokenizer, cache_dir=tmp_path)
@@ -44,7 +49,7 @@ def test_splits_are_disjoint_by_key_and_by_near_duplicate_lines(domain, tmp_path
     assert not lines["train"] & (lines["valid"] | lines["test"])
     assert not lines["valid"] & lines["test"]
     for split, file in corpus.splits.items():
-        whole = "".join(document.text for document in documents[domain] if rule.of(document.key) == split)
+        whole = "".join(document.text for document in read(domain) if rule.of(document.key) == split)
         assert whole
         if split == "train":
             assert byte_tokenizer.decode(file.tokens) == whole
@@ -52,18 +57,18 @@ def test_splits_are_disjoint_by_key_and_by_near_duplicate_lines(domain, tmp_path
             assert 0.5 * len(whole.encode()) < file.num_bytes <= len(whole.encode())
 
 
-def test_docstrings_fall_on_the_side_of_their_module(documents):
+def test_docstrings_fall_on_the_side_of_their_module():
     modules = {file.key for tier in installed.DOMAINS["python"](installed.places()) for file in tier}
     docstrings = {
-        d.key for d in documents["english"] if d.key.startswith(("stdlib/", "torch/")) and "#" not in d.key
+        d.key for d in read("english") if d.key.startswith(("stdlib/", "torch/")) and "#" not in d.key
     }
     assert len(docstrings) > 20
     assert docstrings <= modules
 
 
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_a_domain_is_text_of_its_kind_and_the_same_each_time(domain, documents):
-    found = documents[domain]
+@pytest.mark.parametrize("domain", FAST_FIRST)
+def test_a_domain_is_text_of_its_kind_and_the_same_each_time(domain):
+    found = read(domain)
     assert found == [*source(domain).documents()]
     assert source(domain).describe()["fallback"] is None
     total = sum(len(document.text.encode()) for document in found)

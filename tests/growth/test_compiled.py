@@ -42,7 +42,7 @@ def gradients(model: Any, call: Any) -> tuple[float, list[torch.Tensor]]:
 @pytest.mark.parametrize(
     ("family", "how", "backend"),
     [
-        ("cambia", "wrapped", "aot_eager"),
+        pytest.param("cambia", "wrapped", "aot_eager", marks=pytest.mark.slow),
         ("cambia", "in place", "eager"),
         pytest.param("llama", "wrapped", "aot_eager", marks=pytest.mark.slow),
         pytest.param("llama", "in place", "aot_eager", marks=pytest.mark.slow),

@@ -134,7 +134,13 @@ def finished(tmp_path_factory):
     return run_of
 
 
-@pytest.mark.parametrize("form", FORMS)
+RESUMED = [  # of forms that keep the same state as another, one is fast
+    pytest.param(form, marks=[pytest.mark.slow] if form in MORE and form != "experts, reopened" else [])
+    for form in FORMS
+]
+
+
+@pytest.mark.parametrize("form", RESUMED)
 def test_law_5_resume_is_invisible(form, finished, tmp_path, monkeypatch):
     folder = tmp_path / "killed"
     # At the begin of a stage, after the checkpoint of the last one's end; amid one that comes again.

@@ -164,13 +164,13 @@ def cases(family: str) -> list[tuple[int, tuple[Operator, ...]]]:
     return [(1, (operator,)) for operator in kinds] + [(2, several)]
 
 
-CASES = [  # operators one by one are slow where another family has them
+CASES = [  # operators one by one are slow where another family has them, and so is more than one in gpt2
     pytest.param(
         family,
         depth,
         operators,
         id=f"{family}-{' '.join(type(o).__name__ for o in operators)}",
-        marks=[pytest.mark.slow] if family == "gpt2" and len(operators) == 1 else [],
+        marks=[pytest.mark.slow] if family == "gpt2" else [],
     )
     for family in HERE
     for depth, operators in cases(family)

@@ -283,6 +283,35 @@ def test_with_boundaries_each_text_ends_with_its_expert_sealed(tmp_path: Path) -
     assert matrix.rows[1][0] == matrix.rows[-1][0], "the row at its end is scored with it sealed"
 
 
+def test_a_young_expert_learns_beside_the_nearest_and_then_alone(recurring: RunReader) -> None:
+    method = opened(recurring)
+    method.collaborators, experts = 1, method.experts
+    new = experts.add()
+    rows = written("counting", 8)
+    read = method.read(Batch(rows, rows, 256, "counting"))
+    method._allocator.phase, method._allocator.losses = "seeding", []
+    method._born(new.name, read, None)
+    assert method._beside == ["expert_0"], "the one that has learned counting"
+    with torch.no_grad():
+        with experts.using("expert_0"):
+            nearest = experts.model(rows).logits
+        with experts.using(None):
+            alone = experts.model(rows).logits
+        with method.teaching((new.name,)):  # it is nothing yet, so what is said is what the other one says
+            torch.testing.assert_close(experts.model(rows).logits, nearest)
+        method._allocator.losses = [2.0, 1.9, 1.8, 1.7]  # half of the looks that maturity takes
+        with method.teaching((new.name,)):
+            said = experts.model(rows).logits
+        assert 0 < (said - alone).norm() < (nearest - alone).norm()
+        method._allocator.phase = "consolidating"
+        with method.teaching((new.name,)):
+            assert torch.equal(experts.model(rows).logits, alone)
+    with method.teaching((new.name,)):
+        experts.model(rows, labels=rows).loss.backward()
+    assert all(p.grad is None for p in experts["expert_0"].parameters())
+    assert any(p.grad is not None and p.grad.any() for p in new.parameters())
+
+
 def test_an_expert_that_is_born_at_the_very_end_is_taught(tmp_path: Path) -> None:
     run = learned(tmp_path / "run", ["counting"], steps=3)
     assert [event["step"] for event in run.growth()] == [3]

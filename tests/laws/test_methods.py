@@ -52,6 +52,7 @@ MORE: dict[str, dict[str, Any]] = {
         **SETTINGS["experts"],
         "course": {"consolidation_steps": 2, "measure_steps": 1, "maturity": {"window": 2, "slope": 1.0}},
         "reopen": "always",
+        "collaborators": 1,
     },
     "replay, written": {"type": "replay", "text": "written", "capacity": 12, "fraction": 0.3},
     "replay, on top, within bytes": {"type": "replay", "budget_bytes": 900, "quota": True, "on_top": True},

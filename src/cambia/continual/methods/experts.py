@@ -70,6 +70,9 @@ class Experts(Method):
     once it is sealed; the old one stays as it is, bit by bit. `never`: such text trains nobody. `drifted`:
     once the expert foretells it clearly worse than rows that were held back from it in its own time.
     `always`: whenever `detector.min_windows` rows of it have come. Not with `routing: first_claim`."""
+    collaborators: Annotated[int, Ge(0)] = 0
+    """Sealed experts beside which a young one learns: those that foretell its first rows best, if better than
+    the model alone. Their share falls from 1 to 0 as it matures, and it consolidates and answers alone."""
     feature_layer: int = -1
     """The hidden layer of the base whose outputs are the features: 0 are the embeddings."""
     background_rows: Annotated[int, Gt(1)] = 128
@@ -92,6 +95,7 @@ class Experts(Method):
         super().attach(situation)
         model = situation.model
         self.experts.seed = situation.seed
+        self._beside: list[str] = []  # who takes part while the open one is young
         self.reader = PrefixReader(model, self.experts.using, layer=self.feature_layer)
         self._allocator = StreamAllocator(
             self.read,
@@ -143,8 +147,14 @@ class Experts(Method):
     @contextmanager
     def teaching(self, parts: tuple[str, ...]) -> Generator[None]:
         (name,) = parts
-        with self.experts.teaching(name):
+        with self.experts.teaching(name, beside=self._beside, share=self._youth):
             yield
+
+    @property
+    def _youth(self) -> float:
+        """How far the open expert is from mature: 1 at its birth, 0 from consolidation on."""
+        allocator = self._allocator
+        return 1 - self.course.maturity.progress(allocator.losses) if allocator.phase == "seeding" else 0.0
 
     def meet_newcomer(self) -> None:
         """A growth rule may have added an expert since the last batch."""
@@ -180,9 +190,15 @@ class Experts(Method):
     def _born(self, name: str, rows: ReadRows, version_of: str | None) -> None:
         """An expert begins to be taught: as nothing, as the one of which it is a new version, or as the one
         that foretells its first rows best."""
+        self._beside = []
         if version_of is not None:
             self.experts[name].become(self.experts[version_of])
-        elif self.course.birth == "nearest":
+            return
+        if self.collaborators:
+            losses = {other: self._loss(other, rows) for other in (None, *self.experts.sealed)}
+            better = [other for other in self.experts.sealed if losses[other] < losses[None]]
+            self._beside = sorted(better, key=losses.__getitem__)[: self.collaborators]
+        if self.course.birth == "nearest":
             best = min((None, *self.experts.sealed), key=lambda other: self._loss(other, rows))
             if best is not None:
                 self.experts[name].become(self.experts[best])
@@ -281,6 +297,7 @@ class Experts(Method):
     def state_dict(self) -> dict[str, Any]:
         return {
             "born": self.experts.born,
+            "beside": list(self._beside),
             "experts": [
                 {
                     "name": name,
@@ -313,7 +330,7 @@ class Experts(Method):
                 take_up(optimizer, part)
             self.experts.hang(part)
         self.experts.router.load_state_dict(state["router"])
-        self.experts.born = state["born"]
+        self.experts.born, self._beside = state["born"], list(state["beside"])
         self._allocator.background.load_state_dict(state["background"])
 
 

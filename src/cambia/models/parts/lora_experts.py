@@ -383,8 +383,12 @@ class LoraExperts(nn.Module):
         return self.model.device
 
     @contextmanager
-    def teaching(self, name: str) -> Generator[LoraExpert]:
+    def teaching(self, name: str, *, beside: Sequence[str] = (), share: float = 1.0) -> Generator[LoraExpert]:
         """Inside the block every batch takes this expert, in the fewest operations.
+
+        Args:
+            beside: experts that take part, as they are.
+            share: of the deltas of these, together.
 
         Raises:
             ConfigError: it is sealed.
@@ -394,7 +398,12 @@ class LoraExperts(nn.Module):
             raise ConfigError(
                 f"{name!r} is sealed and never trains again: add(like={name!r}) goes on from it"
             )
-        with self._routed.using(Everywhere(name)):
+        if not beside or not share:
+            with self._routed.using(Everywhere(name)):
+                yield part
+            return
+        weights = torch.tensor([[1.0, *[share / len(beside)] * len(beside)]], device=self.model.device)
+        with self.mixed([name, *beside], weights):
             yield part
 
 

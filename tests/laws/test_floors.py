@@ -127,7 +127,7 @@ def test_every_public_name_is_documented(package: str) -> None:
 
 
 def test_help_is_quick_and_needs_no_torch() -> None:
-    """By what it imports, on which its time depends (0.2 s): a clock tells more of the machine's other work."""
+    """By what it imports, on which its time depends: a clock tells of the machine's other work, too."""
     environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
     command = [sys.executable, "-X", "importtime", "-m", "cambia", "--help"]
     told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr

@@ -20,7 +20,7 @@ def merged(model: PreTrainedModel, part: LoraExpert) -> PreTrainedModel:
 
     Raises:
         ConfigError: a norm's gain cannot be put into its weight, or a weight that two layers share has
-            another delta in each.
+            another delta in each, or a weight is quantised.
     """
     copied = bare_copy(model)
     done: dict[int, tuple[str, Matrix]] = {}
@@ -31,6 +31,11 @@ def merged(model: PreTrainedModel, part: LoraExpert) -> PreTrainedModel:
                 module.get_parameter(name).copy_(tensor)
             continue
         weight, matrix = weight_of(module), matrix_of(delta)
+        if not weight.is_floating_point() or hasattr(weight, "__tensor_flatten__"):
+            raise ConfigError(
+                f"{path} is stored quantised, and nothing can be added to such a weight: merge into "
+                "model.dequantize(), or into the model that it was made from"
+            )
         first, other = done.setdefault(id(weight), (path, matrix))
         if other is not matrix:
             raise ConfigError(

@@ -54,7 +54,7 @@ class Preset:
     studies: int = 5
     held: int = 1000
     """Prompts that all are scored on."""
-    calibrated: int = 256
+    calibrated: int = 1000
     """Prompts that the reward is calibrated on for it."""
     base_steps: int = 800
     workers: int | None = None
@@ -67,7 +67,7 @@ PRESETS = {
     ),
     "headline": Preset(),
     "full": Preset(grid_prompts=256, prompts=96),
-    "gpu": Preset(grid_prompts=1024, prompts=384, held=4000, calibrated=2000),
+    "gpu": Preset(grid_prompts=1024, prompts=384, held=4000, calibrated=4000),
 }  # fmt: skip
 GOALS = {"closed": 0.95, "optuna": 0.0}
 

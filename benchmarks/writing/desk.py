@@ -62,7 +62,7 @@ class Desk:
         prompt_tokens, new_tokens = TOKENS[self.name]
         tree = read_tree("tune_decoding")[0]
         tree["data"]["tasks"] = [{"name": self.name, "source": text_of(self.name, self.data)}]
-        tree["data"] |= {"valid_fraction": 0.2, "test_fraction": 0.4}
+        tree["data"] |= {"valid_fraction": 0.4, "test_fraction": 0.4}
         tree["model"]["path"] = str(folder)
         tree["decoding"]["fit"] |= {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
         experiment = experiment_from(tree, source="benchmark", flags={})

@@ -26,9 +26,9 @@ def tune_decoding(
 
     Temperature, top-p and penalties are searched by what texts are worth; `--by gradient` learns them, and a
     head for each token (`--decoding.context true`), by the score function, `--by likelihood` temperature,
-    penalties and weights of layers and heads from the text alone. A tenth and a fifth of the text's documents
-    are kept for calibrating and judging. This is the recipe `tune_decoding`: further settings stand behind as
-    dotted flags (`--decoding.fit.new_tokens 64`).
+    penalties and weights of layers and heads from the text alone. Three tenths of the text's documents are
+    kept for calibrating the comparison, two for the comparison. This is the recipe `tune_decoding`: further
+    settings stand behind as dotted flags (`--decoding.fit.new_tokens 64`).
 
     Args:
         model: a folder of Hugging Face, a run, or a checkpoint.

@@ -111,7 +111,7 @@ def _inside(policy: DecodingPolicy) -> list[str]:
     if policy.layer_weights is not None:
         lost.append("weights of layers: no program but Cambia mixes hidden states before the head")
     if policy.head_weights is not None:
-        lost.append("scales of heads: fold them into the weights, cambia.decoding.with_heads_folded")
+        lost.append("scales of heads: fold them into the weights, `cambia export --fold-heads`")
     if policy.context is not None:
         lost.append(
             "the head that sets temperature and top-p for each token: what stands here is where it begins"

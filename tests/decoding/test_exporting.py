@@ -57,6 +57,6 @@ def test_everything_is_given_or_said() -> None:
 def test_what_is_inside_a_model_is_said_to_be_lost() -> None:
     policy = DecodingPolicy.of(made("gpt2"), layers=True, heads=True, context=True)
     said = " ".join(exported(policy, "vllm").left_out)
-    assert "layers" in said and "with_heads_folded" in said and "each token" in said
+    assert "layers" in said and "--fold-heads" in said and "each token" in said
     with pytest.raises(ConfigError, match="known are"):
         exported(policy, "ollama")

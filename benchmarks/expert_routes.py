@@ -323,7 +323,13 @@ def headlines(result: Mapping[str, Any]) -> dict[str, str]:
     found = {stream: kinds["experts"] for stream, kinds in result["streams"].items()}
     shares = ", ".join(f"{statistics.fmean(shares_of(cells, 'compete', at)):.3f}" for cells in found.values())
     names = ", ".join(stream.replace("_", " ") for stream in found)
-    return {f"windows that 64 bytes send to the right LoRA expert, by `compete`: {names}": shares}
+    rows = {f"windows that 64 bytes send to the right LoRA expert, by `compete`: {names}": shares}
+    beside = result["streams"].get("far", {}).get("low_rank")
+    if beside:
+        ways = ("peft_arrow_3", "xlora", "compete", "oracle")
+        losses = ", ".join(over_seeds(losses_of(beside, way)) for way in ways)
+        rows["far domains, the same LoRA experts, bits per byte: Arrow, X-LoRA, ours, told which"] = losses
+    return rows
 
 
 def draw(result: Mapping[str, Any]) -> None:

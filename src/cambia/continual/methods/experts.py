@@ -194,19 +194,19 @@ class Experts(Method):
         if version_of is not None:
             self.experts[name].become(self.experts[version_of])
             return
-        if self.collaborators:
-            losses = {other: self._loss(other, rows) for other in (None, *self.experts.sealed)}
-            better = [other for other in self.experts.sealed if losses[other] < losses[None]]
-            self._beside = sorted(better, key=losses.__getitem__)[: self.collaborators]
-        if self.course.birth == "nearest":
-            best = min((None, *self.experts.sealed), key=lambda other: self._loss(other, rows))
-            if best is not None:
-                self.experts[name].become(self.experts[best])
+        if not self.collaborators and self.course.birth == "zero":
+            return
+        losses = self._losses_of_others(rows)
+        nearest = sorted(losses, key=losses.__getitem__)
+        # Those before the model alone, which is None, do better than it.
+        self._beside = [other for other in nearest[: nearest.index(None)] if other][: self.collaborators]
+        if self.course.birth == "nearest" and nearest[0] is not None:
+            self.experts[name].become(self.experts[nearest[0]])
 
     def _ended(self, name: str, held: ReadRows) -> Outcome:
         """An expert has been taught: it stays if it is worth it, and never changes again."""
         part = self.experts[name]
-        losses = {other: self._loss(other, held) for other in (None, *self.experts.sealed)}
+        losses = self._losses_of_others(held)
         best = min(losses, key=lambda other: losses[other])
         mine = self._loss(name, held)
         let_go(self.situation.optimizer, part)
@@ -226,6 +226,10 @@ class Experts(Method):
 
     def _loss(self, name: str | None, rows: ReadRows) -> float:
         return float(self._losses(name, rows).mean()) if len(rows) else 0.0
+
+    def _losses_of_others(self, rows: ReadRows) -> dict[str | None, float]:
+        """Nats per token that the model alone (None) and each sealed expert give rows."""
+        return {other: self._loss(other, rows) for other in (None, *self.experts.sealed)}
 
     # ---- who answers -------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from cambia.errors import DataError
+from cambia.models.routing.strangeness import LEAST_ROWS, widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +78,9 @@ class Calibration:
         """(B,) -> (B,): at most that share lies as far above the own windows, if they have one peak; 1 where
         they are too few to have a spread."""
         count = len(self.ranked)
-        if count < _FEWEST:
+        if count < LEAST_ROWS:
             return torch.ones_like(combined)
-        # Of a new one: the spread of a prediction from so few, Student's.
-        wider = math.sqrt((1 + 1 / count) * (count - 1) / (count - 3))
-        above = (combined - self.ranked.mean()) / (self.ranked.std().clamp_min(1e-9) * wider)
+        above = (combined - self.ranked.mean()) / (self.ranked.std().clamp_min(1e-9) * widened(count))
         return torch.where(above > 2, 4 / (9 * (1 + above**2)), 1.0)
 
     def risk(self, level: float, allowed: float) -> float:
@@ -162,8 +161,6 @@ class Ordinary:
         self._calibrate()
 
 
-_FEWEST = 4
-"""Windows that have a spread."""
 _ENOUGH = 99
 """Windows that are ranked among, with which a p-value reaches 0.01."""
 

@@ -27,7 +27,7 @@ from cambia.errors import CheckpointError, ConfigError
 from cambia.models.hashing import fingerprint
 from cambia.models.nested_state import put_in_tensors, take_out_tensors
 from cambia.models.parts.lora_shape import LoraShape
-from cambia.models.parts.peft_format import read_adapter, write_adapter
+from cambia.models.parts.peft_format import read_adapter, said_of_base, write_adapter
 from cambia.models.routing.router import Router
 
 if TYPE_CHECKING:
@@ -46,11 +46,7 @@ def write_experts(
     """Write all experts; a folder that is there is replaced once the new one is whole."""
     model = experts.model
     about: dict[str, Any] = {
-        "base": {
-            "class": type(model).__name__,
-            "name_or_path": model.config.name_or_path or None,
-            "sha256": fingerprint(model),
-        },
+        "base": {**said_of_base(model), "name_or_path": model.config.name_or_path or None},
         "shape": asdict(experts.shape),
         "seed": experts.seed,
         "routing": experts.routing,

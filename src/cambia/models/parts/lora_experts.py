@@ -398,12 +398,12 @@ class LoraExperts(nn.Module):
             raise ConfigError(
                 f"{name!r} is sealed and never trains again: add(like={name!r}) goes on from it"
             )
-        if not beside or not share:
-            with self._routed.using(Everywhere(name)):
-                yield part
-            return
-        weights = torch.tensor([[1.0, *[share / len(beside)] * len(beside)]], device=self.model.device)
-        with self.mixed([name, *beside], weights):
+        if beside and share:
+            weights = torch.tensor([[1.0, *[share / len(beside)] * len(beside)]], device=self.model.device)
+            block = self.mixed([name, *beside], weights)
+        else:
+            block = self._routed.using(Everywhere(name))
+        with block:
             yield part
 
 

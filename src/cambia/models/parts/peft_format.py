@@ -82,9 +82,14 @@ def write_adapter(folder: Path, part: LoraExpert, model: PreTrainedModel) -> Non
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def said_of_base(model: PreTrainedModel) -> dict[str, Any]:
+    """Which model something is for, and the hash by which it is known again."""
+    return {"class": type(model).__name__, "sha256": fingerprint(model)}
+
+
 def write_base(folder: Path, model: PreTrainedModel) -> None:
     """Say which model an adapter is for."""
-    files.write_json(folder / BASE, {"class": type(model).__name__, "sha256": fingerprint(model)})
+    files.write_json(folder / BASE, said_of_base(model))
 
 
 def _check_base(folder: Path, model: PreTrainedModel) -> None:

@@ -53,8 +53,8 @@ class Strangeness:
         count = evidence.shape[1]
         center, spread = evidence.mean(1), evidence.std(1).clamp_min(_LEAST)
         averaged = ((evidence - center[:, None]) / spread[:, None]).mean(2)  # (L, N)
-        wider = math.sqrt((1 + 1 / count) * (count - 1) / (count - 3))
-        average = torch.stack([averaged.mean(1), averaged.std(1).clamp_min(_LEAST) * wider], 1)
+        spread_of_new = averaged.std(1).clamp_min(_LEAST) * widened(count)
+        average = torch.stack([averaged.mean(1), spread_of_new], 1)
         return cls(tuple(lengths), center, spread, average)
 
     def units(self, evidence: Tensor, lengths: Tensor) -> Tensor:
@@ -75,6 +75,12 @@ class Strangeness:
     def from_state(cls, state: Mapping[str, Any]) -> Strangeness:
         """The inverse of `state_dict`."""
         return cls(tuple(state["lengths"]), state["center"], state["spread"], state["average"])
+
+
+def widened(count: int) -> float:
+    """By how much the deviation of a new value is larger than that of `count` known ones, 4 at least: that of
+    the predictive distribution, Student's."""
+    return math.sqrt((1 + 1 / count) * (count - 1) / (count - 3))
 
 
 def between(known: tuple[int, ...], values: Tensor, lengths: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ million parameters that has read WikiText-2, and one that has read Python. For e
     grid      points x points x points values of temperature, top-p and repetition penalty; its winner
     presets   temperature 1; 0.8 with top-p 0.95; min-p 0.05; greedy
 
-look for what matches people's text best. All that they come to is scored anew behind prompts of other
-documents, with noise that none of them has had. The gap from the best preset to the grid's winner is what
-there is to win; the share of it that is closed may be above one, since the grid is a grid.
+look for what earns most: by the match with people's text, and by match and diversity together. All that they
+come to is scored anew behind prompts of other documents, with noise that none of them has had. The gap from
+the best preset to the grid's winner is what there is to win; the share of it that is closed may be above one,
+since the grid is a grid, and says nothing where there is no gap.
 """
 
 # P prompts of a candidate
@@ -22,8 +23,9 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from harness import in_parts, keep, over_seeds, table
@@ -32,8 +34,9 @@ from writing.desk import Desk, at_each_desk
 from cambia.data.sources import TEST, VALID
 from cambia.decoding import PRESETS as USUAL
 from cambia.decoding import DecodingPolicy
+from cambia.decoding.fitting import DecodingFit
 from cambia.decoding.judging import Judge
-from cambia.decoding.rewards import MatchReward
+from cambia.decoding.rewards import DiversityReward, MatchReward, Reward, total
 from cambia.decoding.searching import CmaSearch, GridSearch, TpeSearch
 
 
@@ -42,6 +45,7 @@ class Preset:
     """How much is measured."""
 
     models: tuple[str, ...] = ("stories260K", "wikitext", "python")
+    rewards: tuple[str, ...] = ("match", "both")
     seeds: int = 3
     points: int = 7
     """Of each of the three parameters in the grid."""
@@ -56,6 +60,10 @@ class Preset:
     """Prompts that all are scored on."""
     calibrated: int = 1000
     """Prompts that the reward is calibrated on for it."""
+    draws: int = 2
+    """Continuations of each."""
+    read: int = 2048
+    """Prompts of the searches and what their reward is calibrated on."""
     base_steps: int = 800
     workers: int | None = None
 
@@ -69,27 +77,36 @@ PRESETS = {
     "full": Preset(grid_prompts=256, prompts=96),
     "gpu": Preset(grid_prompts=1024, prompts=384, held=4000, calibrated=4000),
 }  # fmt: skip
+REWARDS: dict[str, Callable[[], Reward]] = {
+    "match": MatchReward,
+    "both": lambda: total([MatchReward(), DiversityReward()]),
+}
+TITLES = {"match": "match with people's text", "both": "match and diversity"}
 GOALS = {"closed": 0.95, "optuna": 0.0}
 
 
 # ---- one seed of one model -----------------------------------------------------------------------
 
 
-def cell(at: Desk, seed: int, preset: Preset) -> dict[str, Any]:
+def cell(reward: str, at: Desk, seed: int, preset: Preset) -> dict[str, Any]:
     """All searches, and what they came to, scored anew."""
+
+    def fitted(fit: DecodingFit) -> tuple[DecodingPolicy, int]:
+        return at.fitted(fit, REWARDS[reward](), most=preset.read)
+
     grid = GridSearch(points=preset.points)
     every = replace(at.fit, by="search", search=grid, prompts=preset.grid_prompts, seed=seed)
-    arms = {"grid": at.fitted(every, MatchReward())}
+    arms = {"grid": fitted(every)}
     few = int(preset.share * arms["grid"][1])
     search = replace(at.fit, by="search", prompts=preset.prompts, tokens=few, seed=seed)
-    arms["ours"] = at.fitted(replace(search, search=CmaSearch()), MatchReward())
+    arms["ours"] = fitted(replace(search, search=CmaSearch()))
     for study in range(preset.studies):
         one = replace(search, search=TpeSearch(), seed=1000 * (seed + 1) + study)
-        arms[f"optuna {study}"] = at.fitted(one, MatchReward())
+        arms[f"optuna {study}"] = fitted(one)
     arms |= {name: (DecodingPolicy(parameters), 0) for name, parameters in USUAL.items()}
     judge = Judge(
-        at.model, at.tokenizer, at.some(VALID, preset.calibrated), at.some(TEST, preset.held), MatchReward(),
-        new_tokens=at.fit.new_tokens, seed=seed,
+        at.model, at.tokenizer, at.some(VALID, preset.calibrated), at.some(TEST, preset.held),
+        REWARDS[reward](), new_tokens=at.fit.new_tokens, draws=preset.draws, seed=seed,
     )  # fmt: skip
     rows = [judge.row(name, policy, tokens=tokens).as_dict() for name, (policy, tokens) in arms.items()]
     return {"rows": rows, "prompts": len(at.some(TEST, preset.held))}
@@ -117,38 +134,57 @@ def closed(one: Mapping[str, Any]) -> dict[str, float]:
 def markdown(result: dict[str, Any]) -> str:
     """Tables: the gap and who closes it; what each came to."""
     preset, rows, found = result["preset"], [], []
-    for name, cells in result["models"].items():
-        each = [closed(one) for one in cells]
-        columns = ("preset", "grid", "ours", "optuna")
-        won = sum(one["ours"] - one["preset"] for one in each) / max(1e-9, sum(one["gap"] for one in each))
-        rows.append([name, *(over_seeds([one[key] for one in each]) for key in columns), f"{won:.2f}"])
-        for seed, one in enumerate(cells):
-            for row in one["rows"]:
-                if not row["name"].startswith("optuna ") or row["name"] == "optuna 0":
-                    found.append(_row(name, seed, row))
-    head = ["model", "best preset", "grid's winner", "ours", "Optuna, median", "of the gap closed"]
+    for reward, models in result["rewards"].items():
+        for name, cells in models.items():
+            each = [closed(one) for one in cells]
+            scores = [over_seeds([one[key] for one in each]) for key in ("preset", "grid", "ours", "optuna")]
+            rows.append([TITLES[reward], name, *scores, won_of(each)])
+            found += [_row(reward, name, seed, row) for seed, one in enumerate(cells) for row in _shown(one)]
+    head = ["reward", "model", "best preset", "grid's winner", "ours", "Optuna, median", "of the gap closed"]
     note = (
-        f"Match with people's text (1 people, 0 temperature 1) behind {result['prompts']:,} prompts of "
-        f"documents that no search has seen, mean and standard deviation over {preset['seeds']} seeds; ours "
-        f"and Optuna write {preset['share']:.0%} of the tokens of a grid of {preset['points']} x "
-        f"{preset['points']} x {preset['points']} points, {preset['grid_prompts']} prompts each. Goal: "
-        f"{GOALS['closed']:.0%} of the gap, and no less than the median of {preset['studies']} studies."
+        f"Rewards (1 a part that is as people's text is, 0 as that of temperature 1) behind "
+        f"{result['prompts']} prompts of documents that no search has seen, mean and standard deviation over "
+        f"{preset['seeds']} seeds; ours and Optuna write {preset['share']:.0%} of the tokens of a grid of "
+        f"{preset['points']} x {preset['points']} x {preset['points']} points, {preset['grid_prompts']} "
+        f"prompts each. Goal: {GOALS['closed']:.0%} of the gap, and no less than the median of {preset['studies']} "
+        "studies. Where the gap is less than its own spread its share says nothing, and is left out."
     )
-    detail = ["model", "seed", "decoding", "parameters", "reward", "n-grams", "features", "repetition",
-              "repeated", "distinct", "tokens", "nats/token", "written to find it"]  # fmt: skip
+    detail = ["reward", "model", "seed", "decoding", "parameters", "reward", "n-grams", "features",
+              "repetition", "diversity", "repeated", "distinct", "tokens", "nats/token",
+              "written to find it"]  # fmt: skip
     return "\n\n".join([note, table(head, rows), table(detail, found)])
 
 
-def _row(model: str, seed: int, row: Mapping[str, Any]) -> list[str]:
-    parts = [row["parts"].get(name) for name in ("n_grams", "mauve", "repetition")]
+def won_of(each: Sequence[Mapping[str, float]]) -> str:
+    """The share of the gap that is closed, over seeds; nothing where there is none to speak of."""
+    gaps = [one["gap"] for one in each]
+    spread = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
+    if sum(gaps) <= 0 or statistics.fmean(gaps) < spread:
+        return "no gap"
+    return f"{sum(one['ours'] - one['preset'] for one in each) / sum(gaps):.2f}"
+
+
+def _shown(one: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Its rows, of Optuna's studies the first."""
+    return [row for row in one["rows"] if not row["name"].startswith("optuna ") or row["name"] == "optuna 0"]
+
+
+PARTS = (("n_grams",), ("mauve",), ("repetition",), ("distinct", "repeated", "self_bleu"))
+"""Columns, and the parts of rewards that they add up."""
+
+
+def _row(reward: str, model: str, seed: int, row: Mapping[str, Any]) -> list[str]:
+    parts = {name.rpartition(".")[2]: value for name, value in row["parts"].items()}
+    columns = [[parts[name] for name in names if name in parts] for names in PARTS]
     likely = row["nats_per_token"]
     return [
+        reward,
         model,
         str(seed),
         row["name"],
         row["parameters"],
         f"{row['reward']:.3f} ± {row['spread']:.3f}",
-        *("-" if part is None else f"{part:.3f}" for part in parts),
+        *(f"{sum(values):.3f}" if values else "-" for values in columns),
         f"{row['repeated']:.3f}",
         f"{row['distinct']:.3f}",
         f"{row['length']:.1f}",
@@ -158,22 +194,30 @@ def _row(model: str, seed: int, row: Mapping[str, Any]) -> list[str]:
 
 
 def headlines(result: Mapping[str, Any]) -> dict[str, str]:
-    """The README's row."""
-    each = [closed(one) for cells in result["models"].values() for one in cells]
-    won = sum(one["ours"] - one["preset"] for one in each) / sum(one["gap"] for one in each)
-    what = f"decoding parameters with {result['preset']['share']:.0%} of a grid's tokens, share of its gain"
-    return {what: f"{won:.2f}"}
+    """The README's row: where there is a gap to close."""
+    found = {
+        f"{model}, {TITLES[reward]}": won_of([closed(one) for one in cells])
+        for reward, models in result["rewards"].items()
+        for model, cells in models.items()
+    }
+    told = "; ".join(f"{name} {share}" for name, share in found.items() if share != "no gap")
+    share = f"{result['preset']['share']:.0%}"
+    return {f"decoding parameters with {share} of a grid's tokens, share of its gain": told}
 
 
 def main() -> None:
     options, preset, data, parts = in_parts(__doc__, PRESETS)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    models = at_each_desk(cell, preset, data, parts)
+    rewards = {
+        reward: at_each_desk(partial(cell, reward), preset, data, parts, kind=reward)
+        for reward in preset.rewards
+    }
+    prompts = {model: cells[0]["prompts"] for model, cells in next(iter(rewards.values())).items()}
     result = {
         "name": f"decoding_search_{options.preset}",
         "preset": asdict(preset),
-        "prompts": models[preset.models[0]][0]["prompts"],
-        "models": models,
+        "prompts": ", ".join(f"{count:,} ({model})" for model, count in prompts.items()),
+        "rewards": rewards,
     }
     print(markdown(result))
     keep(__file__, options, result)

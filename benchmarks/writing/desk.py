@@ -25,7 +25,7 @@ from cambia.experiment.machine import find_device
 from cambia.experiment.tree import experiment_from, read_tree
 from cambia.models.saved import load_model
 
-TOKENS = {"stories260K": (32, 48), "wikitext": (48, 80), "python": (48, 80)}
+TOKENS = {"stories260K": (32, 48), "wikitext": (48, 64), "python": (48, 64)}
 """Of a prompt, and of a continuation; those of the last two are bytes."""
 
 
@@ -62,7 +62,7 @@ class Desk:
         prompt_tokens, new_tokens = TOKENS[self.name]
         tree = read_tree("tune_decoding")[0]
         tree["data"]["tasks"] = [{"name": self.name, "source": text_of(self.name, self.data)}]
-        tree["data"] |= {"valid_fraction": 0.4, "test_fraction": 0.4}
+        tree["data"] |= {"valid_fraction": 0.3, "test_fraction": 0.3}
         tree["model"]["path"] = str(folder)
         tree["decoding"]["fit"] |= {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
         experiment = experiment_from(tree, source="benchmark", flags={})
@@ -76,25 +76,32 @@ class Desk:
         }
 
     def some(self, split: str, count: int) -> Prompts:
-        """Prompts of a part of the text, no more than there are."""
+        """Prompts from all over a part of the text, no more than there are."""
         prompts = self.prompts[split]
-        return prompts.take(range(min(count, len(prompts))))
+        count = min(count, len(prompts))
+        return prompts.take([i * len(prompts) // count for i in range(count)])
 
-    def fitted(self, fit: DecodingFit, reward: Reward) -> tuple[DecodingPolicy, int]:
-        """What a search comes to, and the tokens that it wrote."""
-        found = fit.run(DecodingPolicy(), self.model, self.tokenizer, self.prompts[TRAIN], reward)
+    def fitted(self, fit: DecodingFit, reward: Reward, *, most: int) -> tuple[DecodingPolicy, int]:
+        """What a search comes to with so many prompts, and the tokens that it wrote."""
+        found = fit.run(DecodingPolicy(), self.model, self.tokenizer, self.some(TRAIN, most), reward)
         return found.policy, found.tokens
 
 
 def at_each_desk(
-    cell: Callable[[Desk, int, Any], Any], preset: Any, data: Path, parts: Parts
+    cell: Callable[[Desk, int, Any], Any], preset: Any, data: Path, parts: Parts, *, kind: str = ""
 ) -> dict[str, list[Any]]:
-    """What `cell` finds for each model and seed of a preset; a model is opened when it is first needed."""
+    """What `cell` finds for each model and seed of a preset; a model is opened when it is first needed.
+
+    Args:
+        kind: of what is measured, where there are several.
+    """
     found: dict[str, list[Any]] = {}
     for name in preset.models:
         desk = functools.cache(functools.partial(Desk, name, data, preset.base_steps))
         found[name] = [
-            parts.once(f"{name}-{seed}", lambda at=desk, i=seed: cell(at(), i, preset))
+            parts.once(
+                "-".join(filter(None, (kind, name, str(seed)))), lambda at=desk, i=seed: cell(at(), i, preset)
+            )
             for seed in range(preset.seeds)
         ]
     return found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
+from itertools import combinations, permutations
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cambia.decoding.rewards.calibration import Ruler
+from cambia.decoding.rewards.clusters import Clusters
+from cambia.decoding.rewards.distance import HistogramDistance, Histograms, LineDistance
 from cambia.decoding.rewards.diversity import _left_out, self_bleu
-from cambia.decoding.rewards.frontier import Clusters, frontier_area
 from cambia.decoding.rewards.grams import Grams
 
 rows = st.lists(st.lists(st.integers(0, 3), max_size=8), min_size=1, max_size=5)
@@ -32,21 +35,65 @@ def shares(texts: list[list[int]], n: int) -> dict[tuple[int, ...], float]:
     return found
 
 
-@given(rows, rows, st.integers(1, 3))
-def test_divergence_of_runs(one: list[list[int]], other: list[list[int]], n: int) -> None:
-    p, q = shares(one, n), shares(other, n)
-    expected = 0.0
-    for gram in {*p, *q}:
-        middle = (p.get(gram, 0) + q.get(gram, 0)) / 2
-        expected += sum(x.get(gram, 0) / 2 * math.log((x.get(gram, 0) or 1) / middle) for x in (p, q))
-    mine, theirs = (Grams.up_to(each, n)[-1].histogram() for each in (one, other))
-    ones = torch.ones(len(one), dtype=torch.float64)
-    found = mine.divergence(ones, theirs, theirs(torch.ones(len(other), dtype=torch.float64)))
-    assert found.item() == pytest.approx(expected, abs=1e-9)
-    # Twice the weight is the text twice.
-    ones[0] = 2
-    again = Grams.up_to([*one, one[0]], n)[-1].histogram()
-    torch.testing.assert_close(mine(ones), again(torch.ones(len(one) + 1, dtype=torch.float64)))
+def histograms(texts: list[list[int]], n: int) -> Histograms:
+    return Grams.up_to(texts, n)[-1].histograms()
+
+
+def equal(number: int) -> Tensor:
+    return torch.ones(number, dtype=torch.float64)
+
+
+some = st.lists(st.lists(st.integers(0, 3), max_size=8), min_size=2, max_size=5)
+
+
+@given(some, some, some, st.integers(1, 3), st.floats(0.01, 1))
+def test_distance_of_runs(
+    one: list[list[int]], other: list[list[int]], usual: list[list[int]], n: int, rare: float
+) -> None:
+    q, u = shares(other, n), shares(usual, n)
+
+    def pairs(left: dict[tuple[int, ...], float], right: dict[tuple[int, ...], float]) -> float:
+        return sum(x * right.get(g, 0) / ((q.get(g, 0) + u.get(g, 0)) / 2 + rare) for g, x in left.items())
+
+    def among(texts: list[list[int]]) -> float:
+        return statistics.fmean(pairs(shares([a], n), shares([b], n)) for a, b in permutations(texts, 2))
+
+    expected = among(one) - 2 * pairs(shares(one, n), q) + among(other)
+    distance = HistogramDistance(histograms(other, n), histograms(usual, n), rare=rare)
+    assert distance.of(histograms(one, n))(equal(len(one))).item() == pytest.approx(expected, abs=1e-9)
+
+
+@given(some, some, st.integers(1, 2), st.data())
+def test_few_texts_are_as_far_as_many(
+    texts: list[list[int]], other: list[list[int]], n: int, data: st.DataObject
+) -> None:
+    few = data.draw(st.integers(2, len(texts)))
+    far = HistogramDistance(histograms(other, n), histograms(other, n), rare=0.1).of(histograms(texts, n))
+    found = []
+    for chosen in combinations(range(len(texts)), few):
+        weights = torch.zeros(len(texts), dtype=torch.float64)
+        weights[list(chosen)] = 1
+        found.append(far(weights).item())
+    assert statistics.fmean(found) == pytest.approx(far(equal(len(texts))).item(), abs=1e-9)
+
+
+numbers = st.lists(st.floats(-5, 5), min_size=2, max_size=5).map(lambda x: torch.tensor(x).double())
+
+
+@given(numbers, numbers)
+def test_distance_of_numbers(one: Tensor, other: Tensor) -> None:
+    def apart(x: Tensor) -> float:
+        return statistics.fmean(abs(a - b) for a, b in permutations(x.tolist(), 2))
+
+    across = statistics.fmean(abs(a - b) for a in one.tolist() for b in other.tolist())
+    found = LineDistance(other).of(one)(equal(len(one)))
+    assert found.item() == pytest.approx(2 * across - apart(one) - apart(other), abs=1e-9)
+
+
+def test_one_text_has_a_distance() -> None:
+    one, others = histograms([[0, 1]], 1), histograms([[0, 1], [2]], 1)
+    assert torch.isfinite(HistogramDistance(others, others, rare=0.1).of(one)(equal(1)))
+    assert torch.isfinite(HistogramDistance(one, one, rare=0.1).of(others)(equal(2)))
 
 
 @given(rows)
@@ -73,20 +120,6 @@ def test_what_each_text_adds_to_distinct_runs(texts: list[list[int]], n: int) ->
     changes = [distinct(texts, n) - distinct(texts[:i] + texts[i + 1 :], n) for i in range(len(texts))]
     expected = torch.tensor(changes, dtype=torch.float64) * (len(texts) - 1)
     torch.testing.assert_close(_left_out(Grams.up_to(texts, n)[-1]), expected - expected.mean())
-
-
-odds = st.lists(st.floats(0.01, 1), min_size=3, max_size=3).map(lambda x: torch.tensor(x).double() / sum(x))
-
-
-@given(odds, odds)
-def test_the_frontier_tells_how_alike_two_distributions_are(p: Tensor, q: Tensor) -> None:
-    area = frontier_area(p, q).item()
-    assert 0 < area <= 1 + 1e-12
-    assert area == pytest.approx(frontier_area(q, p).item())
-    assert frontier_area(p, p).item() == pytest.approx(1)
-    assert frontier_area(p, (p + q) / 2).item() >= area - 1e-9
-    far = torch.tensor([1e-9, 1e-9, 1 - 2e-9], dtype=torch.float64)
-    assert frontier_area(far, far.flip(0)).item() < 0.1
 
 
 def test_clusters_are_those_that_are_there() -> None:

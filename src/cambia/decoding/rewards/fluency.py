@@ -20,8 +20,16 @@ from transformers import PreTrainedModel
 
 from cambia.data.batches import IGNORED, Batch
 from cambia.data.tokenizers import Tokenizer
-from cambia.decoding.rewards.calibration import Ends
-from cambia.decoding.rewards.reward import Material, Reward, Samples, Score, mean_of, unfitted
+from cambia.decoding.rewards.distance import Likeness, LineDistance
+from cambia.decoding.rewards.reward import (
+    Material,
+    Reward,
+    Samples,
+    Score,
+    mean_of,
+    score_of,
+    unfitted,
+)
 from cambia.errors import ConfigError
 from cambia.models.saved import load_model, load_tokenizer
 from cambia.probes import token_losses
@@ -35,9 +43,9 @@ _BATCH = 16
 class FluencyReward(Reward):
     """How likely a frozen reference model finds the text.
 
-    With `human`: 1 where a text's nats per byte differ from the middle of people's as much as people's own do
-    on average, 0 where as much as the model's do with temperature 1. A text in the very middle has more than
-    1. With `lowest`: less the nats per byte; it rewards repetition, and is here for comparison.
+    With `human`: 1 where the texts' nats per byte are distributed as people's are, 0 where they are as far
+    from that as the model's with temperature 1 (`rewards.distance`). With `lowest`: less the nats per byte;
+    it rewards repetition, and is here for comparison.
     """
 
     reference: str
@@ -50,7 +58,7 @@ class FluencyReward(Reward):
             raise ConfigError("a fluency reward needs `reference`: a model folder")
         self._model: PreTrainedModel | None = None
         self._tokenizer: Tokenizer | None = None
-        self._middle, self._ends = 0.0, Ends(0.0, 0.0, 0.0)
+        self._likeness: Likeness[Tensor] | None = None
 
     def begin(self, material: Material) -> None:
         """Open the reference, and measure what people wrote by it.
@@ -62,17 +70,15 @@ class FluencyReward(Reward):
         self._model = load_model(self.reference).to(device)
         self._tokenizer = Tokenizer(load_tokenizer(self.reference))
         if self.target == "human":
-            human, plain = self._read(material.human), self._read(material.plain)
-            self._middle = human.median().item()
-            far = (human - self._middle).abs()
-            noise = far.std(correction=0).item() / math.sqrt(len(far))
-            self._ends = Ends(far.mean().item(), (plain - self._middle).abs().mean().item(), noise)
+            compared, human, plain = map(self._read, material.parted())
+            self._likeness = Likeness(LineDistance(compared), human, plain)
 
     def measure(self, samples: Samples) -> Score:
         found = self._read(samples)
-        if self.target == "lowest":
+        if self._likeness is None:
             return mean_of(-found)
-        return mean_of(self._ends.nearness((found - self._middle).abs()))
+        likeness = self._likeness.of(found)
+        return score_of(lambda weights: {"likeness": likeness(weights)}, len(samples))
 
     def _read(self, samples: Samples) -> Tensor:
         if self._model is None or self._tokenizer is None:

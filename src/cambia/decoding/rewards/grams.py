@@ -1,10 +1,9 @@
-"""Runs of n tokens, or bytes: which there are, how often, and how far two sets of texts are apart in them."""
+"""Runs of n tokens, or bytes: which there are in texts, and how often."""
 
 # N texts, T tokens of the longest of them, G different n-grams of each text together, K of all texts
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cambia.decoding.rewards.distance import Histograms
 from cambia.models.routing.token_grams import GramKeys
 
 _NOTHING = np.uint64(0)
@@ -78,58 +78,13 @@ class Grams:
         """The different n-grams of all texts, (K,) ascending, and which of them each entry is, (G,)."""
         return np.unique(self.keys, return_inverse=True)
 
-    def histogram(self) -> GramHistogram:
-        """How the n-grams are distributed."""
-        return GramHistogram.of(self)
-
-
-@dataclass(frozen=True, eq=False)
-class GramHistogram:
-    """The distribution of n-grams: the mean of the texts' own, so that a long text counts no more than a
-    short one, and one without n-grams, an empty text, counts as what people hardly ever write."""
-
-    num_texts: int
-    """N."""
-    keys: np.ndarray
-    """(K,) uint64, ascending."""
-    places: Tensor
-    """(G,) int64: which n-gram each entry is."""
-    texts: Tensor
-    """(G,) int64: in which text."""
-    shares: Tensor
-    """(G,) float64: of the text's n-grams."""
-
-    @classmethod
-    def of(cls, grams: Grams) -> GramHistogram:
-        """Of the n-grams of some texts."""
-        (none,) = np.nonzero(grams.lengths == 0)
-        texts = np.concatenate([grams.texts, none])
-        keys, places = np.unique(
-            np.concatenate([grams.keys, np.full(len(none), _NOTHING)]), return_inverse=True
+    def histograms(self) -> Histograms:
+        """How they are distributed in each text; a text too short for any has one of its own, which is what
+        people hardly ever write."""
+        (none,) = np.nonzero(self.lengths == 0)
+        return Histograms(
+            self.num_texts,
+            np.concatenate([self.keys, np.full(len(none), _NOTHING)]),
+            torch.from_numpy(np.concatenate([self.texts, none])),
+            torch.from_numpy(np.concatenate([self.counts / self.lengths[self.texts], np.ones(len(none))])),
         )
-        shares = np.concatenate([grams.counts / grams.lengths[grams.texts], np.ones(len(none))])
-        tensors = (torch.from_numpy(array) for array in (places, texts, shares))
-        return cls(grams.num_texts, keys, *tensors)
-
-    def __call__(self, weights: Tensor) -> Tensor:
-        """(N,) weights of the texts -> (K,) the share of each n-gram; they add up to 1."""
-        mass = self.shares * (weights / weights.sum())[self.texts]
-        return mass.new_zeros(len(self.keys)).index_add(0, self.places, mass)
-
-    def divergence(self, weights: Tensor, other: GramHistogram, theirs: Tensor) -> Tensor:
-        """Jensen-Shannon divergence, nats, 0 to ln 2, from the shares `theirs` (K',) of another's n-grams."""
-        mine = self(weights)
-        there = np.minimum(np.searchsorted(other.keys, self.keys), len(other.keys) - 1)
-        same = torch.from_numpy(other.keys[there] == self.keys)
-        yours = torch.where(same, theirs[torch.from_numpy(there)], 0.0)
-        middle = (mine + yours) / 2
-        # What only they have is as far from the middle as can be.
-        alone = (1 - yours.sum()).clamp_min(0) * math.log(2)
-        return (_relative(mine, middle) + _relative(yours, middle) + alone) / 2
-
-
-def _relative(shares: Tensor, middle: Tensor) -> Tensor:
-    """Relative entropy, nats, where a share of 0 adds nothing; its derivative is finite there, too."""
-    there = shares > 0
-    safe = torch.where(there, shares, 1.0)
-    return torch.where(there, safe * (safe / torch.where(there, middle, 1.0)).log(), 0.0).sum()

@@ -23,9 +23,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
+import torch
 from annotated_types import Gt
 from torch import Tensor
 
+from cambia.decoding.prompts import parted
 from cambia.errors import ConfigError, RewardError
 
 REWARDS: dict[str, str] = {
@@ -91,6 +93,12 @@ class Material:
                 "the same order"
             )
 
+    def parted(self) -> tuple[Samples, Samples, Samples]:
+        """People's texts to compare with; and of other documents people's and plain ones, which say what a
+        distance from those is worth."""
+        compared, held = parted(self.documents or range(len(self.human)), 0.5)
+        return self.human.chosen(compared), self.human.chosen(held), self.plain.chosen(held)
+
 
 @dataclass(frozen=True, eq=False)
 class Score:
@@ -106,10 +114,24 @@ class Score:
     how much, times N, the value would rise with one more continuation like this one."""
 
 
+Parts = Callable[[Tensor], Mapping[str, Tensor]]
+"""(N,) how often each continuation counts -> the parts, () each; differentiable."""
+
+
 def mean_of(each: Tensor) -> Score:
     """The score that is the mean over continuations of what each of them scores, (N,)."""
     each = each.detach().double().cpu()
     return Score(each.mean().item(), {}, each)
+
+
+def score_of(parts: Parts, number: int) -> Score:
+    """The score of what N continuations have together."""
+    weights = torch.ones(number, dtype=torch.float64, requires_grad=True)
+    found = parts(weights)
+    value = torch.stack([*found.values()]).sum()
+    (slopes,) = torch.autograd.grad(value, weights)
+    each = value.detach() + number * slopes
+    return Score(value.item(), {name: part.item() for name, part in found.items()}, each)
 
 
 @dataclass

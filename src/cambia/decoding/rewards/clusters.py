@@ -1,17 +1,11 @@
-"""MAUVE: how far two sets of texts are apart in what a model makes of them.
-
-Features of texts are sorted into clusters, and the two histograms are compared by the area under their
-divergence frontier (Pillutla et al. 2021, MAUVE: Measuring the Gap Between Neural Text and Human Text using
-Divergence Frontiers, arXiv:2102.01454): R = l P + (1 - l) Q for l from 0 to 1 gives points exp(-c KL(Q, R)),
-exp(-c KL(P, R)), whose area is 1 where P = Q and near 0 where they share nothing. It sees both errors, text
-that people would not write and what people write that is missing.
+"""Features of texts sorted into clusters, as MAUVE does (Pillutla et al. 2021, MAUVE: Measuring the Gap
+Between Neural Text and Human Text using Divergence Frontiers, arXiv:2102.01454).
 
 Where we differ: the clusters are made once, of what people wrote and of what the model writes by itself,
-since the value of one set of texts must not depend on another, and few texts make bad clusters. Histograms
-are smoothed by half a text per cluster (Krichevsky and Trofimov; found best by Pillutla et al. 2022, MAUVE
-Scores for Generative Models: Theory and Practice, arXiv:2212.14578). Features are brought to one scale per
-dimension in place of a projection on main directions. What is unlike anything that the clusters were made of,
-as loops are, has a cluster of its own.
+since the value of one set of texts must not depend on another, and few texts make bad clusters. Features are
+brought to one scale per dimension in place of a projection on main directions. What is unlike anything that
+the clusters were made of, as loops are, has a cluster of its own. The histograms are compared by a distance
+that few texts do not bias (`rewards.distance`), not by the area under the divergence frontier, which they do.
 """
 
 # N texts, D features, K clusters
@@ -23,9 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STEEPNESS = 5.0
-"""c of the paper."""
-_MIXTURES = 25
 _ROUNDS = 30
 
 
@@ -84,20 +75,3 @@ def _apart(points: Tensor, most: int, generator: torch.Generator) -> Tensor:
         chosen.append(int(torch.multinomial(distance, 1, generator=generator)))
         distance = torch.minimum(distance, (points - points[chosen[-1]]).square().sum(1))
     return points[chosen]
-
-
-def smoothed(shares: Tensor, number: int) -> Tensor:
-    """The shares (K,) of clusters among so many texts, with half a text more in each."""
-    return (number * shares + 0.5) / (number + len(shares) / 2)
-
-
-def frontier_area(p: Tensor, q: Tensor) -> Tensor:
-    """The area under the divergence frontier of two distributions without zeros, (K,) each: 0 to 1."""
-    part = torch.linspace(0, 1, _MIXTURES + 2, dtype=p.dtype)[1:-1, None]
-    middle = part * p + (1 - part) * q  # (mixtures, K)
-    right = torch.exp(-STEEPNESS * (q * (q / middle).log()).sum(1))
-    up = torch.exp(-STEEPNESS * (p * (p / middle).log()).sum(1))
-    # From (1, 0), R = Q without any P, to (0, 1).
-    right = torch.cat([right.new_ones(1), right, right.new_zeros(1)])
-    up = torch.cat([up.new_zeros(1), up, up.new_ones(1)])
-    return ((right[:-1] - right[1:]) * (up[:-1] + up[1:]) / 2).sum()

@@ -146,8 +146,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['prompts']} prompts of documents that no search has seen, mean and standard deviation over "
         f"{preset['seeds']} seeds; ours and Optuna write {preset['share']:.0%} of the tokens of a grid of "
         f"{preset['points']} x {preset['points']} x {preset['points']} points, {preset['grid_prompts']} "
-        f"prompts each. Goal: {GOALS['closed']:.0%} of the gap, and no less than the median of {preset['studies']} "
-        "studies. Where the gap is less than its own spread its share says nothing, and is left out."
+        f"prompts each. Goal: {GOALS['closed']:.0%} of the gap, and no less than the median of "
+        f"{preset['studies']} studies. Where the gap is less than its own spread its share says nothing, and "
+        "is left out."
     )
     detail = ["reward", "model", "seed", "decoding", "parameters", "reward", "n-grams", "features",
               "repetition", "diversity", "repeated", "distinct", "tokens", "nats/token",
@@ -209,7 +210,7 @@ def main() -> None:
     options, preset, data, parts = in_parts(__doc__, PRESETS)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     rewards = {
-        reward: at_each_desk(partial(cell, reward), preset, data, parts, kind=reward)
+        reward: at_each_desk(partial(cell, reward), preset, data, parts, kind=f"{reward}-")
         for reward in preset.rewards
     }
     prompts = {model: cells[0]["prompts"] for model, cells in next(iter(rewards.values())).items()}

@@ -47,7 +47,7 @@ class Preset:
     prompts: int = 64
     """Texts of a step of the policy, four behind each prompt."""
     held: int = 1000
-    calibrated: int = 256
+    calibrated: int = 512
     base_steps: int = 800
     workers: int | None = None
 
@@ -60,7 +60,7 @@ PRESETS = {
 }
 EVERY = 10
 START = {"temperature": 1.0, "top_p": 0.95}
-FIT = {"by": "gradient", "prompt_tokens": 48, "new_tokens": 80}
+FIT = {"by": "gradient", "prompt_tokens": 48, "new_tokens": 64}
 
 
 def tree_of(text: str, seed: int, data: Path, base: Path, preset: Preset) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def tree_of(text: str, seed: int, data: Path, base: Path, preset: Preset) -> dic
     return {
         "data": {
             "tasks": [{"name": text, "source": source(text, data, plain=False)}],
-            "valid_fraction": 0.1,
+            "valid_fraction": 0.2,
             "test_fraction": 0.2,
         },
         "model": {"type": "pretrained", "path": str(base)},
@@ -117,12 +117,11 @@ def cell(text: str, seed: int, data: Path, base: Path, preset: Preset) -> dict[s
         "after, by search": after(replace(search, tokens=tokens)),
         "after, by search, a twentieth": after(replace(search, tokens=max(1, tokens // 20))),
     }
-    held = prompts[TEST].take(range(min(preset.held, len(prompts[TEST]))))
-    shown = prompts[VALID].take(range(min(preset.calibrated, len(prompts[VALID]))))
-    new_tokens = settings.fit.new_tokens
+    held = prompts[TEST].at_most(preset.held)
     judge = Judge(
-        model, tokenizer.hf, shown, held, MatchReward(mauve_share=0), new_tokens=new_tokens, seed=seed
-    )
+        model, tokenizer.hf, prompts[VALID].at_most(preset.calibrated), held, MatchReward(mauve_share=0),
+        new_tokens=settings.fit.new_tokens, draws=2, seed=seed,
+    )  # fmt: skip
     rows = [judge.row(name, policy, tokens=written).as_dict() for name, (policy, written) in arms.items()]
     return {"rows": rows, "rewards": [update["reward"] for update in updates], "prompts": len(held)}
 

@@ -77,9 +77,7 @@ class Desk:
 
     def some(self, split: str, count: int) -> Prompts:
         """Prompts from all over a part of the text, no more than there are."""
-        prompts = self.prompts[split]
-        count = min(count, len(prompts))
-        return prompts.take([i * len(prompts) // count for i in range(count)])
+        return self.prompts[split].at_most(count)
 
     def fitted(self, fit: DecodingFit, reward: Reward, *, most: int) -> tuple[DecodingPolicy, int]:
         """What a search comes to with so many prompts, and the tokens that it wrote."""
@@ -93,15 +91,13 @@ def at_each_desk(
     """What `cell` finds for each model and seed of a preset; a model is opened when it is first needed.
 
     Args:
-        kind: of what is measured, where there are several.
+        kind: begins the name of each part, where several kinds are measured.
     """
     found: dict[str, list[Any]] = {}
     for name in preset.models:
         desk = functools.cache(functools.partial(Desk, name, data, preset.base_steps))
         found[name] = [
-            parts.once(
-                "-".join(filter(None, (kind, name, str(seed)))), lambda at=desk, i=seed: cell(at(), i, preset)
-            )
+            parts.once(f"{kind}{name}-{seed}", lambda at=desk, i=seed: cell(at(), i, preset))
             for seed in range(preset.seeds)
         ]
     return found

@@ -36,6 +36,11 @@ class Prompts:
         documents = [self.documents[i] for i in places]
         return Prompts([self.rows[i] for i in places], [self.human[i] for i in places], documents)
 
+    def at_most(self, count: int) -> Prompts:
+        """So many, from all over them; all where there are no more."""
+        count = min(count, len(self))
+        return self.take([i * len(self) // count for i in range(count)])
+
     @classmethod
     def joined(cls, several: Sequence[Prompts]) -> Prompts:
         """All of several; no document is in two of them."""
@@ -111,8 +116,7 @@ class Prompts:
         ]
         if not found:
             raise _too_short(file.num_documents, prompt_tokens, new_tokens)
-        step = max(1.0, len(found) / most)
-        return cls(*zip(*(found[int(i * step)] for i in range(min(most, len(found)))), strict=True))
+        return cls(*zip(*found, strict=True)).at_most(most)
 
 
 def parted(documents: Sequence[int], share: float) -> tuple[list[int], list[int]]:

@@ -5,7 +5,7 @@
 Three models write behind prompts of text that they know: stories260K (children's stories), a Llama of a
 million parameters that has read WikiText-2, and one that has read Python. For each model and seed
 
-    ours      CMA-ES with a quadric, with a share of the tokens that the grid writes
+    ours      a Gaussian process of what is worth how much, with a share of the tokens that the grid writes
     optuna    studies of Optuna's TPE, with as many, all candidates behind the same prompts with the same
               noise; the median of them counts
     grid      points x points x points values of temperature, top-p and repetition penalty; its winner
@@ -24,7 +24,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -37,15 +37,17 @@ from cambia.decoding import DecodingPolicy
 from cambia.decoding.fitting import DecodingFit
 from cambia.decoding.judging import Judge
 from cambia.decoding.rewards import DiversityReward, MatchReward, Reward, total
-from cambia.decoding.searching import CmaSearch, GridSearch, TpeSearch
+from cambia.decoding.searching import GridSearch, ProcessSearch, TpeSearch
 
 
 @dataclass(frozen=True)
 class Preset:
     """How much is measured."""
 
-    models: tuple[str, ...] = ("stories260K", "wikitext", "python")
-    rewards: tuple[str, ...] = ("match", "both")
+    models: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {"match": ("stories260K", "wikitext", "python"), "both": ("stories260K",)}
+    )
+    """By reward."""
     seeds: int = 3
     points: int = 7
     """Of each of the three parameters in the grid."""
@@ -70,7 +72,7 @@ class Preset:
 
 PRESETS = {
     "quick": Preset(
-        ("stories260K",), seeds=1, points=3, grid_prompts=16, prompts=8, share=0.3, studies=2, held=64,
+        {"match": ("stories260K",), "both": ("stories260K",)}, seeds=1, points=3, grid_prompts=16, prompts=8, share=0.3, studies=2, held=64,
         calibrated=64,
     ),
     "headline": Preset(),
@@ -99,7 +101,7 @@ def cell(reward: str, at: Desk, seed: int, preset: Preset) -> dict[str, Any]:
     arms = {"grid": fitted(every)}
     few = int(preset.share * arms["grid"][1])
     search = replace(at.fit, by="search", prompts=preset.prompts, tokens=few, seed=seed)
-    arms["ours"] = fitted(replace(search, search=CmaSearch()))
+    arms["ours"] = fitted(replace(search, search=ProcessSearch()))
     for study in range(preset.studies):
         one = replace(search, search=TpeSearch(), seed=1000 * (seed + 1) + study)
         arms[f"optuna {study}"] = fitted(one)
@@ -210,8 +212,8 @@ def main() -> None:
     options, preset, data, parts = in_parts(__doc__, PRESETS)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     rewards = {
-        reward: at_each_desk(partial(cell, reward), preset, data, parts, kind=f"{reward}-")
-        for reward in preset.rewards
+        reward: at_each_desk(partial(cell, reward), models, preset, data, parts, kind=f"{reward}-")
+        for reward, models in preset.models.items()
     }
     prompts = {model: cells[0]["prompts"] for model, cells in next(iter(rewards.values())).items()}
     result = {

@@ -131,7 +131,7 @@ def headlines(result: Mapping[str, Any]) -> dict[str, str]:
 
 def main() -> None:
     options, preset, data, parts = in_parts(__doc__, PRESETS)
-    models = at_each_desk(cell, preset, data, parts)
+    models = at_each_desk(cell, preset.models, preset, data, parts)
     result = {
         "name": f"decoding_weights_{options.preset}",
         "preset": asdict(preset),

@@ -5,7 +5,7 @@
 A model reads text it does not know, a step of its decoding parameters after every tenth batch (`in turns`).
 How a model is decoded from does not change what its weights learn, so the weights are those of a run
 without; what there is to win is a policy that is ready with them. Beside it, on the finished model and
-with as many tokens written: the same learner (`after`), CMA-ES (`after, by search`), and CMA-ES with a
+with as many tokens written: the same learner (`after`), a search (`after, by search`), and a search with a
 twentieth of the tokens. All are scored behind prompts of other documents by their match with people's text,
 0 being the finished model at temperature 1.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,15 +86,21 @@ class Desk:
 
 
 def at_each_desk(
-    cell: Callable[[Desk, int, Any], Any], preset: Any, data: Path, parts: Parts, *, kind: str = ""
+    cell: Callable[[Desk, int, Any], Any],
+    models: Sequence[str],
+    preset: Any,
+    data: Path,
+    parts: Parts,
+    *,
+    kind: str = "",
 ) -> dict[str, list[Any]]:
-    """What `cell` finds for each model and seed of a preset; a model is opened when it is first needed.
+    """What `cell` finds for each model and seed; a model is opened when it is first needed.
 
     Args:
         kind: begins the name of each part, where several kinds are measured.
     """
     found: dict[str, list[Any]] = {}
-    for name in preset.models:
+    for name in models:
         desk = functools.cache(functools.partial(Desk, name, data, preset.base_steps))
         found[name] = [
             parts.once(f"{kind}{name}-{seed}", lambda at=desk, i=seed: cell(at(), i, preset))

@@ -23,7 +23,7 @@ from cambia.decoding.prompts import Prompts
 from cambia.decoding.rewards.reward import Reward
 from cambia.decoding.rollouts import Rollouts
 from cambia.decoding.score_function import LEARNED, ScoreFunction
-from cambia.decoding.searching import SEARCHES, CmaSearch, Search, Space, Tried
+from cambia.decoding.searching import SEARCHES, CmaSearch, ProcessSearch, Search, Space, Tried
 from cambia.errors import MissingExtraError, RewardError
 
 Told = Callable[[Update], None]
@@ -52,7 +52,9 @@ class DecodingFit:
     parameters: tuple[str, ...] | None = None
     """What is learned; null: temperature, top-p and repetition penalty by search, and otherwise what
     `gradient.learns` and `likelihood.learns` say."""
-    search: Annotated[Search, Member(SEARCHES, "search", default="cma")] = field(default_factory=CmaSearch)
+    search: Annotated[Search, Member(SEARCHES, "search", default="process")] = field(
+        default_factory=ProcessSearch
+    )
     gradient: ScoreFunction = field(default_factory=ScoreFunction)
     likelihood: LikelihoodFit = field(default_factory=LikelihoodFit)
     tokens: Annotated[int, Gt(0)] = 200_000

@@ -4,7 +4,7 @@ A search asks what candidates are worth, a round at a time; all of a round conti
 same noise. It works on the unit cube, into which `SPANS` maps the parameters.
 
     >>> space = Space(("temperature", "top_p"), DecodingParameters())
-    >>> found = CmaSearch().run(worth, space, rounds=10)
+    >>> found = ProcessSearch().run(worth, space, rounds=10)
     >>> found.best
     DecodingParameters(temperature=0.71, ...)
 """
@@ -22,6 +22,7 @@ import numpy as np
 from annotated_types import Gt
 
 from cambia.decoding.parameters import SPANS, DecodingParameters, Span
+from cambia.decoding.process import Process, spread
 from cambia.errors import ConfigError, MissingExtraError
 
 Worth = Callable[[Sequence[DecodingParameters], int], Sequence[float]]
@@ -165,10 +166,79 @@ class Search(ABC):
         return Found(ongoing.best, ongoing.tried)
 
 
+class _OnePlace(Ongoing):
+    """All candidates are compared behind the same prompts with the same noise."""
+
+    @property
+    def round(self) -> int:
+        return 0
+
+
+@dataclass
+class ProcessSearch(Search):
+    """A Gaussian process of what is worth how much, fitted to all that was tried.
+
+    Each candidate of a round is the top of a function that is drawn from the process (Thompson 1933, On the
+    likelihood that one unknown probability exceeds another, Biometrika 25; in parallel Kandasamy et al. 2018,
+    Parallelised Bayesian Optimisation via Thompson Sampling, arXiv:1705.09236); the first are spread over the
+    cube, and where it began is among them. All are compared behind the same prompts with the same noise. It
+    comes to what is surely good (`Process.surest`), which may be where it began."""
+
+    def begin(self, space: Space, *, seed: int = 0) -> Ongoing:
+        return _ProcessOngoing(self, space, seed)
+
+
+class _ProcessOngoing(_OnePlace):
+    def __init__(self, search: ProcessSearch, space: Space, seed: int):
+        super().__init__(space)
+        self._population = search.population
+        self._start = space.place(space.start)
+        self._generator = np.random.default_rng(seed)
+        self._points: list[np.ndarray] = []
+
+    def _ask(self) -> list[DecodingParameters]:
+        if self.tried:
+            points = self._drawn()
+        else:
+            others = spread(self._population - 1, len(self._start), self._generator)
+            points = np.concatenate([self._start[None], others])
+        self._points += [*points]
+        candidates = [self.space.at(point) for point in points]
+        return candidates if self.tried else [self.space.start, *candidates[1:]]
+
+    def _tell(self, values: Sequence[float]) -> None:
+        pass
+
+    def _drawn(self) -> np.ndarray:
+        """The tops of functions that are drawn from the process, (C, S)."""
+        points, values = self._known()
+        best = points[np.argsort(values)[-_BEST:]]
+        parents = best[self._generator.integers(len(best), size=_PLACES)]
+        near = parents + 0.1 * self._generator.normal(size=parents.shape)
+        places = np.concatenate([self._generator.random(parents.shape), near.clip(0, 1)])
+        drawn = Process.of(points, values).draw(places, self._population, self._generator)
+        return places[drawn.argmax(0)]
+
+    def _known(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.array(self._points[: len(self.tried)]), np.array([one.worth for one in self.tried])
+
+    @property
+    def best(self) -> DecodingParameters:
+        if not self.tried:
+            return self.space.start
+        points, values = self._known()
+        place = Process.of(points, values).surest()
+        return self.space.start if np.array_equal(place, self._start) else self.space.at(place)
+
+
+_BEST, _PLACES = 6, 500
+"""Tops are looked for all over the cube and near the best."""
+
+
 @dataclass
 class CmaSearch(Search):
     """Evolution of a normal distribution (CMA-ES, Hansen 2016, https://arxiv.org/abs/1604.00772), and at its
-    end the best point of a quadric that is fitted to all that was tried, within where it looked."""
+    end what is surely good by all that was tried (`Process.surest`)."""
 
     sigma: Annotated[float, Gt(0)] = 0.25
     """Its spread at the start, in the unit cube."""
@@ -209,15 +279,11 @@ class _CmaOngoing(Ongoing):
             return self.space.start
         values, rounds = np.array([one.worth for one in self.tried]), np.array([t.round for t in self.tried])
         points = np.array(self._points[: len(self.tried)])
-        return self.space.at(top_of_quadric(points, values, rounds, self._evolution.mean))
+        return self.space.at(Process.of(points, values, rounds).surest())
 
 
-class _BestTried(Ongoing):
-    """The best that was tried is taken, so all of them are compared behind the same prompts."""
-
-    @property
-    def round(self) -> int:
-        return 0
+class _BestTried(_OnePlace):
+    """The best that was tried is taken."""
 
     @property
     def best(self) -> DecodingParameters:
@@ -289,57 +355,9 @@ class _GridOngoing(_BestTried):
 
 
 SEARCHES: dict[str, str] = {
+    "process": "cambia.decoding.searching:ProcessSearch",
     "cma": "cambia.decoding.searching:CmaSearch",
     "tpe": "cambia.decoding.searching:TpeSearch",
     "grid": "cambia.decoding.searching:GridSearch",
 }
 """By what configurations call them."""
-
-
-def top_of_quadric(
-    points: np.ndarray, values: np.ndarray, rounds: np.ndarray, middle: np.ndarray
-) -> np.ndarray:
-    """The highest point of a quadric that is fitted to noisy values near a point.
-
-    Response surface methodology (Box and Wilson 1951): one candidate's worth is mostly noise, all of them
-    together say where the top is. Each round has a level of its own, since it has other prompts, harder or
-    easier ones. Points count less the further they lie from `middle`, and it looks only between those that
-    count.
-
-    Args:
-        points: (C, S) in the unit cube.
-        values: (C,).
-        rounds: (C,) int.
-        middle: (S,).
-
-    Returns:
-        (S,); `middle` where the points are too few for a quadric.
-    """
-    count, size = points.shape
-    terms = size + size * (size + 1) // 2
-    if count < 2 * terms:
-        return middle
-    spread = np.maximum(points[-count // 2 :].std(0), 0.05)
-    away = (points - middle) / spread
-    weights = np.exp(-0.5 * ((away / _REACH) ** 2).sum(1))
-    root = np.sqrt(weights)[:, None]
-    levels = (rounds[:, None] == np.unique(rounds)) * root  # (C, rounds)
-    columns, wanted = _quadratic(away) * root, (values / max(values.std(), 1e-12))[:, None] * root
-    columns, wanted = (each - levels @ np.linalg.lstsq(levels, each)[0] for each in (columns, wanted))
-    fitted = np.linalg.solve(columns.T @ columns + _RIDGE * np.eye(terms), columns.T @ wanted)[:, 0]
-    near = points[weights > np.exp(-2.0)]
-    low, high = near.min(0, initial=1.0), near.max(0, initial=0.0)
-    looked = low + (high - low) * np.random.default_rng(0).random((4096, size))
-    looked = np.concatenate([looked, middle[None]])
-    return looked[int(np.argmax(_quadratic((looked - middle) / spread) @ fitted))]
-
-
-_REACH = 2.0
-"""Standard deviations of the later points within which a point counts fully."""
-_RIDGE = 0.1
-
-
-def _quadratic(x: np.ndarray) -> np.ndarray:
-    """(C, S) -> (C, S + S (S + 1) / 2): the coordinates, and all products of two."""
-    pairs = [x[:, i] * x[:, j] for i in range(x.shape[1]) for j in range(i, x.shape[1])]
-    return np.stack([*x.T, *pairs], 1)

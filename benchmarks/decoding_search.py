@@ -72,8 +72,8 @@ class Preset:
 
 PRESETS = {
     "quick": Preset(
-        {"match": ("stories260K",), "both": ("stories260K",)}, seeds=1, points=3, grid_prompts=16, prompts=8, share=0.3, studies=2, held=64,
-        calibrated=64,
+        {"match": ("stories260K",), "both": ("stories260K",)},
+        seeds=1, points=3, grid_prompts=16, prompts=8, share=0.3, studies=2, held=64, calibrated=64,
     ),
     "headline": Preset(),
     "full": Preset(grid_prompts=256, prompts=96),

@@ -135,19 +135,19 @@ def test_a_grid_visits_every_point_whatever_its_tokens(writer) -> None:  # noqa:
 
 
 def test_without_the_package_gradients_learn_instead(writer, monkeypatch) -> None:  # noqa: F811
+    rollouts = Rollouts(*writer, Prompts.of(TEXTS, writer[1], prompt_tokens=8, new_tokens=12), new_tokens=12)
+    evolution = DecodingFit(search=CmaSearch())
     monkeypatch.setitem(sys.modules, "cmaes", None)
     with pytest.warns(UserWarning, match="pip install"):
-        one = learner("search", *writer)
+        one = evolution.learner(rollouts, Low())
     assert isinstance(one, GradientLearner)
     state = one.state_dict()
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="learned by a GradientLearner"):
-        learner("search", *writer).load_state_dict(state)
-    fit = DecodingFit(search=TpeSearch())
+        evolution.learner(rollouts, Low()).load_state_dict(state)
     monkeypatch.setitem(sys.modules, "optuna", None)
-    rollouts = Rollouts(*writer, Prompts.of(TEXTS, writer[1], prompt_tokens=8, new_tokens=12), new_tokens=12)
     with pytest.raises(MissingExtraError, match="optuna"):
-        fit.learner(rollouts, Low())
+        DecodingFit(search=TpeSearch()).learner(rollouts, Low())
 
 
 def test_a_part_that_cannot_be_learned_that_way_is_refused(writer) -> None:  # noqa: F811

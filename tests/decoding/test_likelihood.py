@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cambia.decoding import DecodingParameters, DecodingPolicy
 from cambia.decoding.likelihood import LikelihoodFit, Text, mean_loss, past_of, token_losses
-from cambia.decoding.odds import History, Knobs, warped
+from cambia.decoding.odds import History, RowParameters, warped
 from cambia.errors import ConfigError, DataError
 from tests.decoding.test_policy import made
 
@@ -69,9 +69,9 @@ def test_the_past_of_each_token_is_what_writing_sees() -> None:
     ]
     assert past.written[0, :, 4].tolist() == [0, 1, 1, 2], "the first is a prompt"
     logits = torch.randn(1, 4, 8)
-    knobs = Knobs(temperature=0.7, repetition_penalty=1.2, presence_penalty=0.3)
-    losses = token_losses(logits, ids, knobs)
-    last = warped(logits[:, 3], knobs, History(past.seen[:, 3], past.written[:, 3]))
+    given = RowParameters(temperature=0.7, repetition_penalty=1.2, presence_penalty=0.3)
+    losses = token_losses(logits, ids, given)
+    last = warped(logits[:, 3], given, History(past.seen[:, 3], past.written[:, 3]))
     torch.testing.assert_close(losses[0, 3], -last.log_softmax(-1)[0, 2])
 
 

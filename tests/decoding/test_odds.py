@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from cambia.decoding.drawing import Drawing, Noise, history_of
-from cambia.decoding.odds import Knobs, kept, soft_nucleus, warped
+from cambia.decoding.odds import RowParameters, kept, soft_nucleus, warped
 from cambia.decoding.parameters import PRESETS, SPANS, DecodingParameters, Span
 from cambia.errors import ConfigError
 
@@ -49,7 +49,7 @@ def test_rows_have_the_odds_of_transformers(rows: list[DecodingParameters], seed
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(len(rows), 9, generator=generator, dtype=torch.float64)
     ids = torch.randint(0, 9, (len(rows), 4), generator=generator)
-    mine = warped(logits, Knobs.by_row(rows), history_of(ids, None, 9)).softmax(-1)
+    mine = warped(logits, RowParameters.by_row(rows), history_of(ids, None, 9)).softmax(-1)
     for row, parameters in enumerate(rows):
         other = theirs(parameters)(ids[row, None], logits[row, None].clone()).softmax(-1)
         torch.testing.assert_close(mine[row, None], other, rtol=1e-6, atol=1e-9)
@@ -57,7 +57,9 @@ def test_rows_have_the_odds_of_transformers(rows: list[DecodingParameters], seed
 
 def test_penalties_count_what_was_written_and_no_padding() -> None:
     ids, mask = torch.tensor([[0, 0, 3]]), torch.tensor([[0, 0, 1]])
-    drawing = Drawing(Knobs(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25), None, mask)
+    drawing = Drawing(
+        RowParameters(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25), None, mask
+    )
     logits = torch.ones(1, 5)
     assert drawing(ids, logits).tolist() == [[1.0, 1.0, 1.0, 0.5, 1.0]]
     drawing(torch.tensor([[0, 0, 3, 4]]), logits)
@@ -68,25 +70,25 @@ def test_penalties_count_what_was_written_and_no_padding() -> None:
 def test_zero_temperature_takes_the_first_of_the_likeliest() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0]])
     rows = [DecodingParameters(temperature=0.0), DecodingParameters(temperature=2.0)]
-    odds = warped(logits, Knobs.by_row(rows)).softmax(-1)
+    odds = warped(logits, RowParameters.by_row(rows)).softmax(-1)
     assert odds[0].tolist() == [0, 1, 0]
     torch.testing.assert_close(odds[1], (logits[1] / 2).softmax(-1))
-    assert warped(logits, Knobs.of(PRESETS["greedy"])).softmax(-1)[0].tolist() == [0, 1, 0]
+    assert warped(logits, RowParameters.of(PRESETS["greedy"])).softmax(-1)[0].tolist() == [0, 1, 0]
 
 
 def test_neutral_parameters_leave_logits_as_they_are() -> None:
     logits = torch.randn(3, 7)
-    assert warped(logits, Knobs.of(DecodingParameters())) is logits
-    some = kept(logits[:2], Knobs.by_row([DecodingParameters(), DecodingParameters(top_p=0.5)]))
+    assert warped(logits, RowParameters.of(DecodingParameters())) is logits
+    some = kept(logits[:2], RowParameters.by_row([DecodingParameters(), DecodingParameters(top_p=0.5)]))
     assert bool(some[0].all()) and not bool(some[1].all())
 
 
 def test_what_is_drawn_has_the_odds() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     parameters = DecodingParameters(temperature=0.7, top_p=0.9)
-    odds = warped(logits, Knobs.of(parameters)).softmax(-1)[0]
+    odds = warped(logits, RowParameters.of(parameters)).softmax(-1)[0]
     many = 20_000
-    drawing = Drawing(Knobs.of(parameters), Noise(seed=1))
+    drawing = Drawing(RowParameters.of(parameters), Noise(seed=1))
     drawn = drawing(torch.zeros(many, 1, dtype=torch.long), logits.expand(many, -1)).argmax(-1)
     counts = torch.bincount(drawn, minlength=4) / many
     assert (counts - odds).abs().max() < 4 * math.sqrt(0.25 / many)
@@ -95,7 +97,7 @@ def test_what_is_drawn_has_the_odds() -> None:
 
 def test_rows_that_share_noise_draw_alike() -> None:
     logits = torch.randn(1, 50).expand(6, -1)
-    shared = Drawing(Knobs(), Noise(3, torch.tensor([0, 1, 0, 1, 0, 1])))
+    shared = Drawing(RowParameters(), Noise(3, torch.tensor([0, 1, 0, 1, 0, 1])))
     drawn = shared(torch.zeros(6, 1, dtype=torch.long), logits).argmax(-1)
     assert drawn[0] == drawn[2] == drawn[4] and drawn[1] == drawn[3] == drawn[5]
 
@@ -112,7 +114,7 @@ def test_a_soft_nucleus_is_what_drawn_thresholds_give(seed: int, top_p: float) -
     thresholds = torch.sigmoid(
         torch.logit(torch.tensor(top_p, dtype=torch.float64)) + width * torch.logit(places)
     )
-    hard = warped(logits.expand(20_000, -1), Knobs(top_p=thresholds)).softmax(-1).mean(0)
+    hard = warped(logits.expand(20_000, -1), RowParameters(top_p=thresholds)).softmax(-1).mean(0)
     torch.testing.assert_close(soft, hard, rtol=0, atol=2e-4)
 
 
@@ -127,11 +129,11 @@ def test_gradients_of_the_odds_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(odds, (temperature, top_p.requires_grad_()))
     seen = history_of(torch.randint(0, 11, (2, 4)), None, 11)
     seen.written.copy_(torch.randint(0, 3, (2, 11)))
-    knobs = torch.tensor([0.7, 1.3, 0.2, 0.1], dtype=torch.float64, requires_grad=True)
+    given = torch.tensor([0.7, 1.3, 0.2, 0.1], dtype=torch.float64, requires_grad=True)
 
     def penalised(values: torch.Tensor) -> torch.Tensor:
         temperature, repetition, presence, frequency = values
-        every = Knobs(
+        every = RowParameters(
             temperature=temperature,
             repetition_penalty=repetition,
             presence_penalty=presence,
@@ -139,13 +141,14 @@ def test_gradients_of_the_odds_are_those_of_finite_differences() -> None:
         )
         return warped(logits[:, 0], every, seen).log_softmax(-1)
 
-    assert torch.autograd.gradcheck(penalised, knobs)
+    assert torch.autograd.gradcheck(penalised, given)
 
 
 def test_entropy_rises_with_temperature() -> None:
     logits = torch.randn(1, 30)
     entropies = [
-        float(Categorical(logits=warped(logits, Knobs(temperature=t))).entropy()) for t in (0.3, 0.8, 1.5)
+        float(Categorical(logits=warped(logits, RowParameters(temperature=t))).entropy())
+        for t in (0.3, 0.8, 1.5)
     ]
     assert entropies == sorted(entropies)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from cambia.decoding.odds import History, Knobs, warped
+from cambia.decoding.odds import History, RowParameters, warped
 
 
 def seed_of(seed: int, number: int) -> int:
@@ -46,7 +46,7 @@ class Drawing(LogitsProcessor):
     """Draws each token as decoding parameters say, for a whole call of `generate`.
 
     Args:
-        knobs: the parameters of all rows, or a function that gives them anew for each token.
+        given: the parameters of all rows, or a function that gives them anew for each token.
         noise: None: the likeliest token is taken.
         attention_mask: (B, T) of the prompts, so that padding counts as no token.
         odds: logits, parameters and what stands there already -> log-odds, (B, V).
@@ -54,12 +54,12 @@ class Drawing(LogitsProcessor):
 
     def __init__(
         self,
-        knobs: Knobs | Callable[[], Knobs],
+        given: RowParameters | Callable[[], RowParameters],
         noise: Noise | None,
         attention_mask: Tensor | None = None,
-        odds: Callable[[Tensor, Knobs, History | None], Tensor] = warped,
+        odds: Callable[[Tensor, RowParameters, History | None], Tensor] = warped,
     ):
-        self.knobs, self.noise, self.attention_mask, self.odds = knobs, noise, attention_mask, odds
+        self.given, self.noise, self.attention_mask, self.odds = given, noise, attention_mask, odds
         self._history: History | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -69,9 +69,9 @@ class Drawing(LogitsProcessor):
             input_ids: (B, T) prompts and what was written so far.
             scores: (B, V) the model's logits.
         """
-        knobs = self.knobs if isinstance(self.knobs, Knobs) else self.knobs()
-        history = self._read(input_ids, scores.shape[1]) if knobs.reads_history else None
-        logits = self.odds(scores, knobs, history)
+        given = self.given if isinstance(self.given, RowParameters) else self.given()
+        history = self._read(input_ids, scores.shape[1]) if given.reads_history else None
+        logits = self.odds(scores, given, history)
         return logits if self.noise is None else logits + self.noise.next(logits)
 
     def _read(self, input_ids: Tensor, vocabulary: int) -> History:

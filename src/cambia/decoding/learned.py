@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cambia.decoding.odds import Knobs
+from cambia.decoding.odds import RowParameters
 from cambia.decoding.parameters import DecodingParameters
 
 _FACTORS = ("temperature", "repetition_penalty")
@@ -46,10 +46,10 @@ class LearnedParameters:
         """Those with a gradient."""
         return [line for line in self.lines.values() if line.requires_grad]
 
-    def knobs(self, device: torch.device | str = "cpu") -> Knobs:
+    def row_parameters(self, device: torch.device | str = "cpu") -> RowParameters:
         """As they are now, with gradients, on the device of the odds that they change."""
         values = {name: _value(name, line).to(device) for name, line in self.lines.items()}
-        return replace(Knobs.of(self._start), **values)
+        return replace(RowParameters.of(self._start), **values)
 
     @torch.no_grad()
     def stay_inside(self) -> None:

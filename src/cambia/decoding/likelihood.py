@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from cambia.decoding.drawing import seed_of
 from cambia.decoding.learned import LearnedParameters, load_optimizer_state, optimizer_state
-from cambia.decoding.odds import History, Knobs, warped
+from cambia.decoding.odds import History, RowParameters, warped
 from cambia.decoding.policy import DecodingPolicy
 from cambia.errors import ConfigError, DataError
 from cambia.nn.modes import evaluating
@@ -264,11 +264,11 @@ class _Learned:
         at_once = max(1, _MOST_ODDS // (text.ids.shape[1] * vocabulary))
         for some in text.parts(at_once):
             ids, first = some.ids.to(model.device), text.prompt_tokens
-            knobs = self.parameters.knobs(model.device)
+            given = self.parameters.row_parameters(model.device)
             mask = None if some.mask is None else some.mask.to(model.device)
             with listening.heard(model):
                 logits = logits_of(model, ids, mask)[:, first - 1 : -1].float()
-            losses = token_losses(logits, ids, knobs, prompt_tokens=first, mask=mask)
+            losses = token_losses(logits, ids, given, prompt_tokens=first, mask=mask)
             yield losses.masked_fill(~some.counted.to(losses.device), 0.0).sum()
 
     def backward(self, model: PreTrainedModel, text: Text) -> None:
@@ -283,7 +283,7 @@ class _Learned:
 
 
 def token_losses(
-    logits: Tensor, ids: Tensor, knobs: Knobs, *, prompt_tokens: int = 1, mask: Tensor | None = None
+    logits: Tensor, ids: Tensor, given: RowParameters, *, prompt_tokens: int = 1, mask: Tensor | None = None
 ) -> Tensor:
     """Nats of each token of a text behind its prompt, (B, T - P), as if it had been written token by token.
 
@@ -293,8 +293,8 @@ def token_losses(
         prompt_tokens: P.
         mask: (B, T), 0 where a row is padded.
     """
-    history = past_of(ids, logits.shape[-1], prompt_tokens, mask) if knobs.reads_history else None
-    logs = warped(logits, knobs, history).log_softmax(-1)
+    history = past_of(ids, logits.shape[-1], prompt_tokens, mask) if given.reads_history else None
+    logs = warped(logits, given, history).log_softmax(-1)
     return -logs.gather(-1, ids[:, prompt_tokens:, None])[..., 0]
 
 

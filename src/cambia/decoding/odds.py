@@ -24,7 +24,7 @@ Number = float | Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Knobs:
+class RowParameters:
     """Decoding parameters of rows: each one number for all of them, or a tensor (...,)."""
 
     temperature: Number = 1.0
@@ -77,26 +77,26 @@ class History:
     """(..., V): how often it was written."""
 
 
-def penalised(logits: Tensor, knobs: Knobs, history: History | None) -> Tensor:
+def penalised(logits: Tensor, given: RowParameters, history: History | None) -> Tensor:
     """Logits with the penalties for what stands there already.
 
     Args:
         logits: (..., V).
         history: needed where a penalty is not neutral.
     """
-    if history is None or not knobs.reads_history:
+    if history is None or not given.reads_history:
         return logits
-    if not is_neutral(knobs.repetition_penalty, 1.0):
-        factor = _column(knobs.repetition_penalty)
+    if not is_neutral(given.repetition_penalty, 1.0):
+        factor = _column(given.repetition_penalty)
         logits = torch.where(history.seen, torch.where(logits < 0, logits * factor, logits / factor), logits)
-    if not is_neutral(knobs.presence_penalty, 0.0):
-        logits = logits - _column(knobs.presence_penalty) * (history.written > 0)
-    if not is_neutral(knobs.frequency_penalty, 0.0):
-        logits = logits - _column(knobs.frequency_penalty) * history.written
+    if not is_neutral(given.presence_penalty, 0.0):
+        logits = logits - _column(given.presence_penalty) * (history.written > 0)
+    if not is_neutral(given.frequency_penalty, 0.0):
+        logits = logits - _column(given.frequency_penalty) * history.written
     return logits
 
 
-def warped(logits: Tensor, knobs: Knobs, history: History | None = None) -> Tensor:
+def warped(logits: Tensor, given: RowParameters, history: History | None = None) -> Tensor:
     """Logits of the distribution that is drawn from: -inf where a token is cut off.
 
     Args:
@@ -105,11 +105,11 @@ def warped(logits: Tensor, knobs: Knobs, history: History | None = None) -> Tens
     Returns:
         (..., V). Rows of temperature 0 have one token left, the likeliest.
     """
-    logits = cooled(penalised(logits, knobs, history), knobs.temperature)
-    cuts = not is_neutral(knobs.top_p, 1.0) or not is_neutral(knobs.min_p, 0.0)
-    if not cuts and is_neutral(knobs.top_k, 0):
+    logits = cooled(penalised(logits, given, history), given.temperature)
+    cuts = not is_neutral(given.top_p, 1.0) or not is_neutral(given.min_p, 0.0)
+    if not cuts and is_neutral(given.top_k, 0):
         return logits
-    return logits.masked_fill(~kept(logits.detach(), knobs), -math.inf)
+    return logits.masked_fill(~kept(logits.detach(), given), -math.inf)
 
 
 def cooled(logits: Tensor, temperature: Number) -> Tensor:
@@ -131,21 +131,21 @@ def _likeliest(logits: Tensor) -> Tensor:
     return chosen.scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
 
 
-def kept(logits: Tensor, knobs: Knobs) -> Tensor:
+def kept(logits: Tensor, given: RowParameters) -> Tensor:
     """(..., V) bool: the tokens that top-k, then top-p of those, then min-p leave."""
     ordered, order = logits.sort(dim=-1, descending=True)
     inside = torch.ones_like(ordered, dtype=torch.bool)
-    if not is_neutral(knobs.top_k, 0):
-        inside = _first(ordered, knobs.top_k)
+    if not is_neutral(given.top_k, 0):
+        inside = _first(ordered, given.top_k)
     odds = ordered.masked_fill(~inside, -math.inf).softmax(-1)
-    if not is_neutral(knobs.top_p, 1.0):
+    if not is_neutral(given.top_p, 1.0):
         # The least likely are dropped while what is dropped stays within 1 - p.
         dropped = odds.flip(-1).cumsum(-1).flip(-1)
-        within = dropped > 1 - _column(knobs.top_p)
+        within = dropped > 1 - _column(given.top_p)
         within[..., 0] = True
-        inside = inside & (within | _all(knobs.top_p, 1.0, within))
-    if not is_neutral(knobs.min_p, 0.0):
-        inside = inside & (odds >= _column(knobs.min_p) * odds[..., :1])
+        inside = inside & (within | _all(given.top_p, 1.0, within))
+    if not is_neutral(given.min_p, 0.0):
+        inside = inside & (odds >= _column(given.min_p) * odds[..., :1])
     return torch.zeros_like(inside).scatter(-1, order, inside)
 
 

@@ -26,7 +26,7 @@ from cambia import files
 from cambia.decoding.context_head import ContextHead
 from cambia.decoding.drawing import Drawing, Noise
 from cambia.decoding.mixing import Anatomy, heads_of, mixed_layers, scaled_heads
-from cambia.decoding.odds import History, Knobs, warped
+from cambia.decoding.odds import History, RowParameters, warped
 from cambia.decoding.parameters import DecodingParameters
 from cambia.errors import ConfigError, DataError
 from cambia.generation import end_tokens, only_as_told
@@ -192,14 +192,14 @@ class DecodingPolicy:
         attention_mask: Tensor | None,
         noise: Noise | None,
         *,
-        knobs: Knobs | None = None,
-        odds: Callable[[Tensor, Knobs, History | None], Tensor] = warped,
+        given: RowParameters | None = None,
+        odds: Callable[[Tensor, RowParameters, History | None], Tensor] = warped,
         writer: Any = None,
         streamer: Any = None,
         **settings: Any,
     ) -> Tensor:
         """`generate` with noise and odds of one's own, and parameters for each row (B,) if they are given."""
-        given = knobs or Knobs.of(self.parameters)
+        given = given or RowParameters.of(self.parameters)
         with evaluating(model), only_as_told(model), ExitStack() as blocks:
             blocks.enter_context(self.heard(model))
             if self.context is None:
@@ -242,12 +242,12 @@ class DecodingPolicy:
 
         return DecodingFit(**settings).run(self, model, tokenizer, texts, reward or MatchReward()).policy
 
-    def in_context(self, hidden: Tensor, knobs: Knobs) -> Knobs:
+    def in_context(self, hidden: Tensor, given: RowParameters) -> RowParameters:
         """Parameters of each next token, (...,), from what the head is given, (..., D)."""
         if self.context is None:
-            return knobs
-        temperature, top_p = self.context(hidden, knobs.temperature, knobs.top_p)
-        return replace(knobs, temperature=temperature, top_p=top_p)
+            return given
+        temperature, top_p = self.context(hidden, given.temperature, given.top_p)
+        return replace(given, temperature=temperature, top_p=top_p)
 
     # ---- files ---------------------------------------------------------------------------------------
 

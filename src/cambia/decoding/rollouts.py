@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cambia.decoding.drawing import Noise, seed_of
-from cambia.decoding.odds import Knobs
+from cambia.decoding.odds import RowParameters
 from cambia.decoding.parameters import DecodingParameters
 from cambia.decoding.policy import DecodingPolicy
 from cambia.decoding.prompts import Prompts
@@ -115,7 +115,7 @@ class Rollouts:
             input_ids.repeat(copies, 1).to(self.model.device),
             mask.repeat(copies, 1).to(self.model.device),
             Noise(seed_of(self.seed, round_), shared),
-            knobs=Knobs.by_row(by_row, self.model.device),
+            given=RowParameters.by_row(by_row, self.model.device),
             writer=self.writer,
             max_new_tokens=self.new_tokens,
         )

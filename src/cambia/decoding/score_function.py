@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from cambia.decoding.drawing import Noise, seed_of
 from cambia.decoding.learned import LearnedParameters, load_optimizer_state, optimizer_state
 from cambia.decoding.likelihood import logits_of, past_of
-from cambia.decoding.odds import History, Knobs, cooled, is_neutral, penalised, soft_nucleus
+from cambia.decoding.odds import History, RowParameters, cooled, is_neutral, penalised, soft_nucleus
 from cambia.decoding.policy import DecodingPolicy, last_states
 from cambia.errors import ConfigError, RewardError
 from cambia.generation import end_tokens
@@ -123,7 +123,7 @@ class ScoreFunctionLearner:
         head = [] if self._policy.context is None else list(self._policy.context.parameters())
         self.optimizer = torch.optim.Adam([*self.parameters.tensors(), *head], lr=settings.rate)
         self.updates = 0
-        self._began = replace(Knobs.of(policy.parameters), **self.parameters.values())
+        self._began = replace(RowParameters.of(policy.parameters), **self.parameters.values())
 
     @property
     def policy(self) -> DecodingPolicy:
@@ -176,7 +176,7 @@ class ScoreFunctionLearner:
             repeated,
             torch.ones_like(repeated) if mask is None else mask.repeat_interleave(self.settings.texts, 0),
             Noise(seed_of(self.seed, self.updates)),
-            knobs=self.parameters.knobs(self.model.device),
+            given=self.parameters.row_parameters(self.model.device),
             odds=soft_odds,
             max_new_tokens=new_tokens,
         )
@@ -219,7 +219,7 @@ class ScoreFunctionLearner:
         places = slice(prompt_tokens - 1, -1)
         logits, states = logits[:, places].double(), hidden[0][:, places]
         past = functools.partial(past_of, rows, logits.shape[-1], prompt_tokens, mask)
-        now = self._odds(self._policy, states, logits, past, self.parameters.knobs(logits.device))
+        now = self._odds(self._policy, states, logits, past, self.parameters.row_parameters(logits.device))
         with torch.no_grad():
             began = self._odds(self._start, states, logits, past, self._began)
         new, odds = rows[:, prompt_tokens:], now.exp()
@@ -236,10 +236,14 @@ class ScoreFunctionLearner:
 
     @staticmethod
     def _odds(
-        policy: DecodingPolicy, states: Tensor, logits: Tensor, past: Callable[[], History], knobs: Knobs
+        policy: DecodingPolicy,
+        states: Tensor,
+        logits: Tensor,
+        past: Callable[[], History],
+        given: RowParameters,
     ) -> Tensor:
-        history = past() if knobs.reads_history else None
-        return soft_odds(logits, policy.in_context(states, knobs), history)
+        history = past() if given.reads_history else None
+        return soft_odds(logits, policy.in_context(states, given), history)
 
     # ---- what must survive a restart -----------------------------------------------------------------
 
@@ -263,10 +267,10 @@ class ScoreFunctionLearner:
         self.updates = state["updates"]
 
 
-def soft_odds(logits: Tensor, knobs: Knobs, history: History | None) -> Tensor:
+def soft_odds(logits: Tensor, given: RowParameters, history: History | None) -> Tensor:
     """`odds.warped` with a threshold of top-p that is drawn for each token: log-probabilities (..., V)."""
-    logits = cooled(penalised(logits, knobs, history), knobs.temperature)
-    if is_neutral(knobs.top_p, 1.0):
+    logits = cooled(penalised(logits, given, history), given.temperature)
+    if is_neutral(given.top_p, 1.0):
         return logits.log_softmax(-1)
-    top_p = torch.as_tensor(knobs.top_p, dtype=logits.dtype, device=logits.device)
+    top_p = torch.as_tensor(given.top_p, dtype=logits.dtype, device=logits.device)
     return soft_nucleus(logits, top_p.expand(logits.shape[:-1]), _WIDTH)

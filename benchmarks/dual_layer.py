@@ -41,12 +41,12 @@ from cambia.rundir import RunReader
 class Preset:
     """How much is measured."""
 
-    texts: tuple[str, ...] = ("plays", "spanish", "sql")
+    texts: tuple[str, ...] = ("plays", "sql")
     seeds: int = 3
-    steps: int = 400
-    prompts: int = 64
+    steps: int = 300
+    prompts: int = 48
     """Texts of a step of the policy, four behind each prompt."""
-    held: int = 1000
+    held: int = 500
     calibrated: int = 512
     base_steps: int = 800
     workers: int | None = None
@@ -55,8 +55,8 @@ class Preset:
 PRESETS = {
     "quick": Preset(("plays",), seeds=1, steps=20, prompts=16, held=40, calibrated=40, base_steps=100),
     "headline": Preset(),
-    "full": Preset(steps=2000),
-    "gpu": Preset(steps=4000, prompts=512, held=4000, calibrated=1000),
+    "full": Preset(("plays", "spanish", "sql"), steps=2000, prompts=64, held=1000),
+    "gpu": Preset(("plays", "spanish", "sql"), steps=4000, prompts=512, held=4000, calibrated=1000),
 }
 EVERY = 10
 START = {"temperature": 1.0, "top_p": 0.95}

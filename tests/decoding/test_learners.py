@@ -187,13 +187,13 @@ def test_everything_stands_where_the_odds_are() -> None:
     head = ContextHead(8)
     logits, states = torch.empty(2, 5, 23, device="meta"), torch.empty(2, 5, 8, device="meta")
     ids, mask = (torch.ones(2, 9, dtype=torch.long, device="meta") for _ in range(2))
-    knobs = lines.knobs(logits.device)
-    temperature, top_p = head(states, knobs.temperature, knobs.top_p)
+    given = lines.row_parameters(logits.device)
+    temperature, top_p = head(states, given.temperature, given.top_p)
     past = past_of(ids, 23, 4, mask)
     for odds in (
-        soft_odds(logits, replace(knobs, temperature=temperature, top_p=top_p), past),
-        soft_odds(logits, knobs, past),
-        warped(logits, replace(knobs, top_p=1.0), past),
+        soft_odds(logits, replace(given, temperature=temperature, top_p=top_p), past),
+        soft_odds(logits, given, past),
+        warped(logits, replace(given, top_p=1.0), past),
     ):
         assert odds.is_meta and odds.requires_grad and odds.shape == logits.shape
 

@@ -86,18 +86,29 @@ def test_what_cannot_be_searched_is_said() -> None:
         Space(("temp",), DecodingParameters())
 
 
+@pytest.mark.parametrize("moving", [False, True])
 @pytest.mark.parametrize(
     "search", [ProcessSearch(), CmaSearch(), TpeSearch(), GridSearch(points=3, population=5)]
 )
-def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(search) -> None:
+def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(search, moving) -> None:
     worth = noisy(0, 0.0)
-    whole = search.begin(SPACE, seed=2)
+    whole = search.begin(SPACE, seed=2, moving=moving)
     for number in range(5):
         if number == 3:
             state = whole.state_dict()
         whole.tell(worth(whole.ask(), whole.round))
-    again = search.begin(SPACE, seed=2)
+    again = search.begin(SPACE, seed=2, moving=moving)
     again.load_state_dict(state)
     for _ in range(2):
         again.tell(worth(again.ask(), again.round))
     assert again.tried == whole.tried and again.best == whole.best and again.ask() == whole.ask()
+
+
+def test_a_top_that_moves_is_followed() -> None:
+    """Beside weights that learn what was good at first is not good later."""
+    ongoing = ProcessSearch().begin(SPACE, seed=0, moving=True)
+    for number in range(16):
+        wanted = np.array([0.2, 0.8, 0.5]) if number < 6 else np.array([0.8, 0.3, 0.5])
+        away = [float(((SPACE.place(one) - wanted) ** 2).sum()) for one in ongoing.ask()]
+        ongoing.tell([number - value for value in away])  # the weights get better, too
+    assert np.abs(SPACE.place(ongoing.best) - wanted).max() < 0.1

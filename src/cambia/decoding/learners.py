@@ -198,7 +198,8 @@ class SearchLearner(_RewardLearner):
     ):
         super().__init__(rollouts, reward, prompts=prompts)
         self._names = tuple(names)
-        self._search = search.begin(Space(self._names, rollouts.policy.parameters), seed=rollouts.seed)
+        space = Space(self._names, rollouts.policy.parameters)
+        self._search = search.begin(space, seed=rollouts.seed, moving=not rollouts.is_frozen)
         self.tried = self._search.tried
         self._population = search.population
 

@@ -79,10 +79,11 @@ class Ongoing(ABC):
 
     Args:
         space: where it looks.
+        moving: what candidates are worth changes from round to round.
     """
 
-    def __init__(self, space: Space):
-        self.space = space
+    def __init__(self, space: Space, *, moving: bool = False):
+        self.space, self.moving = space, moving
         self.tried: list[Tried] = []
         """All candidates, in their order."""
         self._told: list[list[float]] = []
@@ -135,12 +136,13 @@ class Search(ABC):
     """Candidates of a round."""
 
     @abstractmethod
-    def begin(self, space: Space, *, seed: int = 0) -> Ongoing:
+    def begin(self, space: Space, *, seed: int = 0, moving: bool = False) -> Ongoing:
         """One at work.
 
         Args:
             space: where it looks.
             seed: of what is tried.
+            moving: what candidates are worth changes meanwhile, as beside weights that learn.
 
         Raises:
             MissingExtraError: it needs a package.
@@ -167,11 +169,11 @@ class Search(ABC):
 
 
 class _OnePlace(Ongoing):
-    """All candidates are compared behind the same prompts with the same noise."""
+    """All candidates are compared behind the same prompts with the same noise, unless their worth moves."""
 
     @property
     def round(self) -> int:
-        return 0
+        return len(self._told) if self.moving else 0
 
 
 @dataclass
@@ -182,15 +184,17 @@ class ProcessSearch(Search):
     likelihood that one unknown probability exceeds another, Biometrika 25; in parallel Kandasamy et al. 2018,
     Parallelised Bayesian Optimisation via Thompson Sampling, arXiv:1705.09236); the first are spread over the
     cube, and where it began is among them. All are compared behind the same prompts with the same noise. It
-    comes to what is surely good (`Process.surest`), which may be where it began."""
+    comes to what is surely good (`Process.surest`), which may be where it began. Beside weights that learn
+    each round has prompts and a level of its own.
+    """
 
-    def begin(self, space: Space, *, seed: int = 0) -> Ongoing:
-        return _ProcessOngoing(self, space, seed)
+    def begin(self, space: Space, *, seed: int = 0, moving: bool = False) -> Ongoing:
+        return _ProcessOngoing(self, space, seed, moving)
 
 
 class _ProcessOngoing(_OnePlace):
-    def __init__(self, search: ProcessSearch, space: Space, seed: int):
-        super().__init__(space)
+    def __init__(self, search: ProcessSearch, space: Space, seed: int, moving: bool):
+        super().__init__(space, moving=moving)
         self._population = search.population
         self._start = space.place(space.start)
         self._generator = np.random.default_rng(seed)
@@ -211,28 +215,33 @@ class _ProcessOngoing(_OnePlace):
 
     def _drawn(self) -> np.ndarray:
         """The tops of functions that are drawn from the process, (C, S)."""
-        points, values = self._known()
+        points, values, _ = known = self._known()
         best = points[np.argsort(values)[-_BEST:]]
         parents = best[self._generator.integers(len(best), size=_PLACES)]
         near = parents + 0.1 * self._generator.normal(size=parents.shape)
         places = np.concatenate([self._generator.random(parents.shape), near.clip(0, 1)])
-        drawn = Process.of(points, values).draw(places, self._population, self._generator)
+        drawn = Process.of(*known).draw(places, self._population, self._generator)
         return places[drawn.argmax(0)]
 
-    def _known(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.array(self._points[: len(self.tried)]), np.array([one.worth for one in self.tried])
+    def _known(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Points, what they are worth, and their rounds; of a worth that moves the latest."""
+        first = max(0, len(self.tried) - _STAYS * self._population) if self.moving else 0
+        tried = self.tried[first:]
+        points = np.array(self._points[first : len(self.tried)])
+        return points, np.array([one.worth for one in tried]), np.array([one.round for one in tried])
 
     @property
     def best(self) -> DecodingParameters:
         if not self.tried:
             return self.space.start
-        points, values = self._known()
-        place = Process.of(points, values).surest()
+        place = Process.of(*self._known()).surest()
         return self.space.start if np.array_equal(place, self._start) else self.space.at(place)
 
 
 _BEST, _PLACES = 6, 500
 """Tops are looked for all over the cube and near the best."""
+_STAYS = 8
+"""Rounds for which a worth that moves is taken for what it was."""
 
 
 @dataclass
@@ -243,13 +252,13 @@ class CmaSearch(Search):
     sigma: Annotated[float, Gt(0)] = 0.25
     """Its spread at the start, in the unit cube."""
 
-    def begin(self, space: Space, *, seed: int = 0) -> Ongoing:
-        return _CmaOngoing(self, space, seed)
+    def begin(self, space: Space, *, seed: int = 0, moving: bool = False) -> Ongoing:
+        return _CmaOngoing(self, space, seed, moving)
 
 
 class _CmaOngoing(Ongoing):
-    def __init__(self, search: CmaSearch, space: Space, seed: int):
-        super().__init__(space)
+    def __init__(self, search: CmaSearch, space: Space, seed: int, moving: bool):
+        super().__init__(space, moving=moving)
         try:
             from cmaes import CMA
         except ModuleNotFoundError:
@@ -297,13 +306,13 @@ class TpeSearch(Search):
     """Optuna's tree-structured Parzen estimator, all candidates behind the same prompts; the best that was
     tried is taken."""
 
-    def begin(self, space: Space, *, seed: int = 0) -> Ongoing:
-        return _TpeOngoing(self, space, seed)
+    def begin(self, space: Space, *, seed: int = 0, moving: bool = False) -> Ongoing:
+        return _TpeOngoing(self, space, seed, moving)
 
 
 class _TpeOngoing(_BestTried):
-    def __init__(self, search: TpeSearch, space: Space, seed: int):
-        super().__init__(space)
+    def __init__(self, search: TpeSearch, space: Space, seed: int, moving: bool):
+        super().__init__(space, moving=moving)
         try:
             import optuna
         except ModuleNotFoundError:
@@ -332,16 +341,16 @@ class GridSearch(Search):
     points: Annotated[int, Gt(1)] = 7
     """Values of each parameter."""
 
-    def begin(self, space: Space, *, seed: int = 0) -> Ongoing:
-        return _GridOngoing(self, space)
+    def begin(self, space: Space, *, seed: int = 0, moving: bool = False) -> Ongoing:
+        return _GridOngoing(self, space, moving)
 
     def rounds(self, space: Space) -> int:
         return -(-(self.points ** len(space.names)) // self.population)
 
 
 class _GridOngoing(_BestTried):
-    def __init__(self, search: GridSearch, space: Space):
-        super().__init__(space)
+    def __init__(self, search: GridSearch, space: Space, moving: bool):
+        super().__init__(space, moving=moving)
         lines = [np.linspace(0, 1, search.points)] * len(space.names)
         self._every = np.stack(np.meshgrid(*lines, indexing="ij"), -1).reshape(-1, len(space.names))
         self._population = search.population

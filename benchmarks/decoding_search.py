@@ -11,10 +11,11 @@ million parameters that has read WikiText-2, and one that has read Python. For e
     grid      points x points x points values of temperature, top-p and repetition penalty; its winner
     presets   temperature 1; 0.8 with top-p 0.95; min-p 0.05; greedy
 
-look for what earns most: by the match with people's text, and by match and diversity together. All that they
-come to is scored anew behind prompts of other documents, with noise that none of them has had. The gap from
-the best preset to the grid's winner is what there is to win; the share of it that is closed may be above one,
-since the grid is a grid, and says nothing where there is no gap.
+look for what earns most: by the match with people's text, by match and diversity together, and, for a model
+that writes bytes, by text as varied as people's whose words are words. All that they come to is scored anew
+behind prompts of other documents, with noise that none of them has had. The gap from the best preset to the
+grid's winner is what there is to win; the share of it that is closed may be above one, since the grid is a
+grid, and says nothing where there is no gap.
 """
 
 # P prompts of a candidate
@@ -36,7 +37,7 @@ from cambia.decoding import PRESETS as USUAL
 from cambia.decoding import DecodingPolicy
 from cambia.decoding.fitting import DecodingFit
 from cambia.decoding.judging import Judge
-from cambia.decoding.rewards import DiversityReward, MatchReward, Reward, total
+from cambia.decoding.rewards import DiversityReward, FunctionReward, MatchReward, Reward, total
 from cambia.decoding.searching import GridSearch, ProcessSearch, TpeSearch
 
 
@@ -45,7 +46,11 @@ class Preset:
     """How much is measured."""
 
     models: Mapping[str, tuple[str, ...]] = field(
-        default_factory=lambda: {"match": ("stories260K", "wikitext", "python"), "both": ("stories260K",)}
+        default_factory=lambda: {
+            "match": ("stories260K", "wikitext", "python"),
+            "both": ("stories260K",),
+            "words": ("wikitext",),
+        }
     )
     """By reward."""
     seeds: int = 3
@@ -82,8 +87,13 @@ PRESETS = {
 REWARDS: dict[str, Callable[[], Reward]] = {
     "match": MatchReward,
     "both": lambda: total([MatchReward(), DiversityReward()]),
+    "words": lambda: total([DiversityReward(), FunctionReward("writing.words:spelled", weight=10)]),
 }
-TITLES = {"match": "match with people's text", "both": "match and diversity"}
+TITLES = {
+    "match": "match with people's text",
+    "both": "match and diversity",
+    "words": "diversity and ten times the share of words that are words",
+}
 GOALS = {"closed": 0.95, "optuna": 0.0}
 
 
@@ -153,7 +163,7 @@ def markdown(result: dict[str, Any]) -> str:
         "is left out."
     )
     detail = ["reward", "model", "seed", "decoding", "parameters", "reward", "n-grams", "features",
-              "repetition", "diversity", "repeated", "distinct", "tokens", "nats/token",
+              "repetition", "diversity", "words", "repeated", "distinct", "tokens", "nats/token",
               "written to find it"]  # fmt: skip
     return "\n\n".join([note, table(head, rows), table(detail, found)])
 
@@ -172,7 +182,7 @@ def _shown(one: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [row for row in one["rows"] if not row["name"].startswith("optuna ") or row["name"] == "optuna 0"]
 
 
-PARTS = (("n_grams",), ("mauve",), ("repetition",), ("distinct", "repeated", "self_bleu"))
+PARTS = (("n_grams",), ("mauve",), ("repetition",), ("distinct", "repeated", "self_bleu"), ("function",))
 """Columns, and the parts of rewards that they add up."""
 
 

@@ -118,7 +118,7 @@ def test_people_score_one_and_the_plain_model_zero_at_any_number(kind: type[Rewa
 
     assert mean(PEOPLE) == pytest.approx(1, abs=0.25)
     # People and model repeat themselves too little for a scale of its own: there the model has more than 0.
-    assert mean(MODEL) == pytest.approx(0, abs=0.25 if kind is MatchReward else 0.4)
+    assert mean(MODEL) == pytest.approx(0, abs=0.35 if kind is MatchReward else 0.4)
     assert mean(LOOPS) < -1
 
 

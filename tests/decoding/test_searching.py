@@ -46,13 +46,13 @@ def test_a_grid_has_every_point_once() -> None:
     assert away(found.best) <= 1 / 3 / 2 + 1e-9
 
 
-def test_through_noise_what_is_surely_good_is_nearer_than_the_best_that_was_tried() -> None:
+def test_through_noise_the_mean_of_an_evolution_is_nearer_than_the_best_that_was_tried() -> None:
     mine, tried = [], []
     for seed in range(8):
         found = CmaSearch().run(noisy(seed, 0.04), SPACE, rounds=12, seed=seed)
         mine.append(away(found.best))
         tried.append(away(max(found.tried, key=lambda one: one.worth).parameters))
-    assert np.mean(mine) < 0.7 * np.mean(tried)
+    assert np.mean(mine) < 0.85 * np.mean(tried)
 
 
 def test_a_process_needs_fewer_trials() -> None:
@@ -86,9 +86,29 @@ def test_what_cannot_be_searched_is_said() -> None:
         Space(("temp",), DecodingParameters())
 
 
-@pytest.mark.parametrize("moving", [False, True])
+def test_what_compares_all_at_once_is_refused_beside_weights_that_learn() -> None:
+    for search in (TpeSearch(), GridSearch()):
+        with pytest.raises(ConfigError, match=r"search\.type process or cma"):
+            search.begin(SPACE, moving=True)
+
+
+def test_another_search_does_not_go_on() -> None:
+    one = CmaSearch().begin(SPACE, seed=2)
+    one.tell(noisy(0, 0.0)(one.ask(), 0))
+    for other in (ProcessSearch().begin(SPACE, seed=2), CmaSearch().begin(SPACE, seed=3)):
+        with pytest.raises(ConfigError, match="settings that it began with"):
+            other.load_state_dict(one.state_dict())
+
+
 @pytest.mark.parametrize(
-    "search", [ProcessSearch(), CmaSearch(), TpeSearch(), GridSearch(points=3, population=5)]
+    ("search", "moving"),
+    [
+        (ProcessSearch(), False),
+        (ProcessSearch(), True),
+        (CmaSearch(), True),
+        (TpeSearch(), False),
+        (GridSearch(points=3, population=5), False),
+    ],
 )
 def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(search, moving) -> None:
     worth = noisy(0, 0.0)
@@ -112,3 +132,21 @@ def test_a_top_that_moves_is_followed() -> None:
         away = [float(((SPACE.place(one) - wanted) ** 2).sum()) for one in ongoing.ask()]
         ongoing.tell([number - value for value in away])  # the weights get better, too
     assert np.abs(SPACE.place(ongoing.best) - wanted).max() < 0.1
+
+
+def test_rounds_of_other_levels_do_not_lead_away() -> None:
+    """Later rounds are worth more whatever is tried in them: that says nothing of their candidates."""
+    generator = np.random.default_rng(0)
+    points, rounds = generator.random((64, 3)), np.repeat(np.arange(8), 8)
+    points[rounds > 3, 0] *= 0.3  # later ones lie where it is worse
+    top = np.array([0.7, 0.5, 0.5])
+    values = 3.0 * rounds - ((points - top) ** 2).sum(1)
+    assert np.abs(Process.of(points, values, rounds).surest() - top).max() < 0.1
+
+
+def test_nothing_is_tried_twice() -> None:
+    space = Space(("temperature",), DecodingParameters())
+    found = ProcessSearch().run(
+        lambda candidates, _: [one.temperature for one in candidates], space, rounds=6
+    )
+    assert len({one.parameters for one in found.tried}) == len(found.tried)

@@ -218,7 +218,6 @@ class SearchLearner(_RewardLearner):
 
     def _step(self) -> tuple[float, Mapping[str, float]]:
         self._begin()
-        # A grid is one round: all of its points are compared behind the same prompts.
         rollouts, candidates, number = self.rollouts, self._search.ask(), self._search.round
         begun = rollouts.tokens
         scores = scored(self.reward, rollouts, candidates, self._some(number), number)

@@ -18,13 +18,21 @@ def spread(count: int, size: int, generator: np.random.Generator) -> np.ndarray:
     return (parts + generator.random((count, size))) / count
 
 
+def by_round(values: np.ndarray, rounds: np.ndarray, share: float) -> np.ndarray:
+    """(C,) values and their rounds -> (C,): below which a share of the values of its round lies."""
+    _, places = np.unique(rounds, return_inverse=True)
+    return np.array([np.quantile(values[places == place], share) for place in range(places.max() + 1)])[
+        places
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class Process:
     """What is worth how much, by noisy values: one candidate's is mostly noise, that of all of them is not.
 
     A Gaussian process (Rasmussen and Williams 2006, Gaussian Processes for Machine Learning, chapters 2 and
     5; Matern 5/2), with a level of each round, which has prompts of its own, harder or easier ones. Length,
-    noise and levels are those that make the values likeliest. The worst third of the values counts as equally
+    noise and levels are those that make the values likeliest. The worst third of each round counts as equally
     bad, since a reward may fall without bound.
     """
 
@@ -34,7 +42,7 @@ class Process:
     """(C,), their mean is 0 and their variance 1."""
     length: float
     scale: float
-    """The variance of the worth itself."""
+    """The variance of the worth itself; of the level that all have, the same again."""
     covariance: np.ndarray
     """(C, C) of the values, by `scale`."""
 
@@ -49,7 +57,7 @@ class Process:
         """
         points, values = points[-_MOST:], values[-_MOST:]
         rounds = np.zeros(len(points)) if rounds is None else rounds[-_MOST:]
-        values = np.maximum(values, np.quantile(values, 1 / 3))
+        values = np.maximum(values, by_round(values, rounds, 1 / 3))
         values = (values - values.mean()) / max(values.std(), 1e-12)
         same = (rounds[:, None] == rounds).astype(float)
         levels = _LEVELS if len(np.unique(rounds)) > 1 else (0.0,)
@@ -94,7 +102,7 @@ class Process:
 
 _LENGTHS = (0.15, 0.25, 0.4, 0.65, 1.0, 1.6)
 """In the unit cube."""
-_NOISES, _LEVELS = (0.001, 0.03, 0.1, 0.3, 1.0, 3.0), (0.0, 0.1, 0.5)
+_NOISES, _LEVELS = (0.001, 0.03, 0.1, 0.3, 1.0, 3.0), (0.0, 0.1, 0.5, 5.0, 50.0)
 """Variances as shares of that of the worth."""
 _MOST, _BETWEEN = 400, 4096
 """Candidates that are looked at, the latest ones; and places between them."""

@@ -22,7 +22,7 @@ import numpy as np
 from annotated_types import Gt
 
 from cambia.decoding.parameters import SPANS, DecodingParameters, Span
-from cambia.decoding.process import Process, spread
+from cambia.decoding.process import Process, by_round, spread
 from cambia.errors import ConfigError, MissingExtraError
 
 Worth = Callable[[Sequence[DecodingParameters], int], Sequence[float]]
@@ -120,12 +120,23 @@ class Ongoing(ABC):
         self._asked = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"told": [list(values) for values in self._told]}
+        tried = [[getattr(one.parameters, name) for name in self.space.names] for one in self.tried]
+        return {"told": [list(values) for values in self._told], "tried": tried}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken, from a search that has just begun."""
+        """Go on where `state_dict` was taken, from a search that has just begun.
+
+        Raises:
+            ConfigError: it would not have asked for what was tried.
+        """
         for values in state["told"]:
             self.tell(values)
+        tried = [[getattr(one.parameters, name) for name in self.space.names] for one in self.tried]
+        if len(tried) != len(state["tried"]) or not np.allclose(tried, state["tried"], rtol=1e-6, atol=0):
+            raise ConfigError(
+                "this search tried other decoding parameters than its settings would have: go on with the "
+                "settings that it began with, or begin anew"
+            )
 
 
 @dataclass
@@ -173,7 +184,7 @@ class _OnePlace(Ongoing):
 
     @property
     def round(self) -> int:
-        return len(self._told) if self.moving else 0
+        return super().round if self.moving else 0
 
 
 @dataclass
@@ -215,13 +226,19 @@ class _ProcessOngoing(_OnePlace):
 
     def _drawn(self) -> np.ndarray:
         """The tops of functions that are drawn from the process, (C, S)."""
-        points, values, _ = known = self._known()
-        best = points[np.argsort(values)[-_BEST:]]
+        points, values, rounds = self._known()
+        best = points[np.argsort(values - by_round(values, rounds, 0.5))[-_BEST:]]
         parents = best[self._generator.integers(len(best), size=_PLACES)]
         near = parents + 0.1 * self._generator.normal(size=parents.shape)
-        places = np.concatenate([self._generator.random(parents.shape), near.clip(0, 1)])
-        drawn = Process.of(*known).draw(places, self._population, self._generator)
-        return places[drawn.argmax(0)]
+        places = np.unique(np.concatenate([self._generator.random(parents.shape), near.clip(0, 1)]), axis=0)
+        if not self.moving:  # the same again would only get the same value
+            places = places[~(places[:, None] == points).all(2).any(1)]
+        drawn = Process.of(points, values, rounds).draw(places, self._population, self._generator)
+        chosen: list[int] = []
+        for each in drawn.T:
+            each[chosen] = -np.inf
+            chosen.append(int(each.argmax()))
+        return places[chosen]
 
     def _known(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Points, what they are worth, and their rounds; of a worth that moves the latest."""
@@ -246,8 +263,8 @@ _STAYS = 8
 
 @dataclass
 class CmaSearch(Search):
-    """Evolution of a normal distribution (CMA-ES, Hansen 2016, https://arxiv.org/abs/1604.00772), and at its
-    end what is surely good by all that was tried (`Process.surest`)."""
+    """Evolution of a normal distribution (CMA-ES, Hansen 2016, https://arxiv.org/abs/1604.00772), which
+    comes to its mean."""
 
     sigma: Annotated[float, Gt(0)] = 0.25
     """Its spread at the start, in the unit cube."""
@@ -273,26 +290,30 @@ class _CmaOngoing(Ongoing):
             population_size=search.population,
         )
         self._points: list[np.ndarray] = []
+        """Of this round."""
 
     def _ask(self) -> list[DecodingParameters]:
-        self._points += [self._evolution.ask() for _ in range(self._population)]
-        return [self.space.at(point) for point in self._points[-self._population :]]
+        self._points = [self._evolution.ask() for _ in range(self._population)]
+        return [self.space.at(point) for point in self._points]
 
     def _tell(self, values: Sequence[float]) -> None:
-        asked = self._points[-self._population :]
-        self._evolution.tell([(point, -value) for point, value in zip(asked, values, strict=True)])
+        self._evolution.tell([(point, -value) for point, value in zip(self._points, values, strict=True)])
 
     @property
     def best(self) -> DecodingParameters:
-        if not self.tried:
-            return self.space.start
-        values, rounds = np.array([one.worth for one in self.tried]), np.array([t.round for t in self.tried])
-        points = np.array(self._points[: len(self.tried)])
-        return self.space.at(Process.of(points, values, rounds).surest())
+        return self.space.at(self._evolution.mean) if self.tried else self.space.start
 
 
 class _BestTried(_OnePlace):
     """The best that was tried is taken."""
+
+    def __init__(self, space: Space, *, moving: bool = False):
+        super().__init__(space, moving=moving)
+        if moving:
+            raise ConfigError(
+                "grids and TPE compare candidates of different times, and beside weights that learn their "
+                "worth changes meanwhile: --decoding.fit.search.type process or cma"
+            )
 
     @property
     def best(self) -> DecodingParameters:

@@ -41,7 +41,7 @@ class PolicyWriter:
         rows: Sequence[DecodingParameters] | None = None,
     ):
         self._policy, self._model, self._writer = policy, model, writer
-        self._knobs = RowParameters.by_row(rows or [policy.parameters], model.device)
+        self._row_parameters = RowParameters.by_row(rows or [policy.parameters], model.device)
         greedy = all(each.is_greedy for each in rows or [policy.parameters])
         self._noise = None if greedy else Noise(seed)
 
@@ -58,7 +58,7 @@ class PolicyWriter:
             input_ids,
             attention_mask,
             self._noise,
-            given=self._knobs,
+            given=self._row_parameters,
             writer=self._writer,
             max_new_tokens=generation_config.max_new_tokens,
             eos_token_id=generation_config.eos_token_id,

@@ -28,29 +28,28 @@ class Ends:
     human: float
     plain: float
     noise: float
-    """By how much it varies between sets of people's texts, one standard deviation."""
+    """By how much it varies between sets of texts, people's or plain ones, one standard deviation."""
     least: float = 1e-3
     """The smallest difference that is worth anything."""
 
     @property
-    def gap(self) -> float:
-        """From one end to the other; no less than twice the noise, since a measure by which plain texts
-        cannot be told from people's has no scale of its own: plain texts then score between 0 and 1."""
-        return max(abs(self.plain - self.human), 2 * self.noise, self.least)
-
-    @property
     def unsureness(self) -> float:
-        """The noise as a share of the way from one end to the other."""
-        return self.noise / max(abs(self.plain - self.human), 1e-12)
+        """The noise as a share of the way from people's texts to plain ones; the measure is a divergence."""
+        return max(self.noise, self.least) / max(self.plain - self.human, self.least)
 
     def nearness(self, found: Tensor) -> Tensor:
         """Of a divergence: 1 where it is what people's texts have, 0 where it is what plain ones have."""
-        return 1 - (found - self.human) / self.gap
+        return 1 - (found - self.human) / self._gap(self.plain - self.human)
 
     def likeness(self, found: Tensor) -> Tensor:
         """Of a quantity that may be too high and too low: 1 where it is people's, 0 as far off as the plain
         texts' is."""
-        return 1 - (found - self.human).abs() / self.gap
+        return 1 - (found - self.human).abs() / self._gap(abs(self.plain - self.human))
+
+    def _gap(self, way: float) -> float:
+        """From one end to the other; no less than twice the noise, since a measure by which plain texts
+        cannot be told from people's has no scale of its own: plain texts then score more than 0."""
+        return max(way, 2 * self.noise, self.least)
 
 
 class Ruler:
@@ -81,10 +80,11 @@ class Ruler:
         some = min(
             number, max(1, most // 2)
         )  # of all of them there is one draw, which says nothing of the noise
-        human = self._drawn(self._human, some)
-        noise = human.std(correction=0).item() * (some / number / max(1 - some / most, 1 / most)) ** 0.5
+        human, plain = self._drawn(self._human, some), self._drawn(self._plain, some)
+        spread = max(human.std(correction=0).item(), plain.std(correction=0).item())
+        noise = spread * (some / number / max(1 - some / most, 1 / most)) ** 0.5
         if number <= some:
-            return Ends(human.mean().item(), self._drawn(self._plain, some).mean().item(), noise, self._least)
+            return Ends(human.mean().item(), plain.mean().item(), noise, self._least)
         return Ends(self._mean(self._human, number), self._mean(self._plain, number), noise, self._least)
 
     def _mean(self, measure: Measure, number: int) -> float:

@@ -6,8 +6,8 @@ and Q that of the texts compared with,
     D = sum over kinds g of (P_g - Q_g)^2 / (m_g + rare)
 
 where m is what is usual, so that rare kinds count as frequent ones do: near P = Q a divergence of entropies
-is this, up to a factor. Of few texts the plain mean of P_g^2 is too large, by the variance of a text, and the
-more so the more varied the texts are: a divergence that is estimated so prefers dull text. Here P_g^2 is
+is this, up to a factor. Of few texts P_g^2 is too large, by the variance of a text over N, and the more so
+the more varied the texts are: a divergence that is estimated so prefers dull text. Here P_g^2 is
 taken from pairs of different texts, which is exact on average for any N > 1 (the U-statistic of the squared
 maximum mean discrepancy, Gretton et al. 2012, A Kernel Two-Sample Test, Journal of Machine Learning Research
 13).
@@ -96,7 +96,7 @@ class HistogramDistance:
         self._size = (_pairs(compared, _equal(compared.num_texts), self._scale_of(compared))).item()
 
     def of(self, histograms: Histograms) -> Measure:
-        """Of other texts; of one alone, which has no pairs, its square is left out."""
+        """Of other texts. One alone has no pairs: its square is left out, and its value says little."""
         scale, theirs = self._scale_of(histograms), self._at(histograms, self._theirs, 0.0)
         _, places = histograms.known
         both = histograms.by_text(histograms.shares * (scale * theirs)[places])
@@ -128,9 +128,9 @@ class HistogramDistance:
 
 
 class LineDistance:
-    """The energy distance of numbers, twice the area between their squared cumulative distributions, as the
-    mean distance of pairs says it (Szekely and Rizzo 2013, Energy statistics: a class of statistics based on
-    distances, Journal of Statistical Planning and Inference 143); without bias, as above.
+    """The energy distance of numbers: twice the integral of the squared difference of their cumulative
+    distributions, as mean distances of pairs say it (Szekely and Rizzo 2013, Energy statistics: a class of
+    statistics based on distances, Journal of Statistical Planning and Inference 143); without bias, as above.
 
     Args:
         compared: (M,).
@@ -165,13 +165,19 @@ def _pairs(histograms: Histograms, weights: Tensor, scale: Tensor) -> Tensor:
     _, places = histograms.known
     own = histograms.by_text(histograms.shares.square() * scale[places])
     both = (scale * histograms.mean(weights).square()).sum() - (weights.square() * own).sum()
-    return both / (1 - weights.square().sum()).clamp_min(1e-12)
+    return _mean_of_pairs(both, weights)
 
 
 def _apart(numbers: Tensor, weights: Tensor) -> Tensor:
     """(): the mean distance of pairs of different numbers."""
     far = weights @ (numbers[:, None] - numbers).abs() @ weights
-    return far / (1 - weights.square().sum()).clamp_min(1e-12)
+    return _mean_of_pairs(far, weights)
+
+
+def _mean_of_pairs(total: Tensor, weights: Tensor) -> Tensor:
+    """Of what pairs of different texts add up to; 0 of one text alone, which has none."""
+    pairs = 1 - weights.square().sum()
+    return total / pairs if pairs > 1e-9 else 0 * total
 
 
 STEEP = -4.0

@@ -70,8 +70,9 @@ class FluencyReward(Reward):
         self._model = load_model(self.reference).to(device)
         self._tokenizer = Tokenizer(load_tokenizer(self.reference))
         if self.target == "human":
-            compared, human, plain = map(self._read, material.parted())
-            self._likeness = Likeness(LineDistance(compared), human, plain)
+            compared, held = material.parted()
+            distance = LineDistance(self._read(compared.human))
+            self._likeness = Likeness(distance, self._read(held.human), self._read(held.plain))
 
     def measure(self, samples: Samples) -> Score:
         found = self._read(samples)

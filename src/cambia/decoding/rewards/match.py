@@ -125,10 +125,11 @@ class _RunMatch:
 
     def __init__(self, material: Material, order: int):
         self._order = order
-        sides = [self._histograms(samples) for samples in material.parted()]
+        compared, held = material.parted()
+        sides = (compared.human, compared.plain, held.human, held.plain)
         self._lengths = [
-            Likeness(HistogramDistance(compared, plain, rare=_RARE_RUN), human, plain)
-            for compared, human, plain in zip(*sides, strict=True)
+            Likeness(HistogramDistance(theirs, usual, rare=_RARE_RUN), human, plain)
+            for theirs, usual, human, plain in zip(*map(self._histograms, sides), strict=True)
         ]
         unsure = torch.tensor([each.ends.unsureness for each in self._lengths], dtype=torch.float64)
         weights = unsure.clamp_min(1e-6) ** -2  # as the inverse of their variances
@@ -148,15 +149,15 @@ class _FeatureMatch:
     """Match of the distributions of features, sorted into clusters."""
 
     def __init__(self, material: Material, clusters: int):
-        compared, human, plain = material.parted()
-        first = material.plain.texts[: len(compared)]
-        made_of = [text for text in [*compared.texts, *first] if text]
+        compared, held = material.parted()
+        made_of = [text for text in [*compared.human.texts, *compared.plain.texts] if text]
         if not made_of:
             raise ConfigError("the material of a match has no text in it: its continuations are all empty")
         self._features = material.features
         self._clusters = Clusters.of(self._features(made_of), max(2, min(clusters, len(made_of) // 4)))
-        theirs, *others = map(self._histograms, (compared, human, plain))
-        self._likeness = Likeness(HistogramDistance(theirs, others[1], rare=_RARE_CLUSTER), *others)
+        sides = (compared.human, compared.plain, held.human, held.plain)
+        theirs, usual, human, plain = map(self._histograms, sides)
+        self._likeness = Likeness(HistogramDistance(theirs, usual, rare=_RARE_CLUSTER), human, plain)
         self.unsureness = self._likeness.ends.unsureness
 
     def of(self, samples: Samples) -> Measure:

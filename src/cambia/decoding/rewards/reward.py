@@ -93,11 +93,22 @@ class Material:
                 "the same order"
             )
 
-    def parted(self) -> tuple[Samples, Samples, Samples]:
-        """People's texts to compare with; and of other documents people's and plain ones, which say what a
-        distance from those is worth."""
-        compared, held = parted(self.documents or range(len(self.human)), 0.5)
-        return self.human.chosen(compared), self.human.chosen(held), self.plain.chosen(held)
+    def parted(self) -> tuple[Material, Material]:
+        """What is compared with; and of other documents what says how much a distance from that is worth.
+
+        Raises:
+            ConfigError: it is too little.
+        """
+        halves = parted(self.documents or range(len(self.human)), 0.5)
+        if min(map(len, halves)) < 2:
+            raise ConfigError(
+                f"a reward is calibrated on {len(self.human)} texts of people, which do not fall into two "
+                "parts with two each: take more prompts"
+            )
+        compared, held = (
+            Material(self.human.chosen(half), self.plain.chosen(half), self.features) for half in halves
+        )
+        return compared, held
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +126,7 @@ class Score:
 
 
 Parts = Callable[[Tensor], Mapping[str, Tensor]]
-"""(N,) how often each continuation counts -> the parts, () each; differentiable."""
+"""(N,) how much each continuation counts -> the parts, () each; differentiable."""
 
 
 def mean_of(each: Tensor) -> Score:

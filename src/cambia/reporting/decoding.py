@@ -42,6 +42,24 @@ def judged_tables(decoding: Mapping[str, Any]) -> Iterator[_Table]:
     )
 
 
+def verdict(decoding: Mapping[str, Any]) -> str:
+    """What the comparison comes to: whether what was learned is better than what takes no search."""
+    learned, *others = decoding["rows"]
+    best = max((row for row in others if not row["tokens"]), key=lambda row: row["reward"])
+    gain = learned["reward"] - best["reward"]
+    noise = (learned["spread"] ** 2 + best["spread"] ** 2) ** 0.5
+    if gain > noise:
+        return f"What was learned earns {gain:.3f} more than {best['name']}, the best without a search."
+    if gain < -noise:
+        return (
+            f"{best['name']} earns {-gain:.3f} more than what was learned: decode with its parameters "
+            f"({best['parameters']}), or learn with more text and tokens."
+        )
+    return (
+        f"What was learned and {best['name']}, the best without a search, differ by less than their spread."
+    )
+
+
 def side_by_side(decoding: Mapping[str, Any]) -> list[dict[str, str]]:
     """What some policies write behind prompts: the prompt and how it really goes on come first."""
     first = ("prompt", "people", "learned")
@@ -60,6 +78,7 @@ def decoding_tables(run: Run) -> list[Html]:
             words = 1 + (head[1] == "parameters")
             shown = table(head, rows, numbers=range(words, len(head)))
             parts.append(join([tag("h3", title), tag("div", shown, class_="wide")]))
+        parts.append(tag("p", verdict(judged)))
         samples = side_by_side(judged)
         names = list(samples[0]) if samples else []
         shown = table(names, [list(sample.values()) for sample in samples])

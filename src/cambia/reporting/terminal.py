@@ -17,7 +17,7 @@ from rich.text import Text
 from cambia.decoding.exporting import PARAMS_JSON
 from cambia.evaluation import TaskMatrix, TransferMetrics
 from cambia.reporting import units
-from cambia.reporting.decoding import judged_tables, side_by_side
+from cambia.reporting.decoding import judged_tables, side_by_side, verdict
 from cambia.reporting.experts import after_learning, learned_tables, note_of
 from cambia.reporting.run import Run, stage_names
 from cambia.reporting.sweeps.sweep import Sweep
@@ -168,6 +168,7 @@ def _print_decoding(run: Run, console: Console) -> None:
         return
     for title, head, rows in judged_tables(judged):
         print_table(console, title, head, rows, words=1 + (head[1] == "parameters"))
+    console.print(Text(f"{verdict(judged)}\n"), width=min(_WIDTH, console.width))
     for line in judged["left_out"]:
         console.print(Text(f"left out: {line}", style="dim"), soft_wrap=True)
     for sample in side_by_side(judged):

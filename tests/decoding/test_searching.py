@@ -75,10 +75,10 @@ def test_where_nothing_is_better_it_stays() -> None:
 
 def test_one_value_is_enough_and_equal_ones_are_no_trouble() -> None:
     point = np.array([[0.2, 0.4, 0.6]])
-    assert np.array_equal(Process.of(point, np.zeros(1)).surest(), point[0])
+    assert Process.of(point, np.zeros(1)).surest() == 0
     points = spread(5, 3, np.random.default_rng(0))
     assert sorted((5 * points[:, 0]).astype(int)) == list(range(5))  # each fifth has one
-    assert np.isfinite(Process.of(points, np.zeros(5), np.arange(5)).surest()).all()
+    assert Process.of(points, np.zeros(5), np.arange(5)).surest() in range(5)
 
 
 def test_what_cannot_be_searched_is_said() -> None:
@@ -141,7 +141,8 @@ def test_rounds_of_other_levels_do_not_lead_away() -> None:
     points[rounds > 3, 0] *= 0.3  # later ones lie where it is worse
     top = np.array([0.7, 0.5, 0.5])
     values = 3.0 * rounds - ((points - top) ** 2).sum(1)
-    assert np.abs(Process.of(points, values, rounds).surest() - top).max() < 0.1
+    surest = Process.of(points, values, rounds).surest()
+    assert ((points[surest] - top) ** 2).sum() <= np.sort(((points - top) ** 2).sum(1))[5]  # of 64
 
 
 def test_nothing_is_tried_twice() -> None:

@@ -251,8 +251,8 @@ class _ProcessOngoing(_OnePlace):
     def best(self) -> DecodingParameters:
         if not self.tried:
             return self.space.start
-        place = Process.of(*self._known()).surest()
-        return self.space.start if np.array_equal(place, self._start) else self.space.at(place)
+        process = Process.of(*self._known())
+        return self.tried[len(self.tried) - len(process.points) + process.surest()].parameters
 
 
 _BEST, _PLACES = 6, 500

@@ -91,7 +91,7 @@ class Process:
         return mean[:, None] + root @ generator.normal(size=(len(places), count))
 
     def surest(self) -> int:
-        """The point where the mean less one standard deviation is largest. Between the points it may be larger,
+        """The point where the mean less one standard deviation is largest. Between points it may be larger,
         but that is not sure: towards the edges they lie far from each other."""
         mean, near, solved = self._at(self.points)
         variance = self.scale * (_OWN - np.einsum("ij,ji->i", near, solved)).clip(0)

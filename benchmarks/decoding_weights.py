@@ -109,13 +109,20 @@ def markdown(result: Mapping[str, Any]) -> str:
     for name, cells in result["models"].items():
         before = cells[0]["bits"]["as it is"]
         gains = {what: [one["bits"]["as it is"] - one["bits"][what] for one in cells] for what in LEARNS}
-        rows.append([name, f"{before:.4f}", *(over_seeds(gains[what], 4) for what in LEARNS)])
+        rows.append(
+            [
+                name,
+                f"{cells[0]['windows']:,}",
+                f"{before:.4f}",
+                *(over_seeds(gains[what], 4) for what in LEARNS),
+            ]
+        )
     note = (
-        f"Bits per byte of {result['windows']:,} stretches of documents that nothing was fitted to, and by "
-        f"how much it falls with what is learned, {preset['steps']} steps on {preset['read']:,} stretches; "
+        f"Bits per byte of stretches of documents that nothing was fitted to, and by "
+        f"how much it falls with what is learned, {preset['steps']} steps on at most {preset['read']:,} stretches; "
         f"mean and standard deviation over {preset['seeds']} seeds (other stretches, in another order)."
     )
-    head = ["model", "as it is", *(f"{name} learned" for name in LEARNS)]
+    head = ["model", "stretches", "as it is", *(f"{name} learned" for name in LEARNS)]
     return f"{note}\n\n{table(head, rows)}"
 
 
@@ -126,7 +133,9 @@ def headlines(result: Mapping[str, Any]) -> dict[str, str]:
         for name, cells in result["models"].items()
     }
     told = ", ".join(f"{name} {gain:+.3f}" for name, gain in gains.items())
-    return {"bits per byte that learned weights of layers and heads save a frozen model": told}
+    return {
+        "temperature, weights of layers and heads, learned: bits per byte that a frozen model saves": told
+    }
 
 
 def main() -> None:
@@ -135,7 +144,6 @@ def main() -> None:
     result = {
         "name": f"decoding_weights_{options.preset}",
         "preset": asdict(preset),
-        "windows": models[preset.models[0]][0]["windows"],
         "models": models,
     }
     print(markdown(result))

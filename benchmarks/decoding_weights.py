@@ -118,9 +118,9 @@ def markdown(result: Mapping[str, Any]) -> str:
             ]
         )
     note = (
-        "Bits per byte of stretches of documents that nothing was fitted to, and by how much it falls with what "
-        f"is learned, {preset['steps']} steps on at most {preset['read']:,} stretches; mean and standard "
-        f"deviation over {preset['seeds']} seeds (other stretches, in another order)."
+        "Bits per byte of stretches of documents that nothing was fitted to, and by how much it falls with "
+        f"what is learned, {preset['steps']} steps on at most {preset['read']:,} stretches; mean and "
+        f"standard deviation over {preset['seeds']} seeds (other stretches, in another order)."
     )
     head = ["model", "stretches", "as it is", *(f"{name} learned" for name in LEARNS)]
     return f"{note}\n\n{table(head, rows)}"

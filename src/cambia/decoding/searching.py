@@ -131,7 +131,7 @@ class Ongoing(ABC):
         """
         for values in state["told"]:
             self.tell(values)
-        tried = [[getattr(one.parameters, name) for name in self.space.names] for one in self.tried]
+        tried = self.state_dict()["tried"]
         if len(tried) != len(state["tried"]) or not np.allclose(tried, state["tried"], rtol=1e-6, atol=0):
             raise ConfigError(
                 "this search tried other decoding parameters than its settings would have: go on with the "
@@ -219,7 +219,9 @@ class _ProcessOngoing(_OnePlace):
             points = np.concatenate([self._start[None], others])
         self._points += [*points]
         candidates = [self.space.at(point) for point in points]
-        return candidates if self.tried else [self.space.start, *candidates[1:]]
+        if not self.tried:
+            candidates[0] = self.space.start  # itself, which may lie outside the cube
+        return candidates
 
     def _tell(self, values: Sequence[float]) -> None:
         pass

@@ -77,9 +77,8 @@ class Ruler:
 
     def _found(self, number: int) -> Ends:
         most = self._available
-        some = min(
-            number, max(1, most // 2)
-        )  # of all of them there is one draw, which says nothing of the noise
+        # Of all of them there is one draw, which says nothing of the noise.
+        some = min(number, max(1, most // 2))
         human, plain = self._drawn(self._human, some), self._drawn(self._plain, some)
         spread = max(human.std(correction=0).item(), plain.std(correction=0).item())
         noise = spread * (some / number / max(1 - some / most, 1 / most)) ** 0.5

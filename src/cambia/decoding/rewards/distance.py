@@ -36,7 +36,7 @@ class Distance(Protocol[_Texts]):
     """How far texts are from others."""
 
     def of(self, texts: _Texts, /) -> Measure:
-        """Of some, as a function of how often each of them counts: (N,) -> ()."""
+        """Of some, as a function of how much each of them counts: (N,) -> ()."""
         ...
 
 
@@ -93,17 +93,18 @@ class HistogramDistance:
         self._theirs, others = (self._spread(each) for each in (compared, usual))
         frequent = (self._theirs + others) / 2
         self._scale = 1 / (frequent + rare)
-        self._size = (_pairs(compared, _equal(compared.num_texts), self._scale_of(compared))).item()
+        self._size = _pairs(compared, self._scale_of(compared))(_equal(len(compared))).item()
 
     def of(self, histograms: Histograms) -> Measure:
         """Of other texts. One alone has no pairs: its square is left out, and its value says little."""
         scale, theirs = self._scale_of(histograms), self._at(histograms, self._theirs, 0.0)
         _, places = histograms.known
         both = histograms.by_text(histograms.shares * (scale * theirs)[places])
+        pairs = _pairs(histograms, scale)
 
         def distance(weights: Tensor) -> Tensor:
             weights = weights / weights.sum()
-            return _pairs(histograms, weights, scale) - 2 * (weights * both).sum() + self._size
+            return pairs(weights) - 2 * (weights * both).sum() + self._size
 
         return distance
 
@@ -112,7 +113,7 @@ class HistogramDistance:
         kinds, _ = histograms.known
         found = torch.zeros(len(self._kinds), dtype=torch.float64)
         found[torch.from_numpy(np.searchsorted(self._kinds, kinds))] = histograms.mean(
-            _equal(histograms.num_texts)
+            _equal(len(histograms))
         )
         return found
 
@@ -138,15 +139,15 @@ class LineDistance:
 
     def __init__(self, compared: Tensor):
         self._compared = compared
-        self._spread = _apart(compared, _equal(len(compared)))
+        self._spread = _apart(compared)(_equal(len(compared)))
 
     def of(self, numbers: Tensor) -> Measure:
         """Of others, (N,)."""
-        far = (numbers[:, None] - self._compared).abs().mean(1)
+        far, pairs = (numbers[:, None] - self._compared).abs().mean(1), _apart(numbers)
 
         def distance(weights: Tensor) -> Tensor:
             weights = weights / weights.sum()
-            return 2 * (weights * far).sum() - _apart(numbers, weights) - self._spread
+            return 2 * (weights * far).sum() - pairs(weights) - self._spread
 
         return distance
 
@@ -155,23 +156,26 @@ def _equal(number: int) -> Tensor:
     return torch.full((number,), 1 / number, dtype=torch.float64)
 
 
-def _pairs(histograms: Histograms, weights: Tensor, scale: Tensor) -> Tensor:
-    """(): the mean over pairs of different texts of the sum over kinds of scale times both shares.
+def _pairs(histograms: Histograms, scale: Tensor) -> Measure:
+    """The mean over pairs of different texts of the sum over kinds of scale times both shares.
 
     Args:
-        weights: (N,), they add up to 1.
         scale: (K,).
     """
     _, places = histograms.known
     own = histograms.by_text(histograms.shares.square() * scale[places])
-    both = (scale * histograms.mean(weights).square()).sum() - (weights.square() * own).sum()
-    return _mean_of_pairs(both, weights)
+
+    def mean(weights: Tensor) -> Tensor:
+        both = (scale * histograms.mean(weights).square()).sum() - (weights.square() * own).sum()
+        return _mean_of_pairs(both, weights)
+
+    return mean
 
 
-def _apart(numbers: Tensor, weights: Tensor) -> Tensor:
-    """(): the mean distance of pairs of different numbers."""
-    far = weights @ (numbers[:, None] - numbers).abs() @ weights
-    return _mean_of_pairs(far, weights)
+def _apart(numbers: Tensor) -> Measure:
+    """The mean distance of pairs of different numbers."""
+    far = (numbers[:, None] - numbers).abs()
+    return lambda weights: _mean_of_pairs(weights @ far @ weights, weights)
 
 
 def _mean_of_pairs(total: Tensor, weights: Tensor) -> Tensor:
@@ -181,6 +185,7 @@ def _mean_of_pairs(total: Tensor, weights: Tensor) -> Tensor:
 
 
 STEEP = -4.0
+"""Of likeness: far below plain texts."""
 
 
 class Likeness(Generic[Texts]):

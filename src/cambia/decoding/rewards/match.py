@@ -27,6 +27,7 @@ temperature 1 its runs of bytes are as frequent as people's, and little is to be
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -83,21 +84,23 @@ class MatchReward(Reward):
                 f"a match with what people write is calibrated on {number} of their texts; expected at least "
                 f"{FEWEST}, better some hundreds: take more prompts"
             )
-        runs = self._n_grams = _RunMatch(material, self.order)
-        features = self._mauve = _FeatureMatch(material, self.clusters) if self.mauve_share else None
+        compared, held = material.parted()
+        sides = (compared.human, compared.plain, held.human, held.plain)
+        runs = self._n_grams = _RunMatch(sides, self.order)
+        features = self._mauve = None
+        if self.mauve_share:
+            features = self._mauve = _FeatureMatch(sides, material.features, self.clusters)
         if self.mauve_share != "auto":
             self._share = self.mauve_share
         elif features is not None:
-            # As the inverse of their variances, which gives the sum that is surest.
-            runs_variance, variance = runs.unsureness**2, features.unsureness**2
-            self._share = min(0.5, runs_variance / max(runs_variance + variance, 1e-30))
+            self._share = min(0.5, _surest([runs.unsureness, features.unsureness])[1].item())
         self._repeated = self._repeats(material.human).mean().item()
 
     def measure(self, samples: Samples) -> Score:
         return score_of(self.weighed(samples), len(samples))
 
     def weighed(self, samples: Samples) -> Parts:
-        """The parts as functions of how often each continuation counts."""
+        """The parts as functions of how much each continuation counts."""
         if self._n_grams is None:
             raise unfitted(self)
         runs = self._n_grams.of(samples)
@@ -119,22 +122,28 @@ class MatchReward(Reward):
 
 # ---- what is compared ----------------------------------------------------------------------------
 
+_Sides = tuple[Samples, Samples, Samples, Samples]
+"""What is compared with, people's texts and plain ones; and other documents' that calibrate, as well."""
+
+
+def _surest(unsureness: Sequence[float]) -> Tensor:
+    """The weights of measures whose sum is surest: as the inverse of their variances; they add up to 1."""
+    weights = torch.tensor(unsureness, dtype=torch.float64) ** -2
+    return weights / weights.sum()
+
 
 class _RunMatch:
     """Match of the distributions of runs of bytes, the surest mean over their lengths."""
 
-    def __init__(self, material: Material, order: int):
+    def __init__(self, sides: _Sides, order: int):
         self._order = order
-        compared, held = material.parted()
-        sides = (compared.human, compared.plain, held.human, held.plain)
         self._lengths = [
             Likeness(HistogramDistance(theirs, usual, rare=_RARE_RUN), human, plain)
             for theirs, usual, human, plain in zip(*map(self._histograms, sides), strict=True)
         ]
-        unsure = torch.tensor([each.ends.unsureness for each in self._lengths], dtype=torch.float64)
-        weights = unsure.clamp_min(1e-6) ** -2  # as the inverse of their variances
-        self._weights = weights / weights.sum()
-        self.unsureness = (self._weights @ unsure).item()
+        unsure = [each.ends.unsureness for each in self._lengths]
+        self._weights = _surest(unsure)
+        self.unsureness = (self._weights @ torch.tensor(unsure, dtype=torch.float64)).item()
 
     def of(self, samples: Samples) -> Measure:
         each = [one.of(runs) for one, runs in zip(self._lengths, self._histograms(samples), strict=True)]
@@ -148,14 +157,12 @@ class _RunMatch:
 class _FeatureMatch:
     """Match of the distributions of features, sorted into clusters."""
 
-    def __init__(self, material: Material, clusters: int):
-        compared, held = material.parted()
-        made_of = [text for text in [*compared.human.texts, *compared.plain.texts] if text]
+    def __init__(self, sides: _Sides, features: Callable[[Sequence[str]], Tensor], clusters: int):
+        made_of = [text for samples in sides[:2] for text in samples.texts if text]
         if not made_of:
             raise ConfigError("the material of a match has no text in it: its continuations are all empty")
-        self._features = material.features
+        self._features = features
         self._clusters = Clusters.of(self._features(made_of), max(2, min(clusters, len(made_of) // 4)))
-        sides = (compared.human, compared.plain, held.human, held.plain)
         theirs, usual, human, plain = map(self._histograms, sides)
         self._likeness = Likeness(HistogramDistance(theirs, usual, rare=_RARE_CLUSTER), human, plain)
         self.unsureness = self._likeness.ends.unsureness

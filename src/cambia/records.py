@@ -115,6 +115,8 @@ class GrowthEvent:
     loss_before: float | None = None
     """Loss on the check batch right before, nats per token."""
     loss_after: float | None = None
+    check_flops: float = 0.0
+    """Floating-point operations of verifying it: the check batch, before and after."""
     seconds: float = 0.0
     """Wall time of the whole event."""
     step: int = 0

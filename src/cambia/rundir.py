@@ -7,6 +7,7 @@ Training writes a run through `RunWriter`; report, compare, sweep and everything
       config.yaml config.json    the complete configuration; config.yaml runs again
       metrics.csv                a row per logged step        } equal, byte for byte, for equal runs,
       eval.csv growth.jsonl      task matrix; growth events   } interrupted or not
+      decayed.csv                scores as if the run had ended earlier
       stream.jsonl               whose the rows of the stream were, and what was decided about them
       promises.jsonl probes/     what a method promised not to change, task by task; for `verify`
       timing.csv                 clocks, throughput, memory: what may differ between equal runs
@@ -38,10 +39,11 @@ from cambia.errors import ConfigError, RunError
 CONFIG_YAML, CONFIG_JSON = "config.yaml", "config.json"
 METRICS, TIMING, EVAL, GROWTH = "metrics.csv", "timing.csv", "eval.csv", "growth.jsonl"
 STREAM, DECODING = "stream.jsonl", "decoding.jsonl"
+DECAYED = "decayed.csv"
 PROMISES, PROBES = "promises.jsonl", "probes"
 SUMMARY, REPORT = "summary.json", "report.html"
 LATEST, BEST = "latest", "best"
-LOGS = (METRICS, EVAL, GROWTH, STREAM, DECODING, PROMISES, TIMING)
+LOGS = (METRICS, EVAL, DECAYED, GROWTH, STREAM, DECODING, PROMISES, TIMING)
 _LOCK = ".lock"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

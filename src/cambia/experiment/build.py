@@ -166,6 +166,8 @@ def _train(experiment: Experiment, run: RunWriter) -> None:
             "steps": progress.step,
             "tokens": progress.tokens,
             "flops": progress.flops,
+            "flops_grown": progress.flops_grown,
+            "flops_scored": progress.flops_scored,
             "skipped_steps": progress.skipped,
             "optimizer_covers_all_parameters": _covers(parts.trainer),
             **_cost(parts.trainer),

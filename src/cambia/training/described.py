@@ -17,6 +17,8 @@ def summary(progress: Progress, parameters: int, *, finished: bool) -> dict[str,
         "steps": progress.step,
         "tokens": progress.tokens,
         "flops": progress.flops,
+        "flops_grown": progress.flops_grown,
+        "flops_scored": progress.flops_scored,
         "skipped_steps": progress.skipped,
     }
 

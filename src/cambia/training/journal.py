@@ -126,6 +126,18 @@ class Journal:
         for tracker in self.trackers:
             tracker.scored(progress.step, split, {task: s.bits_per_byte for task, s in scores.items()})
 
+    def decayed(self, progress: Progress, rows: Mapping[str, Mapping[str, Likelihood]]) -> None:
+        """A row of decayed.csv: what the run would have come to, had it ended here. One task's scores."""
+        scores = {split: next(iter(row.values()), None) for split, row in rows.items()}
+        row = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "flops": progress.flops,
+            **{f"{split}_bits_per_byte": s.bits_per_byte if s else None for split, s in scores.items()},
+            **{f"{split}_loss": s.nats_per_token if s else None for split, s in scores.items()},
+        }
+        self.run.append_row(rundir.DECAYED, row)
+
     def saved(self, name: str) -> None:
         """A checkpoint was written."""
         for tracker in self.trackers:

@@ -56,13 +56,21 @@ class WSD(Schedule):
     final: Share = 0.0
     """The factor at the very end."""
 
+    def decay_begins(self, length: int) -> int:
+        """The first step at which the rate falls, of a stretch of `length` steps."""
+        warmup = round(self.warmup_fraction * length)
+        return warmup + self._stable(max(1, length - warmup))
+
     def after_warmup(self, step: int, length: int) -> float:
-        whole = length / max(1e-9, 1 - self.warmup_fraction)
-        decay = min(length, round(self.decay_fraction * whole))
-        begin = length - decay
+        begin = self._stable(length)
         if step < begin:
             return 1.0
-        return self.final + (1 - self.final) * (1 - math.sqrt((step - begin + 1) / (decay + 1)))
+        return self.final + (1 - self.final) * (1 - math.sqrt((step - begin + 1) / (length - begin + 1)))
+
+    def _stable(self, length: int) -> int:
+        """Steps at the full rate, of those after the warm-up."""
+        whole = length / max(1e-9, 1 - self.warmup_fraction)
+        return length - min(length, round(self.decay_fraction * whole))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class TrainingConfig:
     """Optimizer steps on each batch; 0 leaves the weights as they are, while decoding learns."""
     accumulation: Annotated[int, Gt(0)] = 1
     """Parts in which a batch is worked through, to save memory; the result is the same."""
-    schedule: Annotated[Schedule, Member(SCHEDULES, "schedule")] = field(default_factory=WSD)
+    schedule: Annotated[Schedule, Member(SCHEDULES, "schedule", default="wsd")] = field(default_factory=WSD)
     """The learning rate over time."""
     clip_norm: Annotated[float, Gt(0)] | None = 1.0
     """Gradients of a larger global norm are scaled down to this; null switches it off."""
@@ -85,6 +85,10 @@ class EvaluationConfig:
     without as many before it."""
     slices: list[Annotated[Slice, Member(SLICES, "slice")]] = field(default_factory=list)
     """Parts of the validation text that are measured beside the rest, for a slice spike trigger."""
+    decayed_at: list[Annotated[float, Gt(0), Lt(1)]] = field(default_factory=list)
+    """Shares of the run at which it is also scored as if it had ended there: a copy's learning rate decays as
+    at the end, it is scored, and the run goes on as if nothing had been. For runs of one task whose schedule
+    is wsd; decayed.csv holds the scores."""
     probes: dict[str, str] = field(default_factory=dict)
     """Measurements of your own: name -> "my_module:function" of (model, batches), which returns a number."""
 
@@ -122,6 +126,11 @@ class Progress:
     """Steps in the current task."""
     tokens: int = 0
     flops: float = 0.0
+    """Of training, by the shape of each step."""
+    flops_grown: float = 0.0
+    """Of verifying growth."""
+    flops_scored: float = 0.0
+    """Of measuring the validation loss while training."""
     skipped: int = 0
     """Steps left out for a loss that was not finite."""
     matrix_rows: int = 0

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,22 +35,16 @@ from cambia.rundir import RunWriter
 from cambia.training.allocation import PlainAllocator
 from cambia.training.audit import record_stage
 from cambia.training.averaging import WeightAverage
-from cambia.training.checkpoint import random_state, save_checkpoint, set_random_state
+from cambia.training.checkpoint import save_checkpoint
 from cambia.training.described import described, summary
 from cambia.training.display import Display
 from cambia.training.engine import Engine
 from cambia.training.interrupts import Interrupts
 from cambia.training.journal import Journal
-from cambia.training.optim import (
-    AdamW,
-    Optimizer,
-    check_covered,
-    load_optimizer_state,
-    optimizer_state,
-    set_learning_rate,
-)
+from cambia.training.optim import AdamW, Optimizer, check_covered, set_learning_rate
 from cambia.training.scoring import Scorer
 from cambia.training.settings import CheckpointConfig, EvaluationConfig, Progress, TrainingConfig
+from cambia.training.state import ends_of, kept, state_of, take_up
 from cambia.training.step import Stepped, Stepper
 from cambia.training.tracking import Tracker, tracked
 
@@ -203,6 +196,7 @@ class Trainer:
 
     def _train(self, stream: AnyStream, run: RunWriter, stage_steps: list[int]) -> bool:
         p, config, names = self.progress, self.config, [stage.name for stage in stream.stages]
+        ends = ends_of(self, stage_steps)
         with (
             tracked(self.tracking, run.folder) as trackers,
             Interrupts() as interrupts,
@@ -218,17 +212,10 @@ class Trainer:
                 told = stream.boundaries or p.stage + 1 == len(names)
                 while p.stage_step < stage_steps[p.stage] or (told and self.method.owes):
                     began = time.perf_counter()
-                    # One step: which batch, what of it trains, at which rate.
-                    batch = self.method.batch(stream, p.stage, at=p.stage_step / stage_steps[p.stage])
-                    signals = self._signals(None, stage_steps)
-                    allocation = self.allocator.allocate(batch, signals)
-                    rate = self._learning_rate(stage_steps, allocation, hidden=not stream.boundaries)
-                    set_learning_rate(self.optimizer, rate * self.knobs.learning_rate_factor)
-                    taught = batch if allocation.rows is None else batch.rows(allocation.rows)
-                    stepped = self._step(taught, allocation, run.folder)
-                    p.step += 1
-                    p.stage_step += batch.fresh
-                    p.tokens += batch.input_ids.numel()
+                    if not self._decayed(ends.get(p.stage_step), stream, journal, interrupts):
+                        self._save(stream, journal, rundir.LATEST)
+                        return False
+                    batch, allocation, stepped = self._one_step(stream, stage_steps, run.folder)
 
                     # Once in a while: the validation loss, and what else is asked for.
                     if self._due(self.evaluation.every_steps):
@@ -243,6 +230,7 @@ class Trainer:
                     signals = self._signals(stepped, stage_steps)
                     events = self.growth.step(signals) if self.growth is not None else []
                     for event in events:
+                        p.flops_grown += event.check_flops
                         journal.grew(event)
                         display.grew(event)
                     journal.told(p, self.method.told())
@@ -291,6 +279,39 @@ class Trainer:
         return True
 
     # ---- its parts -------------------------------------------------------------------------------
+
+    def _one_step(
+        self, stream: AnyStream, stage_steps: list[int], folder: Path
+    ) -> tuple[Batch, Allocation, Stepped | None]:
+        """Which batch, what of it trains, at which rate; and the step."""
+        p = self.progress
+        batch = self.method.batch(stream, p.stage, at=p.stage_step / stage_steps[p.stage])
+        allocation = self.allocator.allocate(batch, self._signals(None, stage_steps))
+        rate = self._learning_rate(stage_steps, allocation, hidden=not stream.boundaries)
+        set_learning_rate(self.optimizer, rate * self.knobs.learning_rate_factor)
+        taught = batch if allocation.rows is None else batch.rows(allocation.rows)
+        stepped = self._step(taught, allocation, folder)
+        p.step += 1
+        p.stage_step += batch.fresh
+        p.tokens += batch.input_ids.numel()
+        return batch, allocation, stepped
+
+    def _decayed(self, end: int | None, stream: AnyStream, journal: Journal, interrupts: Interrupts) -> bool:
+        """Score the run as if it ended at a step, where it would begin to decay now.
+
+        Returns:
+            False where it was interrupted; then nothing was recorded.
+        """
+        if end is None:
+            return True
+        with kept(self, stream):
+            p = self.progress
+            while p.stage_step < end:
+                if interrupts.requested:
+                    return False
+                self._one_step(stream, [end], journal.run.folder)
+            journal.decayed(p, {split: self.scorer.row(stream, split) for split in ("valid", "test")})
+        return True
 
     def _step(self, batch: Batch, allocation: Allocation, folder: Path) -> Stepped | None:
         stepped, steps = None, self.config.neural_steps_per_batch if allocation.train else 0
@@ -355,7 +376,10 @@ class Trainer:
     # ---- scores ----------------------------------------------------------------------------------
 
     def _validate(self, stream: AnyStream, journal: Journal) -> None:
+        before = self.scorer.tokens
         likelihood, values = self.scorer.validation(stream, self.progress.stage)
+        # Forward only, a third of a training step.
+        self.progress.flops_scored += (self.scorer.tokens - before) * self.flops_per_token / 3
         self._measured(values)
         if likelihood is not None and len(stream.names) == 1:
             self._keep_best([likelihood], stream, journal)
@@ -412,39 +436,15 @@ class Trainer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "progress": asdict(self.progress),
-            "values": {name: asdict(measured) for name, measured in self.values.items()},
-            "optimizer": optimizer_state(self.optimizer, self.trained),
-            "scaler": self.step.scaler.state_dict(),
-            "average": self.average.state_dict() if self.average is not None else None,
-            "growth": self.growth.state_dict() if self.growth is not None else None,
-            "allocator": self.allocator.state_dict(),
-            "method": self.method.state_dict(),
-            "engine": self.engine.state_dict() if self.engine is not None else None,
-            "random": random_state(),
-        }
+        """See `cambia.training.state`."""
+        return state_of(self)
 
-    def load_state_dict(self, state: Mapping[str, Any], events: list[GrowthEvent]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], events: Sequence[GrowthEvent]) -> None:
         """Take up a saved state; the model already has the checkpoint's shape and weights, and the trainer
         its stream (`begin`).
 
         Args:
             events: growth so far, from growth.jsonl.
         """
-        self.method.restore(state["method"])
-        self.progress = replace(self.progress, **state["progress"])
-        self.values = {name: Measured(**value) for name, value in state["values"].items()}
-        load_optimizer_state(self.optimizer, self.trained, state["optimizer"])
-        if self.step.scaler.is_enabled():
-            self.step.scaler.load_state_dict(state["scaler"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        if self.growth is not None:
-            self.growth.load_state_dict(state["growth"], events)
-        self.allocator.load_state_dict(state["allocator"])
-        self.method.load_state_dict(state["method"])
-        if self.engine is not None:
-            self.engine.load_state_dict(state["engine"])
-        set_random_state(state["random"])
+        take_up(self, state, events)
         self._shape_changed()

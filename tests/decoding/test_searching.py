@@ -81,6 +81,24 @@ def test_one_value_is_enough_and_equal_ones_are_no_trouble() -> None:
     assert Process.of(points, np.zeros(5), np.arange(5)).surest() in range(5)
 
 
+def test_noise_alone_seldom_leads_away_from_where_it_began() -> None:
+    """Values that are noise and nothing else: the best of them would nearly always be another."""
+    space = Space(SEARCHED, DecodingParameters())
+    stayed = 0
+    for seed in range(24):
+        generator = np.random.default_rng(seed)
+        search = ProcessSearch()
+        found = search.run(
+            lambda asked, _, g=generator: g.normal(size=len(asked)).tolist(), space, rounds=2, seed=seed
+        )
+        stayed += found.best == space.start
+    assert stayed >= 10  # it stays in more than half of many; without, in one of fifteen
+    points = np.linspace(0, 1, 11)[:, None]
+    worth = -((points[:, 0] - 0.7) ** 2)
+    assert Process.of(points, worth).surest(than=0) == 7  # what is surely better is taken
+    assert Process.of(points, worth).surest(than=7) == 7
+
+
 def test_what_cannot_be_searched_is_said() -> None:
     with pytest.raises(ConfigError, match="temperature"):
         Space(("temp",), DecodingParameters())

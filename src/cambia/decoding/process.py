@@ -90,12 +90,23 @@ class Process:
         root = np.linalg.cholesky(covariance + 1e-5 * self.scale * np.eye(len(places)))
         return mean[:, None] + root @ generator.normal(size=(len(places), count))
 
-    def surest(self) -> int:
-        """The point where the mean less one standard deviation is largest. Between points it may be larger,
-        but that is not sure: towards the edges they lie far from each other."""
+    def surest(self, than: int | None = None) -> int:
+        """The point that is most surely good: where the mean less one standard deviation is largest.
+
+        Points only: between them it may be larger, but that is not sure, since towards the edges they lie far
+        from each other.
+
+        Args:
+            than: the number of a point; most surely better than that one is meant, and it is this point
+                itself where none is.
+        """
         mean, near, solved = self._at(self.points)
-        variance = self.scale * (_OWN - np.einsum("ij,ji->i", near, solved)).clip(0)
-        return int(np.argmax(mean - np.sqrt(variance)))
+        covariance = self.scale * (_alike(self.points, self.points, self.length) - near @ solved)
+        variance = covariance.diagonal()
+        if than is not None:
+            mean = mean - mean[than]
+            variance = variance + variance[than] - 2 * covariance[than]
+        return int(np.argmax(mean - np.sqrt(variance.clip(0))))
 
 
 _LENGTHS = (0.15, 0.25, 0.4, 0.65, 1.0, 1.6)
@@ -104,8 +115,6 @@ _NOISES, _LEVELS = (0.001, 0.03, 0.1, 0.3, 1.0, 3.0), (0.0, 0.1, 0.5, 5.0, 50.0)
 """Variances as shares of that of the worth."""
 _MOST = 400
 """Candidates that are looked at, the latest ones."""
-_OWN = 2.0
-"""How alike a place is to itself: that of two places that are near, and the level that all have."""
 
 
 def _alike(x: np.ndarray, y: np.ndarray, length: float) -> np.ndarray:

@@ -195,8 +195,8 @@ class ProcessSearch(Search):
     likelihood that one unknown probability exceeds another, Biometrika 25; in parallel Kandasamy et al. 2018,
     Parallelised Bayesian Optimisation via Thompson Sampling, arXiv:1705.09236); the first are spread over the
     cube, and where it began is among them. All are compared behind the same prompts with the same noise. It
-    comes to what is surely good (`Process.surest`), which may be where it began. Beside weights that learn
-    each round has prompts and a level of its own.
+    comes to what is most surely better than where it began, or stays there (`Process.surest`). Beside weights
+    that learn each round has prompts and a level of its own.
     """
 
     def begin(self, space: Space, *, seed: int = 0, moving: bool = False) -> Ongoing:
@@ -254,7 +254,9 @@ class _ProcessOngoing(_OnePlace):
         if not self.tried:
             return self.space.start
         process = Process.of(*self._known())
-        return self.tried[len(self.tried) - len(process.points) + process.surest()].parameters
+        left_out = len(self.tried) - len(process.points)
+        # Where it began is the first point, for as long as it is among those that are looked at.
+        return self.tried[left_out + process.surest(None if left_out else 0)].parameters
 
 
 _BEST, _PLACES = 6, 500

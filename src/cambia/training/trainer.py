@@ -211,10 +211,10 @@ class Trainer:
                     self.method.begin_stage(p.stage)
                 told = stream.boundaries or p.stage + 1 == len(names)
                 while p.stage_step < stage_steps[p.stage] or (told and self.method.owes):
-                    began = time.perf_counter()
                     if not self._decayed(ends.get(p.stage_step), stream, journal, interrupts):
                         self._save(stream, journal, rundir.LATEST)
                         return False
+                    began = time.perf_counter()
                     batch, allocation, stepped = self._one_step(stream, stage_steps, run.folder)
 
                     # Once in a while: the validation loss, and what else is asked for.

@@ -16,6 +16,7 @@ from cambia.growth import (
     TRIGGERS,
     AllOf,
     AnyOf,
+    EfficiencyTrigger,
     GradientNormTrigger,
     GrowthRule,
     LossSpikeTrigger,
@@ -30,6 +31,7 @@ from cambia.growth import (
     Trigger,
     WidenFFN,
 )
+from cambia.growth.triggers import Planned
 
 
 def at(step: int, **known: Any) -> Signals:
@@ -381,8 +383,15 @@ def test_together_they_tell_all_reasons_and_start_afresh_together() -> None:
 
 # ---- every trigger -------------------------------------------------------------------------------
 
+
+def weighed(trigger: EfficiencyTrigger) -> EfficiencyTrigger:
+    trigger.plan(Planned(1e5, 8e5, 1e6, 6e6))
+    return trigger
+
+
 EVERY = {
     "schedule": lambda: ScheduleTrigger(at_steps=[4, 9]),
+    "efficiency": lambda: weighed(EfficiencyTrigger(advantage=1e-9)),
     "plateau": lambda: PlateauTrigger(patience=2, min_improvement=0.3),
     "plateau window": lambda: PlateauTrigger(patience=1, window=2, min_improvement=0.3),
     "perplexity": lambda: PerplexityTrigger(patience=2, min_improvement=0.2),
@@ -403,7 +412,7 @@ def everything(step: int, value: float) -> Signals:
         else ("validation_loss", "slice_loss/s", "rest_loss/s")
     )
     values = {name: Measured(value + len(name) % 3, step) for name in names}
-    return Signals(step=step, loss=value, grad_norm=value, values=values)
+    return Signals(step=step, tokens=100 * step, loss=value, grad_norm=value, values=values)
 
 
 def told(trigger: Trigger, signals: list[Signals]) -> list[str | None]:
@@ -441,6 +450,7 @@ def test_every_trigger_acts_on_fresh_measurements_alone(name: str) -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_every_trigger_survives_its_configuration_and_has_a_name(name: str) -> None:
     before = GrowthRule(when=EVERY[name](), then=WidenFFN(factor=1.3))
+    before.when.reset()
     plain = dump(before)
     assert plain["when"]["type"] == name.split()[0]
     assert build(GrowthRule, json.loads(json.dumps(plain))) == before

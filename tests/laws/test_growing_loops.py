@@ -22,6 +22,7 @@ from cambia.growth import (
     AddLayers,
     AllOf,
     AnyOf,
+    EfficiencyTrigger,
     GradientNormTrigger,
     GrowthManager,
     GrowthRule,
@@ -49,6 +50,7 @@ STEPS = 18
 # Each fires in the middle of the loop on what the loop below measures.
 EVERY_TRIGGER: dict[str, Callable[[], Trigger]] = {
     "schedule": lambda: ScheduleTrigger(at_steps=[5, 6, 15]),
+    "efficiency": lambda: EfficiencyTrigger(advantage=1e-9),
     "plateau": lambda: PlateauTrigger(patience=2, min_improvement=9.0),
     "perplexity": lambda: PerplexityTrigger(patience=2, min_improvement=0.99),
     "gradient_norm": lambda: GradientNormTrigger(below=0.9999, above=1.0001, window_steps=3, settle_steps=2),
@@ -124,7 +126,7 @@ class Loop:
             measured = {"weather": 1.0 + (step % 9 > 4)}
             if step % 2 == 0:
                 measured |= {"validation_loss": 3.0, "slice_loss/s": 2.0 - (step < 6), "rest_loss/s": 1.0}
-            self.manager.step(loss=loss.item(), grad_norm=norm, **measured)
+            self.manager.step(loss=loss.item(), grad_norm=norm, tokens=48 * step, **measured)
 
     def taken_up(self) -> Loop:
         """Another loop that goes on from what this one would save."""

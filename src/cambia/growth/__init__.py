@@ -12,6 +12,7 @@ from cambia.growth.adapters import WidenLoraRank
 from cambia.growth.attention import AddHeads, AddKVHeads, WidenHeadDim
 from cambia.growth.barrier import grow
 from cambia.growth.depth import AddLayers
+from cambia.growth.efficiency import EfficiencyTrigger, LossCurve
 from cambia.growth.hidden import WidenHidden
 from cambia.growth.operators import OPERATORS, Contract, Operator
 from cambia.growth.parts import AddLoraExpert
@@ -47,12 +48,14 @@ __all__ = [
     "AnyOf",
     "Budget",
     "Contract",
+    "EfficiencyTrigger",
     "GradientNormTrigger",
     "GrowthCallback",
     "GrowthEvent",
     "GrowthManager",
     "GrowthPlan",
     "GrowthRule",
+    "LossCurve",
     "LossSpikeTrigger",
     "Majority",
     "Measured",

@@ -9,7 +9,8 @@ on fresh measurements and keeps a state that a checkpoint can hold.
 
 A trigger's dataclass fields are its configuration; fields with `init=False` are its state.
 
-`cambia.growth.watching` holds those that watch measurements.
+`cambia.growth.watching` holds those that watch measurements, `cambia.growth.efficiency` the one that weighs
+what a larger model would learn against what it costs.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from cambia.records import Signals
 
 TRIGGERS: dict[str, str] = {
     "schedule": "cambia.growth.triggers:ScheduleTrigger",
+    "efficiency": "cambia.growth.efficiency:EfficiencyTrigger",
     "plateau": "cambia.growth.watching:PlateauTrigger",
     "perplexity": "cambia.growth.watching:PerplexityTrigger",
     "gradient_norm": "cambia.growth.watching:GradientNormTrigger",
@@ -39,6 +41,16 @@ TRIGGERS: dict[str, str] = {
     "all": "cambia.growth.triggers:AllOf",
     "majority": "cambia.growth.triggers:Majority",
 }
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a rule's growth would make of the model, for triggers that weigh it."""
+
+    parameters_before: float
+    parameters_after: float
+    flops_per_token_before: float
+    flops_per_token_after: float
 
 
 class Trigger(Spelled, ABC):
@@ -52,6 +64,14 @@ class Trigger(Spelled, ABC):
     def needs(self) -> frozenset[str]:
         """Names of the measurements without which it can never fire; none unless overridden."""
         return frozenset()
+
+    @property
+    def needs_plan(self) -> bool:
+        """Whether it waits for `plan`."""
+        return False
+
+    def plan(self, planned: Planned) -> None:
+        """Learn what the growth that it decides on would come to. Asked only where `needs_plan`."""
 
     def reset(self) -> None:
         """Start afresh after the model has grown. Does nothing unless overridden."""
@@ -134,6 +154,15 @@ class Composite(Trigger):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset().union(*(trigger.needs for trigger in self.triggers))
+
+    @property
+    def needs_plan(self) -> bool:
+        return any(trigger.needs_plan for trigger in self.triggers)
+
+    def plan(self, planned: Planned) -> None:
+        for trigger in self.triggers:
+            if trigger.needs_plan:
+                trigger.plan(planned)
 
     def update(self, signals: Signals) -> str | None:
         for place, trigger in enumerate(self.triggers):

@@ -1,0 +1,187 @@
+"""When a larger model would learn more from the next operation than this one: the run's own curve says.
+
+The loss of a model of N parameters after n tokens at a constant rate is taken to be
+
+    L(N, n) = E + A N^-alpha + b n^-a
+
+(Hoffmann et al. 2022, arXiv:2203.15556, equation 2). The run's own losses give its last term, what can still
+be learned, and its exponent. Of the middle term only differences count. Where the sizes of models and texts
+are chosen best, at 20 tokens a parameter there, alpha times the middle term is a times the last, so that
+
+    d = (a / alpha) b (20 N)^-a (1 - (N / N')^alpha)
+
+is what N' parameters are better by in the long run. A grown model has the loss of the small one, and goes
+on as a large one would that has come to that loss, after fewer tokens n' < n. So growth is due when
+
+    a r / (n f)  <  a (r + d) / (n' f')      r = b n^-a,  n' = (b / (r + d))^(1 / a)
+
+with f and f' operations a token: loss per operation, small against large (the rule of Shen et al. 2022,
+Staged Training, arXiv:2203.06211, with a curve that is the run's own).
+"""
+
+# P points of a curve
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Annotated
+
+import numpy as np
+from annotated_types import Gt
+
+from cambia.errors import ConfigError
+from cambia.growth.triggers import Planned, Trigger
+from cambia.records import Signals
+
+ALPHA = 0.34
+"""By which the loss falls with parameters (Hoffmann et al. 2022, the parametric fit)."""
+BALANCED = 20.0
+"""Tokens a parameter at which a model and its text are of sizes that fit each other."""
+FEWEST = 8
+"""Points of a curve that is fitted."""
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """``floor + scale n^-exponent``: loss in nats per token after n tokens."""
+
+    floor: float
+    scale: float
+    exponent: float
+
+    @classmethod
+    def of(cls, tokens: Sequence[float], losses: Sequence[float], counts: Sequence[float]) -> LossCurve:
+        """Fitted by least squares: for each exponent of a list the best floor and scale.
+
+        Args:
+            tokens: (P,) ascending.
+            losses: (P,) means.
+            counts: (P,) of how many losses each is the mean.
+
+        Raises:
+            ConfigError: there are fewer than `FEWEST` points, or the loss does not fall.
+        """
+        if len(tokens) < FEWEST:
+            raise ConfigError(
+                f"a curve of {len(tokens)} points is too short to fit: expected {FEWEST} at least, each for "
+                "a fifth more tokens than the one before, at the full learning rate; train longer"
+            )
+        n, y, w = (np.asarray(each, dtype=np.float64) for each in (tokens, losses, counts))
+        root, best = np.sqrt(w), None
+        for exponent in _EXPONENTS:
+            sides = np.stack([np.ones_like(n), (n / n[-1]) ** -exponent], 1)
+            (floor, scale), *_ = np.linalg.lstsq(sides * root[:, None], y * root, rcond=None)
+            if floor < 0:  # a loss has a floor of nothing at least
+                floor, scale = 0.0, (w * sides[:, 1] * y).sum() / (w * sides[:, 1] ** 2).sum()
+            error = (w * (sides @ [floor, scale] - y) ** 2).sum()
+            if scale > 0 and (best is None or error < best[0]):
+                best = error, cls(float(floor), float(scale * n[-1] ** exponent), exponent)
+        if best is None:
+            raise ConfigError("the loss of this curve does not fall, so nothing can be expected from it")
+        return best[1]
+
+    def learnable(self, tokens: float) -> float:
+        """What can still be learned after so many tokens, nats per token."""
+        return self.scale * tokens**-self.exponent
+
+    def gain(self, parameters: float, more: float) -> float:
+        """What a model of `more` parameters is better by in the long run, nats per token."""
+        balanced = self.learnable(BALANCED * parameters)
+        return self.exponent / ALPHA * balanced * (1 - (parameters / more) ** ALPHA)
+
+    def advantage(self, tokens: float, planned: Planned) -> float:
+        """Loss per operation of the grown model, as a multiple of that of the model as it is."""
+        left = self.learnable(tokens)
+        larger = left + self.gain(planned.parameters_before, planned.parameters_after)
+        earlier = (self.scale / larger) ** (1 / self.exponent)
+        costs = planned.flops_per_token_after / planned.flops_per_token_before
+        return larger / left * tokens / earlier / costs
+
+
+_EXPONENTS = tuple(np.linspace(0.05, 1.2, 47).tolist())
+_SPACING = 1.2
+"""Tokens of a point of the curve, as a multiple of those of the one before."""
+_HIGHEST = 0.999
+"""The rate counts as full from this share of the highest so far."""
+
+
+@dataclass
+class EfficiencyTrigger(Trigger):
+    """Fires when the grown model is expected to lose more per operation than the model as it is.
+
+    It reads the training loss at the full learning rate and what the rule's growth would cost, and has no
+    step or share of the run to set. Meant for pretraining with a warm-up-stable-decay schedule.
+    """
+
+    advantage: Annotated[float, Gt(0)] = 1.0
+    """How many times the grown model's expected loss per operation has to be that of the model as it is."""
+    costs: dict[str, float] | None = field(default=None, init=False)
+    """What the growth would come to, as in `Planned`."""
+    highest_rate: float = field(default=0.0, init=False)
+    points: list[list[float]] = field(default_factory=list, init=False)
+    """Of the curve: [tokens, sum of losses, how many]."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"loss"})
+
+    @property
+    def needs_plan(self) -> bool:
+        return self.costs is None
+
+    def plan(self, planned: Planned) -> None:
+        self.costs = asdict(planned)
+
+    def update(self, signals: Signals) -> str | None:
+        if signals.loss is None or not math.isfinite(signals.loss):
+            return None
+        if not signals.tokens:
+            raise ConfigError(
+                "an efficiency trigger reads losses over tokens: manager.step(loss=..., tokens=...) with all "
+                "that were trained on so far"
+            )
+        if signals.learning_rate is not None:  # nobody who tells no rate warms up or decays
+            self.highest_rate = max(self.highest_rate, signals.learning_rate)
+            if signals.learning_rate < _HIGHEST * self.highest_rate:
+                return None
+        if not self._added(signals.tokens, signals.loss) or self.costs is None:
+            return None
+        curve = self.curve
+        if curve is None:
+            return None
+        found = curve.advantage(signals.tokens, Planned(**self.costs))
+        if found < self.advantage:
+            return None
+        return (
+            f"efficiency: loss {curve.floor:.3f} + {curve.learnable(signals.tokens):.3f} falling with the "
+            f"power {curve.exponent:.2f} of tokens; per operation a grown model is expected to lose "
+            f"{found:.2f} times as much"
+        )
+
+    @property
+    def curve(self) -> LossCurve | None:
+        """As it is fitted now; None while it is too short."""
+        whole = self.points[:-1]  # the last is not full yet
+        if len(whole) < FEWEST:
+            return None
+        begins, sums, counts = zip(*whole, strict=True)
+        tokens = [_SPACING**0.5 * begin for begin in begins]
+        means = [total / count for total, count in zip(sums, counts, strict=True)]
+        try:
+            return LossCurve.of(tokens, means, counts)
+        except ConfigError:
+            return None
+
+    def _added(self, tokens: int, loss: float) -> bool:
+        """Add a loss to the curve; returns whether a point has become full."""
+        begins = not self.points or tokens > _SPACING * self.points[-1][0]
+        if begins:
+            self.points.append([float(tokens), 0.0, 0.0])
+        self.points[-1][1] += loss
+        self.points[-1][2] += 1
+        return begins
+
+    def reset(self) -> None:
+        self.points, self.costs = [], None

@@ -1,0 +1,122 @@
+"""The efficiency rule: a curve fitted to the run's own losses, and when a larger model is worth its price."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cambia.errors import ConfigError
+from cambia.growth import AnyOf, EfficiencyTrigger, LossCurve, ScheduleTrigger, Signals
+from cambia.growth.triggers import Planned
+
+PLANNED = Planned(100_000, 800_000, 1.0e6, 6.0e6)
+
+
+def signals(step: int, loss: float, rate: float = 1e-3) -> Signals:
+    return Signals(step=step, tokens=step * 2048, progress=step / 5000, loss=loss, learning_rate=rate)
+
+
+def ran(
+    trigger: EfficiencyTrigger | AnyOf, curve: LossCurve, *, noise: float, steps: int = 5000
+) -> int | None:
+    """The step at which it fires on a run that follows a curve."""
+    generator = np.random.default_rng(0)
+    for step in range(1, steps + 1):
+        rate = min(1.0, step / 50) * 1e-3
+        loss = curve.floor + curve.learnable(step * 2048) + noise * float(generator.normal())
+        if trigger.update(signals(step, loss, rate)):
+            return step
+    return None
+
+
+@given(
+    floor=st.floats(0.0, 3.0),
+    scale=st.floats(5.0, 500.0),
+    exponent=st.floats(0.1, 0.9),
+    longer=st.integers(8, 40),
+)
+def test_a_curve_is_found_again(floor, scale, exponent, longer):
+    tokens = 1e5 * 1.2 ** np.arange(longer)
+    found = LossCurve.of(tokens, floor + scale * tokens**-exponent, np.ones(longer))
+    ahead = tokens[-1] * 1.5  # an exponent between two of the list, and half as much again
+    expected = floor + scale * ahead**-exponent
+    learned = scale * (tokens[0] ** -exponent - tokens[-1] ** -exponent)
+    assert found.floor + found.learnable(ahead) == pytest.approx(expected, abs=1e-6 + 0.02 * learned)
+
+
+def test_curves_that_cannot_be_fitted_say_why():
+    with pytest.raises(ConfigError, match="3 points is too short"):
+        LossCurve.of([1e5, 2e5, 3e5], [3.0, 2.5, 2.4], [1, 1, 1])
+    with pytest.raises(ConfigError, match="does not fall"):
+        LossCurve.of(1e5 * np.arange(1, 12), np.linspace(2, 3, 11), np.ones(11))
+
+
+def test_growth_is_due_where_both_learn_as_much_per_operation():
+    curve = LossCurve(1.0, 60.0, 0.3)
+    tokens = np.geomspace(1e5, 1e9, 400)
+    advantages = np.array([curve.advantage(n, PLANNED) for n in tokens])
+    assert (np.diff(advantages) > 0).all()  # it only becomes more worth while
+    n = tokens[np.searchsorted(advantages, 1.0)]
+    gain = curve.gain(PLANNED.parameters_before, PLANNED.parameters_after)
+    assert 0 < gain < curve.learnable(20 * PLANNED.parameters_before)
+
+    def slope(tokens_of_it: float, cost: float) -> float:
+        ahead = curve.learnable(tokens_of_it) - curve.learnable(tokens_of_it * 1.0001)
+        return ahead / (0.0001 * tokens_of_it * cost)
+
+    # The large model's curve lies lower by the gain: with the small one's loss it is that much younger.
+    as_large = (curve.scale / (curve.learnable(n) + gain)) ** (1 / curve.exponent)
+    assert slope(as_large, 6.0e6) == pytest.approx(slope(n, 1.0e6), rel=0.03)
+    dearer = Planned(100_000, 800_000, 1.0e6, 9.0e6)
+    assert curve.advantage(n, dearer) < 1.0  # a dearer growth has to wait
+
+
+def test_it_fires_once_the_curve_says_so_and_not_on_noise():
+    curve = LossCurve(1.0, 60.0, 0.3)
+    due = next(s for s in range(1, 5000) if curve.advantage(s * 2048, PLANNED) >= 1)
+    for noise, away in ((0.0, 1.35), (0.05, 2.0)):
+        trigger = EfficiencyTrigger()
+        assert trigger.needs_plan
+        trigger.plan(PLANNED)
+        step = ran(trigger, curve, noise=noise)
+        assert step is not None and due / away <= step <= due * away * 1.2
+    flat = EfficiencyTrigger()
+    flat.plan(PLANNED)
+    assert ran(flat, LossCurve(3.0, 0.0, 0.3), noise=0.02, steps=1500) is None
+
+
+def test_it_waits_for_the_full_rate_and_for_enough_of_a_curve():
+    trigger = EfficiencyTrigger()
+    trigger.plan(PLANNED)
+    for step in range(1, 400):
+        assert trigger.update(signals(step, 3.0 - step / 400, rate=step * 1e-6)) is None or step > 30
+    decaying = EfficiencyTrigger()
+    decaying.update(signals(1, 3.0, rate=1e-2))
+    for step in range(2, 500):
+        assert decaying.update(signals(step, 3.0, rate=1e-3)) is None
+    assert len(decaying.points) == 1
+
+
+def test_its_state_is_plain_and_goes_on_as_if_nothing_had_been():
+    curve, plain, other = LossCurve(1.0, 60.0, 0.3), EfficiencyTrigger(), EfficiencyTrigger()
+    plain.plan(PLANNED)
+    for step in range(1, 300):
+        plain.update(signals(step, curve.learnable(step * 2048)))
+    other.load_state_dict(json.loads(json.dumps(plain.state_dict())))
+    for step in range(300, 900):
+        now = signals(step, curve.learnable(step * 2048))
+        assert plain.update(now) == other.update(now)
+    plain.reset()
+    assert plain.needs_plan and not plain.points
+
+
+def test_inside_others_it_is_told_what_the_growth_would_cost():
+    both = AnyOf([EfficiencyTrigger(), ScheduleTrigger(at_steps=[10**9])])
+    assert both.needs_plan
+    both.plan(PLANNED)
+    assert not both.needs_plan
+    assert ran(both, LossCurve(1.0, 60.0, 0.3), noise=0.0) is not None

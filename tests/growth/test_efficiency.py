@@ -84,21 +84,19 @@ def test_it_fires_once_the_curve_says_so_and_not_on_noise():
         trigger.plan(PLANNED)
         step = ran(trigger, curve, noise=noise)
         assert step is not None and due / away <= step <= due * away * 1.2
-    flat = EfficiencyTrigger()
-    flat.plan(PLANNED)
-    assert ran(flat, LossCurve(3.0, 0.0, 0.3), noise=0.02, steps=1500) is None
+    rising = EfficiencyTrigger()
+    rising.plan(PLANNED)
+    assert ran(rising, LossCurve(3.0, -60.0, 0.3), noise=0.02, steps=1500) is None
 
 
-def test_it_waits_for_the_full_rate_and_for_enough_of_a_curve():
+def test_only_losses_at_the_full_rate_count():
     trigger = EfficiencyTrigger()
-    trigger.plan(PLANNED)
     for step in range(1, 400):
-        assert trigger.update(signals(step, 3.0 - step / 400, rate=step * 1e-6)) is None or step > 30
-    decaying = EfficiencyTrigger()
-    decaying.update(signals(1, 3.0, rate=1e-2))
-    for step in range(2, 500):
-        assert decaying.update(signals(step, 3.0, rate=1e-3)) is None
-    assert len(decaying.points) == 1
+        trigger.update(signals(step, 3.0, rate=step * 1e-6))
+    assert len(trigger.points) == 1  # what was before the rate rose is forgotten
+    for step in range(400, 500):
+        trigger.update(signals(step, 3.0, rate=1e-4))
+    assert trigger.points[0][2] <= 1
 
 
 def test_its_state_is_plain_and_goes_on_as_if_nothing_had_been():

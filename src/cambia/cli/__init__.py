@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from cyclopts import CycloptsError
 
-from cambia.cli import audit, decode, grow, learn, manage, measure, sweep, train, use  # noqa: F401 (their commands join the tree)
+from cambia.cli import audit, decode, grow, learn, manage, measure, plan, sweep, train, use  # noqa: F401 (their commands join the tree)
 from cambia.cli.app import app
 from cambia.errors import CambiaError
 

@@ -142,14 +142,13 @@ class EfficiencyTrigger(Trigger):
                 "an efficiency trigger reads losses over tokens: manager.step(loss=..., tokens=...) with all "
                 "that were trained on so far"
             )
-        if signals.learning_rate is not None:  # nobody who tells no rate warms up or decays
-            self.highest_rate = max(self.highest_rate, signals.learning_rate)
-            if signals.learning_rate < _HIGHEST * self.highest_rate:
-                return None
+        if not self._at_full_rate(signals.learning_rate):
+            return None
         if not self._added(signals.tokens, signals.loss) or self.costs is None:
             return None
-        curve = self.curve
-        if curve is None:
+        try:
+            curve = self.fitted()
+        except ConfigError:  # not yet
             return None
         found = curve.advantage(signals.tokens, Planned(**self.costs))
         if found < self.advantage:
@@ -160,19 +159,24 @@ class EfficiencyTrigger(Trigger):
             f"{found:.2f} times as much"
         )
 
-    @property
-    def curve(self) -> LossCurve | None:
-        """As it is fitted now; None while it is too short."""
+    def fitted(self) -> LossCurve:
+        """The curve so far.
+
+        Raises:
+            ConfigError: it is too short, or does not fall.
+        """
         whole = self.points[:-1]  # the last is not full yet
-        if len(whole) < FEWEST:
-            return None
-        begins, sums, counts = zip(*whole, strict=True)
+        begins, sums, counts = zip(*whole, strict=True) if whole else ((), (), ())
         tokens = [_SPACING**0.5 * begin for begin in begins]
-        means = [total / count for total, count in zip(sums, counts, strict=True)]
-        try:
-            return LossCurve.of(tokens, means, counts)
-        except ConfigError:
-            return None
+        return LossCurve.of(tokens, [total / n for total, n in zip(sums, counts, strict=True)], counts)
+
+    def _at_full_rate(self, rate: float | None) -> bool:
+        """Whether the rate is the highest so far; what came before it rose is forgotten."""
+        if rate is None:  # nobody who tells none warms up or decays
+            return True
+        if rate * _HIGHEST > self.highest_rate:
+            self.highest_rate, self.points = rate, []
+        return rate >= _HIGHEST * self.highest_rate
 
     def _added(self, tokens: int, loss: float) -> bool:
         """Add a loss to the curve; returns whether a point has become full."""

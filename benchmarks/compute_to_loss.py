@@ -1,0 +1,296 @@
+"""Does growth pay? Operations to one decayed loss, against the final size and the best fixed one.
+
+    cambia bench compute_to_loss --preset headline
+
+One text, the same batches in the same order for every arm of a seed; warm-up, constant rate, one decay; the
+learning rate is tuned for A, B and D with as many trials each, on a shorter run of another seed. Operations
+are summed from each run's own ledger by the shape of each step, verifying a growth included, and measuring
+where a trigger needs it. A is also scored as if it had ended earlier, with its rate decayed, so that it is a
+curve of decayed losses, and so is D.
+
+    saving           1 - F_B / F_A(loss of B), F_A read off that curve, seed by seed; the interval is a
+                     bootstrap over seeds
+    over fixed size  the same against D, the fixed size that is best at what B spends
+
+`cambia bench` begun again goes on where it was stopped. The arms: benchmarks/compute/arms.py.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from compute.arms import Sizes, arms
+from compute.curves import Ran, ran, saving
+from harness import arguments, keep, over_seeds, table
+
+from cambia.reporting.sweeps.statistics import bootstrap_interval
+from cambia.sweepdir import SweepReader
+from cambia.sweeps import run_grid
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much is measured."""
+
+    sizes: Sizes
+    arms: tuple[str, ...] = ("A", "B-depth", "C", "E")
+    fixed: tuple[int, ...] = (2, 3, 4)
+    """Layers of D; the best of them with the first seed is run with all."""
+    seeds: int = 5
+    few: int = 3
+    """Seeds of all arms but A, B-depth and the best D."""
+    rates: tuple[float, ...] = (0.004, 0.008, 0.016)
+    tuning_share: float = 0.25
+    """Of the tokens, in the runs by which rates are chosen."""
+    scored_bytes: int = 262_144
+    workers: int | None = None
+
+
+QUICK = Sizes(hidden=64, ffn=160, layers=6, heads=4, kv_heads=2, start_layers=1, tokens=2_000_000)
+HEADLINE = Sizes(hidden=96, ffn=256, layers=8, heads=6, kv_heads=2, start_layers=1, tokens=8_000_000)
+EVERY = ("A", "B-depth", "B-width", "B-both", "C", "E", "F-stack", "F-interpose", "F-random", "G-plateau",
+         "G-efficiency", "H-zero", "H-reset")  # fmt: skip
+PRESETS = {
+    "quick": Preset(QUICK, arms=("A", "B-depth"), seeds=3, rates=(0.008, 0.016)),
+    "headline": Preset(HEADLINE),
+    "full": Preset(replace(HEADLINE, tokens=18_000_000), arms=EVERY),
+    "gpu": Preset(
+        Sizes(hidden=768, ffn=2048, layers=12, heads=12, kv_heads=12, start_layers=1,
+              tokens=2_480_000_000, rows=64, length=1024),
+        arms=EVERY, seeds=3, fixed=(3, 6, 9), rates=(0.002, 0.004, 0.008),
+    ),
+}  # fmt: skip
+GOALS = {"saving": 0.20, "low": 0.10, "fixed": 0.0}
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+def base(preset: Preset, data: Path) -> dict[str, Any]:
+    """The experiment of A without its curve."""
+    text, sizes = data / "wikitext-2", preset.sizes
+    return {
+        "data": {
+            "tasks": [
+                {
+                    "name": "wikitext",
+                    "source": {
+                        "type": "files",
+                        "path": str(text / "wiki.train.tokens.gz"),
+                        "valid_path": str(text / "wiki.valid.tokens.gz"),
+                        "test_path": str(text / "wiki.test.tokens.gz"),
+                    },
+                }
+            ]
+        },
+        "model": sizes.model(),
+        "optimizer": {"type": "muon", "weight_decay": 0.1},
+        "training": {
+            "steps": sizes.steps,
+            "batch_size": sizes.rows,
+            "sequence_length": sizes.length,
+            "schedule": {"type": "wsd", "warmup_fraction": 0.05, "decay_fraction": sizes.decay},
+        },
+        "methods": [],
+        "evaluation": {"every_steps": None, "max_bytes": preset.scored_bytes},
+        "checkpoint": {"every_steps": 500, "keep_tasks": False},
+        "threads": 1,
+    }
+
+
+def swept(
+    name: str, preset: Preset, data: Path, groups: Mapping[str, Any], **more: Any
+) -> list[tuple[Mapping[str, Any], Path]]:
+    """Every cell of a grid of arms: its choices, and the folder of its run."""
+    grid = {"base": base(preset, data), "axes": {"arm": dict(groups), **more.pop("axes", {})}, **more}
+    folder = run_grid(grid, name=name, workers=preset.workers)
+    sweep = SweepReader(folder)
+    results = sweep.results()
+    cells = [cell for cell in sweep.cells() if cell.hash in results]
+    failed = [results[cell.hash].error for cell in cells if results[cell.hash].status == "failed"]
+    if failed:
+        sys.exit(f"{len(failed)} of {len(cells)} runs failed, the first: {failed[0]}")
+    return [(cell.choice, folder / cell.name) for cell in cells]
+
+
+def tuned(name: str, preset: Preset, data: Path) -> dict[str, Any]:
+    """The best rate of A, of B-depth and of each D by validation, and what finding them cost."""
+    sizes = replace(preset.sizes, tokens=round(preset.tuning_share * preset.sizes.tokens))
+    every = arms(sizes, preset.fixed)
+    chosen = ["A", *(arm for arm in every if arm.startswith("D-")), "B-depth"]
+    groups = {
+        arm: {"training.steps": sizes.steps, **every[arm], "evaluation.decayed_at": []} for arm in chosen
+    }
+    axes = {"optimizer.learning_rate": list(preset.rates)}
+    found: dict[str, dict[float, Ran]] = {}
+    for choice, folder in swept(f"{name}-tuning", preset, data, groups, axes=axes, seeds=[1000]):
+        rate = choice["optimizer.learning_rate"]
+        found.setdefault(choice["arm"], {})[rate] = ran(folder, 1000, measures=False)
+    return {
+        "rates": {arm: min(runs, key=lambda rate: runs[rate].last.valid) for arm, runs in found.items()},
+        "valid": {
+            arm: {str(rate): one.last.valid for rate, one in runs.items()} for arm, runs in found.items()
+        },
+        "flops": {arm: sum(one.last.flops for one in runs.values()) for arm, runs in found.items()},
+    }
+
+
+def rate_of(arm: str, rates: Mapping[str, float]) -> float:
+    """An arm's own, or that of the one that it varies."""
+    return rates.get(arm, rates["A" if arm == "C" else "B-depth"])
+
+
+def trained(name: str, preset: Preset, data: Path, rates: Mapping[str, float]) -> dict[str, list[Ran]]:
+    """Every arm's runs: all with the first seed, and then those that count with all seeds."""
+    every = arms(preset.sizes, preset.fixed)
+    fixed = [f"D-{layers}" for layers in preset.fixed]
+    groups = {
+        arm: {**every[arm], "optimizer.learning_rate": rate_of(arm, rates)}
+        for arm in (*preset.arms, *fixed)
+        if arm in every
+    }
+    groups = {"A": groups.pop("A"), "B-depth": groups.pop("B-depth"), **groups}
+
+    def runs(**more: Any) -> dict[str, list[Ran]]:
+        found: dict[str, list[Ran]] = {}
+        for choice, folder in swept(name, preset, data, groups, **more):
+            one = ran(folder, choice["seed"], measures=choice["arm"].startswith("G-"))
+            found.setdefault(choice["arm"], []).append(one)
+        return {arm: sorted(found[arm], key=lambda one: one.seed) for arm in groups}
+
+    first = runs(seeds=[0])
+    best = min(fixed, key=lambda arm: first[arm][0].ends[-2].valid)
+    rest = [arm for arm in groups if arm not in ("A", "B-depth", best)]
+    late = list(range(preset.few, preset.seeds))
+    others = [arm for arm in fixed if arm != best]
+    exclude = [{"arm": others, "seed": list(range(1, preset.seeds))}]
+    exclude += [{"arm": rest, "seed": late}] if late and rest else []
+    return runs(seeds=preset.seeds, exclude=exclude)
+
+
+# ---- what came out -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What an arm saves against the curve of another, seed by seed."""
+
+    values: tuple[float, ...]
+
+    @property
+    def told(self) -> str:
+        """In percent, with the interval."""
+        if not self.values:
+            return ""
+        mean = f"{100 * statistics.fmean(self.values):.1f} %"
+        if len(self.values) < 2:
+            return mean
+        interval = bootstrap_interval(self.values)
+        return f"{mean} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+
+
+def saved(runs: Sequence[Ran], curves: Sequence[Ran]) -> Saved:
+    """Operations that each run saved to its own loss, against the curve of the same seed."""
+    by_seed = {one.seed: one.ends for one in curves}
+    mine = [one for one in runs if one.seed in by_seed]
+    return Saved(tuple(saving(by_seed[one.seed], one.last.flops, one.last.test) for one in mine))
+
+
+def saved_time(runs: Sequence[Ran], curves: Sequence[Ran]) -> Saved:
+    """The same of seconds, where a curve takes time as it takes operations."""
+    by_seed = {one.seed: one for one in curves}
+    found = []
+    for one in runs:
+        if (other := by_seed.get(one.seed)) is not None:
+            a_second = other.last.flops / other.seconds
+            found.append(saving(other.ends, one.seconds * a_second, one.last.test))
+    return Saved(tuple(found))
+
+
+def read(result: Mapping[str, Any]) -> dict[str, list[Ran]]:
+    return {arm: [Ran.from_dict(one) for one in runs] for arm, runs in result["arms"].items()}
+
+
+def best_fixed(found: Mapping[str, Sequence[Ran]]) -> str:
+    """The fixed size that was run with most seeds."""
+    return max((arm for arm in found if arm.startswith("D-")), key=lambda arm: len(found[arm]))
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Tables: savings of each arm, and the curves."""
+    found, rates = read(result), result["tuning"]["rates"]
+    fixed = best_fixed(found)
+    rows = []
+    for arm, runs in found.items():
+        # D is compared where it has spent what B-depth spends.
+        ends = [one.ends[-2] if arm.startswith("D-") else one.last for one in runs]
+        is_curve = arm == "A" or arm.startswith("D-")
+        rows.append(
+            [
+                arm,
+                str(len(runs)),
+                f"{rate_of(arm, rates):g}",
+                f"{statistics.fmean(end.flops for end in ends) / 1e12:.2f}",
+                over_seeds([end.test for end in ends], 4),
+                "" if is_curve else saved(runs, found["A"]).told,
+                "" if is_curve else saved(runs, found[fixed]).told,
+                "" if is_curve else saved_time(runs, found["A"]).told,
+                ", ".join(f"{share:.2f}" for share in dict.fromkeys(runs[0].grown_at)),
+            ]
+        )
+    head = ["arm", "seeds", "rate", "TFLOP", "test bits per byte, decayed", "saved against A",
+            f"saved against {fixed}", "seconds saved against A", "grown at"]  # fmt: skip
+    curves = [
+        [arm, f"{one.flops / 1e12:.2f}", over_seeds([run.ends[place].test for run in found[arm]], 4)]
+        for arm in ("A", fixed)
+        for place, one in enumerate(found[arm][0].ends)
+    ]
+    tuning = sum(result["tuning"]["flops"].values()) / 1e12
+    note = (
+        "Savings in percent of operations to equal decayed loss, mean and 95 % interval over seeds. Rates "
+        f"were tuned with {len(result['preset']['rates'])} trials an arm, which took {tuning:.1f} TFLOP in "
+        "all and are not in the ledger. Goals: 20 % against A with an interval above 10 %, and more than "
+        f"nothing against the best fixed size, which is {fixed}."
+    )
+    return "\n\n".join([note, table(head, rows), table(["curve", "TFLOP", "test bits per byte"], curves)])
+
+
+def headlines(result: Mapping[str, Any]) -> dict[str, str]:
+    found = read(result)
+    grown, against = found["B-depth"], {"the final size": "A", "the best fixed size": best_fixed(found)}
+    return {
+        f"growth in depth: operations saved to equal decayed loss, against {name} from the start": saved(
+            grown, found[arm]
+        ).told
+        for name, arm in against.items()
+    }
+
+
+def main() -> None:
+    options = arguments(__doc__, PRESETS, clocked=False)
+    if "CAMBIA_DATA" not in os.environ:
+        sys.exit("the data of this benchmark is found by CAMBIA_DATA, which is not set")
+    # Workers find the control arm's operator beside this script.
+    search = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(search)
+    preset, data = PRESETS[options.preset], Path(os.environ["CAMBIA_DATA"])
+    name = f"bench-compute_to_loss-{options.preset}"
+    tuning = tuned(name, preset, data)
+    runs = trained(name, preset, data, tuning["rates"])
+    result = {
+        "preset": asdict(preset),
+        "tuning": tuning,
+        "arms": {arm: [one.as_dict() for one in ones] for arm, ones in runs.items()},
+    }
+    print(markdown(result))
+    keep(__file__, options, result)
+
+
+if __name__ == "__main__":
+    main()

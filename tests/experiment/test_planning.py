@@ -1,0 +1,102 @@
+"""`cambia plan`: what it says is what a run of it does, and every bad input is one line and exit code 2."""
+
+from __future__ import annotations
+
+import pytest
+
+from cambia.experiment.estimate import estimate
+from cambia.experiment.planning import plan_run
+from cambia.experiment.tree import experiment_from
+from cambia.rundir import METRICS, RunReader
+from tests.conftest import Call, tiny
+
+TEXT = {"type": "generated", "task": "counting", "limit_bytes": 40_000}
+TREE = {
+    "data": {"tasks": [{"name": "counting", "source": TEXT}]},
+    "model": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2},
+    "training": {"steps": 8, "batch_size": 4, "sequence_length": 32},
+    "methods": [],
+}
+
+
+@pytest.fixture
+def cambia(tmp_path, monkeypatch, command_line: Call) -> Call:
+    monkeypatch.setenv("CAMBIA_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.chdir(tmp_path)
+    return command_line
+
+
+def test_a_plan_is_what_its_run_does():
+    found = plan_run(experiment_from(TREE, source="test", flags={}), tokens=128 * 50)
+    assert (found.start.layers, found.target.layers, found.steps, found.grow_step) == (1, 4, 50, 25)
+    expected = estimate(experiment_from(found.tree, source="the plan", flags={}))
+    assert [phase.parameters for phase in expected.phases] == [
+        found.start.parameters,
+        found.target.parameters,
+    ]
+    assert [phase.at_step for phase in expected.phases] == [0, found.grow_step]
+    assert found.flops == pytest.approx(expected.flops)
+    assert found.bound == pytest.approx(1 - expected.flops / found.flops_large)
+    again = plan_run(experiment_from(TREE, source="test", flags={}), flops=found.flops, grow_at=0.5)
+    assert again.steps in (found.steps, found.steps - 1)
+
+
+def test_the_command_writes_a_run_that_works_and_reads_its_curve(cambia: Call, tmp_path):
+    words = ["--tokens", "6400", "--start-layers", "2", "--out", "plan.yaml"]
+    sizes = [
+        "--model.hidden_size",
+        "16",
+        "--model.intermediate_size",
+        "24",
+        "--model.num_attention_heads",
+        "2",
+    ]
+    kept = [
+        "--training.batch_size",
+        "4",
+        "--training.sequence_length",
+        "32",
+        "--model.num_key_value_heads",
+        "2",
+    ]
+    code, out, err = cambia("plan", "smoke", *words, *sizes, *kept, "--layers", "4", "--methods", "[]")
+    assert code == 0, err
+    assert "saves at most t (1 - x)" in out and "wrote plan.yaml" in out
+    code, _, err = cambia("run", "plan.yaml", "--name", "planned")
+    assert code == 0, err
+    run = RunReader(tmp_path / "runs/planned")
+    assert [event["step"] for event in run.growth()] == [25]
+    assert run.rows(METRICS)[-1]["tokens"] == 6400
+    code, _, err = cambia("plan", "plan.yaml", "--layers", "8", "--start-layers", "4", "--tokens", "9e3",
+                          "--curve", "planned")  # fmt: skip
+    assert code == 2 and "too short to fit" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--layers", "1", "--tokens", "1e6"], "the target has 1 layers and the start 1"),
+        (["--layers", "3", "--start-layers", "3", "--tokens", "1e6"], "growth only adds"),
+        (["--tokens", "10"], "below one step, which takes"),
+        (["--flops", "10"], "below one step, which takes"),
+        (["--tokens", "1e6", "--flops", "1e9"], "takes one budget"),
+        ([], "takes one budget"),
+        (["--tokens", "1e6", "--grow-at", "0.95"], "before its rate falls"),
+        (["--tokens", "1e6", "--curve", "nothing"], "there is no run 'nothing'"),
+    ],
+)
+def test_bad_input_is_one_line(cambia: Call, words, said):
+    code, _, err = cambia("plan", *words)
+    assert code == 2 and said in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_checkpoint_is_where_it_starts(cambia: Call):
+    tiny("llama").save_pretrained("old")
+    words = ["plan", "finetune", "--model.path", "old", "--tokens", "1e6", "--training.sequence_length", "32"]
+    code, _, err = cambia(*words)
+    assert code == 2 and "needs the depth to come to" in err
+    code, _, err = cambia(*words, "--layers", "1")
+    assert code == 2 and "the target has 1 layers" in err
+    code, _, err = cambia(*words, "--layers", "6", "--start-layers", "1")
+    assert code == 2 and "leave out --start-layers" in err

@@ -1,105 +1,127 @@
-"""The state of a trainer: everything that a resumed run needs to go on bit by bit."""
+"""What a training loop works with, and its state: everything that a resumed run needs to go on bit by bit."""
 
 from __future__ import annotations
 
 import copy
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
+from cambia.continual.methods import Method
 from cambia.continual.methods.method import AnyStream
 from cambia.errors import ConfigError
-from cambia.records import GrowthEvent, Measured
+from cambia.growth import GrowthEvent, GrowthManager
+from cambia.records import Allocator, Measured
 from cambia.training.allocation import PlainAllocator
+from cambia.training.averaging import WeightAverage
 from cambia.training.checkpoint import random_state, set_random_state
+from cambia.training.engine import Engine
 from cambia.training.optim import load_optimizer_state, optimizer_state
 from cambia.training.schedules import WSD
-
-if TYPE_CHECKING:
-    from cambia.training.trainer import Trainer
-
-
-def state_of(trainer: Trainer) -> dict[str, Any]:
-    """Everything but the model and the place in the text."""
-    return {
-        "progress": asdict(trainer.progress),
-        "values": {name: asdict(measured) for name, measured in trainer.values.items()},
-        "optimizer": optimizer_state(trainer.optimizer, trainer.trained),
-        "scaler": trainer.step.scaler.state_dict(),
-        "average": trainer.average.state_dict() if trainer.average is not None else None,
-        "growth": trainer.growth.state_dict() if trainer.growth is not None else None,
-        "allocator": trainer.allocator.state_dict(),
-        "method": trainer.method.state_dict(),
-        "engine": trainer.engine.state_dict() if trainer.engine is not None else None,
-        "random": random_state(),
-    }
+from cambia.training.settings import EvaluationConfig, Progress, TrainingConfig
+from cambia.training.step import Stepper
 
 
-def take_up(trainer: Trainer, state: Mapping[str, Any], events: Sequence[GrowthEvent]) -> None:
-    """Go on where `state_of` was taken; the model has its shape and weights already.
+class Stateful(ABC):
+    """A training loop's parts, and how they are kept."""
 
-    Args:
-        events: growth so far.
-    """
-    trainer.method.restore(state["method"])
-    vars(trainer.progress).update(state["progress"])
-    trainer.values = {name: Measured(**value) for name, value in state["values"].items()}
-    load_optimizer_state(trainer.optimizer, trainer.trained, state["optimizer"])
-    if trainer.step.scaler.is_enabled():
-        trainer.step.scaler.load_state_dict(state["scaler"])
-    if trainer.average is not None:
-        trainer.average.load_state_dict(state["average"])
-    if trainer.growth is not None:
-        trainer.growth.load_state_dict(state["growth"], events)
-    trainer.allocator.load_state_dict(state["allocator"])
-    trainer.method.load_state_dict(state["method"])
-    if trainer.engine is not None:
-        trainer.engine.load_state_dict(state["engine"])
-    set_random_state(state["random"])
+    config: TrainingConfig
+    evaluation: EvaluationConfig
+    trained: nn.Module
+    """All that trains: the model, or what a method has around it."""
+    optimizer: torch.optim.Optimizer
+    step: Stepper
+    method: Method
+    allocator: Allocator
+    growth: GrowthManager | None
+    average: WeightAverage | None
+    engine: Engine | None
+    progress: Progress
+    values: dict[str, Measured]
+    """The last measurements."""
 
+    @abstractmethod
+    def _shape_changed(self) -> None:
+        """Take the model in the shape that it has now."""
 
-# ---- a run that ends earlier, on trial ------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the model and the place in the text."""
+        return {
+            "progress": asdict(self.progress),
+            "values": {name: asdict(measured) for name, measured in self.values.items()},
+            "optimizer": optimizer_state(self.optimizer, self.trained),
+            "scaler": self.step.scaler.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "growth": self.growth.state_dict() if self.growth is not None else None,
+            "allocator": self.allocator.state_dict(),
+            "method": self.method.state_dict(),
+            "engine": self.engine.state_dict() if self.engine is not None else None,
+            "random": random_state(),
+        }
 
+    def load_state_dict(self, state: Mapping[str, Any], events: Sequence[GrowthEvent]) -> None:
+        """Go on where `state_dict` was taken; the model has its shape and weights already, and the loop its
+        stream.
 
-@contextmanager
-def kept(trainer: Trainer, stream: AnyStream) -> Generator[None]:
-    """After the block everything is, bit by bit, as it was; inside it may be trained, but not grown."""
-    weights = [(tensor, tensor.detach().clone()) for tensor in _tensors(trainer)]
-    state = copy.deepcopy({**state_of(trainer), "stream": stream.state_dict()})
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, before in weights:
-                tensor.copy_(before)
-        # What the optimizer had no state of yet, it has none of again.
-        trainer.optimizer.state.clear()
-        take_up(trainer, state, trainer.growth.history if trainer.growth is not None else ())
-        stream.load_state_dict(state["stream"])
+        Args:
+            events: growth so far, from growth.jsonl.
+        """
+        self.method.restore(state["method"])
+        vars(self.progress).update(state["progress"])
+        self.values = {name: Measured(**value) for name, value in state["values"].items()}
+        load_optimizer_state(self.optimizer, self.trained, state["optimizer"])
+        if self.step.scaler.is_enabled():
+            self.step.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        if self.growth is not None:
+            self.growth.load_state_dict(state["growth"], events)
+        self.allocator.load_state_dict(state["allocator"])
+        self.method.load_state_dict(state["method"])
+        if self.engine is not None:
+            self.engine.load_state_dict(state["engine"])
+        set_random_state(state["random"])
+        self._shape_changed()
 
+    # ---- a run that ends earlier, on trial --------------------------------------------------------
 
-def _tensors(trainer: Trainer) -> Generator[torch.Tensor]:
-    yield from itertools.chain(trainer.trained.parameters(), trainer.trained.buffers())
+    @contextmanager
+    def kept(self, stream: AnyStream) -> Generator[None]:
+        """After the block everything is, bit by bit, as it was; inside it may be trained, but not grown."""
+        tensors = [*itertools.chain(self.trained.parameters(), self.trained.buffers())]
+        before = [tensor.detach().clone() for tensor in tensors]
+        state = copy.deepcopy({**self.state_dict(), "stream": stream.state_dict()})
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, kept in zip(tensors, before, strict=True):
+                    tensor.copy_(kept)
+            # What the optimizer had no state of yet, it has none of again.
+            self.optimizer.state.clear()
+            self.load_state_dict(state, self.growth.history if self.growth is not None else ())
+            stream.load_state_dict(state["stream"])
 
+    def earlier_ends(self, stage_steps: Sequence[int]) -> dict[int, int]:
+        """Where the run is scored as if it ended earlier: the step at which that decay begins -> its end.
 
-def ends_of(trainer: Trainer, stage_steps: Sequence[int]) -> dict[int, int]:
-    """Where the run is scored as if it ended earlier: the step at which that decay begins -> where it ends.
-
-    Raises:
-        ConfigError: it has several tasks, no decay, or more to it than a model that trains.
-    """
-    shares, schedule = trainer.evaluation.decayed_at, trainer.config.schedule
-    if not shares:
-        return {}
-    plain = isinstance(trainer.allocator, PlainAllocator) and trainer.engine is None
-    if not isinstance(schedule, WSD) or len(stage_steps) > 1 or not plain:
-        raise ConfigError(
-            "--evaluation.decayed_at is for runs of one task, without experts and without learned decoding, "
-            "whose rate decays at the end: --training.schedule.type wsd, or leave it out"
-        )
-    ends = [max(1, round(share * stage_steps[0])) for share in shares]
-    return {schedule.decay_begins(end): end for end in ends}
+        Raises:
+            ConfigError: it has several tasks, no decay, or more to it than a model that trains.
+        """
+        shares, schedule = self.evaluation.decayed_at, self.config.schedule
+        if not shares:
+            return {}
+        plain = isinstance(self.allocator, PlainAllocator) and self.engine is None
+        if not isinstance(schedule, WSD) or len(stage_steps) > 1 or not plain:
+            raise ConfigError(
+                "--evaluation.decayed_at is for runs of one task, without experts and without learned "
+                "decoding, whose rate decays at the end: --training.schedule.type wsd, or leave it out"
+            )
+        ends = [max(1, round(share * stage_steps[0])) for share in shares]
+        return {schedule.decay_begins(end): end for end in ends}

@@ -27,7 +27,7 @@ from cambia.data.batches import Batch
 from cambia.data.loaders import LoaderStream
 from cambia.data.streams import Stream
 from cambia.errors import ConfigError, NonFiniteLossError
-from cambia.growth import GrowthEvent, GrowthManager
+from cambia.growth import GrowthManager
 from cambia.models.bodies import count_parameters, flops_per_token
 from cambia.probes import Likelihood
 from cambia.records import Allocation, Allocator, Knobs, Measured, Signals
@@ -44,12 +44,12 @@ from cambia.training.journal import Journal
 from cambia.training.optim import AdamW, Optimizer, check_covered, set_learning_rate
 from cambia.training.scoring import Scorer
 from cambia.training.settings import CheckpointConfig, EvaluationConfig, Progress, TrainingConfig
-from cambia.training.state import ends_of, kept, state_of, take_up
+from cambia.training.state import Stateful
 from cambia.training.step import Stepped, Stepper
 from cambia.training.tracking import Tracker, tracked
 
 
-class Trainer:
+class Trainer(Stateful):
     """Trains a model on a stream or on a data loader of one's own, growing it on the way.
 
     Args:
@@ -196,7 +196,7 @@ class Trainer:
 
     def _train(self, stream: AnyStream, run: RunWriter, stage_steps: list[int]) -> bool:
         p, config, names = self.progress, self.config, [stage.name for stage in stream.stages]
-        ends = ends_of(self, stage_steps)
+        ends = self.earlier_ends(stage_steps)
         with (
             tracked(self.tracking, run.folder) as trackers,
             Interrupts() as interrupts,
@@ -304,7 +304,7 @@ class Trainer:
         """
         if end is None:
             return True
-        with kept(self, stream):
+        with self.kept(stream):
             p = self.progress
             while p.stage_step < end:
                 if interrupts.requested:
@@ -434,17 +434,3 @@ class Trainer:
             weights=self.method.saved_weights(),
             beside=[part.write_beside for part in (self.method, self.engine) if part is not None],
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `cambia.training.state`."""
-        return state_of(self)
-
-    def load_state_dict(self, state: Mapping[str, Any], events: Sequence[GrowthEvent]) -> None:
-        """Take up a saved state; the model already has the checkpoint's shape and weights, and the trainer
-        its stream (`begin`).
-
-        Args:
-            events: growth so far, from growth.jsonl.
-        """
-        take_up(self, state, events)
-        self._shape_changed()

@@ -87,8 +87,12 @@ def penalised(logits: Tensor, given: RowParameters, history: History | None) -> 
     if history is None or not given.reads_history:
         return logits
     if not is_neutral(given.repetition_penalty, 1.0):
-        factor = _column(given.repetition_penalty)
-        logits = torch.where(history.seen, torch.where(logits < 0, logits * factor, logits / factor), logits)
+        # Few of the tokens have been seen: only these are touched.
+        places = history.seen.expand_as(logits).nonzero(as_tuple=True)
+        seen, factor = logits[places], given.repetition_penalty
+        if isinstance(factor, Tensor):
+            factor = factor.expand(logits.shape[:-1])[places[:-1]]
+        logits = logits.index_put(places, torch.where(seen < 0, seen * factor, seen / factor))
     if not is_neutral(given.presence_penalty, 0.0):
         logits = logits - _column(given.presence_penalty) * (history.written > 0)
     if not is_neutral(given.frequency_penalty, 0.0):

@@ -9,6 +9,7 @@ jumps. `soft_nucleus` is the same with a threshold that is itself drawn, for lea
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -138,18 +139,20 @@ def _likeliest(logits: Tensor) -> Tensor:
 def kept(logits: Tensor, given: RowParameters) -> Tensor:
     """(..., V) bool: the tokens that top-k, then top-p of those, then min-p leave."""
     ordered, order = logits.sort(dim=-1, descending=True)
-    inside = torch.ones_like(ordered, dtype=torch.bool)
+    left: list[Tensor] = []
     if not is_neutral(given.top_k, 0):
-        inside = _first(ordered, given.top_k)
-    odds = ordered.masked_fill(~inside, -math.inf).softmax(-1)
+        left.append(_first(ordered, given.top_k))
+        ordered = ordered.masked_fill(~left[0], -math.inf)
+    odds = ordered.softmax(-1)
     if not is_neutral(given.top_p, 1.0):
         # The least likely are dropped while what is dropped stays within 1 - p.
         dropped = odds.flip(-1).cumsum(-1).flip(-1)
         within = dropped > 1 - _column(given.top_p)
         within[..., 0] = True
-        inside = inside & (within | _all(given.top_p, 1.0, within))
+        left.append(within | _all(given.top_p, 1.0, within))
     if not is_neutral(given.min_p, 0.0):
-        inside = inside & (odds >= _column(given.min_p) * odds[..., :1])
+        left.append(odds >= _column(given.min_p) * odds[..., :1])
+    inside = functools.reduce(torch.logical_and, left)
     return torch.zeros_like(inside).scatter(-1, order, inside)
 
 

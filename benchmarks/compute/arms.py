@@ -57,16 +57,19 @@ class Sizes:
     def steps(self) -> int:
         return round(self.tokens / (self.rows * self.length))
 
-    def cost(self, layers: int | None = None, *, half: bool = False) -> float:
-        """Operations of a training step per token, with so many layers or half of every width."""
-        parts = 2 if half else 1
-        config = NativeModel(
-            hidden_size=self.hidden // parts,
-            intermediate_size=self.ffn // parts,
-            num_hidden_layers=layers or self.layers,
-            num_attention_heads=self.heads // parts,
-            num_key_value_heads=max(1, self.kv_heads // parts),
-        ).config(vocab_size=BYTES, eos_token_id=0, sequence_length=self.length)
+    def widths(self, parts: int = 1) -> dict[str, int]:
+        """Every width of the native model, or one of so many equal parts of each."""
+        return {
+            "hidden_size": self.hidden // parts,
+            "intermediate_size": self.ffn // parts,
+            "num_attention_heads": self.heads // parts,
+            "num_key_value_heads": max(1, self.kv_heads // parts),
+        }
+
+    def cost(self, layers: int | None = None) -> float:
+        """Operations of a training step per token, with so many layers."""
+        model = NativeModel(num_hidden_layers=layers or self.layers, **self.widths())
+        config = model.config(vocab_size=BYTES, eos_token_id=0, sequence_length=self.length)
         return flops_per_token(on_meta(CambiaForCausalLM, config), self.length)
 
     @property
@@ -78,11 +81,8 @@ class Sizes:
         """The native model at its final size."""
         return {
             "type": "native",
-            "hidden_size": self.hidden,
-            "intermediate_size": self.ffn,
             "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
+            **self.widths(),
             "initializer_range": 0.09,
             "zero_init_residual": True,
         }
@@ -119,12 +119,7 @@ def arms(sizes: Sizes, fixed: Sequence[int], *, longer: float = 1.25) -> dict[st
     when = {"type": "schedule", "at_fractions": [sizes.grow_at]}
     deep = {"type": "add_layers", "to": sizes.layers}
     few = {"model.num_hidden_layers": sizes.start_layers}
-    half = {
-        "model.hidden_size": sizes.hidden // 2,
-        "model.intermediate_size": sizes.ffn // 2,
-        "model.num_attention_heads": sizes.heads // 2,
-        "model.num_key_value_heads": max(1, sizes.kv_heads // 2),
-    }
+    half = {f"model.{name}": size for name, size in sizes.widths(2).items()}
     wide = [
         {"type": "widen_hidden", "to": sizes.hidden},
         {"type": "widen_ffn", "to": sizes.ffn},

@@ -51,11 +51,21 @@ class RunPlan:
 
     tree: Mapping[str, Any]
     """The whole experiment, which `cambia run` takes."""
-    start: Sized
-    target: Sized
+    layers: tuple[int, int]
+    """At the start and of the target."""
+    growth: Planned
+    """What the growth comes to."""
     steps: int
     step_tokens: int
     grow_step: int
+
+    @property
+    def start(self) -> Sized:
+        return Sized(self.layers[0], self.growth.parameters_before, self.growth.flops_per_token_before)
+
+    @property
+    def target(self) -> Sized:
+        return Sized(self.layers[1], self.growth.parameters_after, self.growth.flops_per_token_after)
 
     @property
     def tokens(self) -> int:
@@ -85,16 +95,6 @@ class RunPlan:
     def flops_large(self) -> float:
         """The same tokens at the target's size."""
         return self.tokens * self.target.flops_per_token
-
-    @property
-    def growth(self) -> Planned:
-        """What the growth comes to."""
-        return Planned(
-            self.start.parameters,
-            self.target.parameters,
-            self.start.flops_per_token,
-            self.target.flops_per_token,
-        )
 
 
 def plan_run(
@@ -136,13 +136,10 @@ def plan_run(
         )
     settings: dict[str, Any] = {} if is_checkpoint else {"model.num_hidden_layers": begin}
     context = experiment.training.sequence_length
-    small = experiment_from(plain_tree(experiment), source="the plan", flags=settings)
+    tree = plain_tree(experiment)
+    small = experiment_from(tree, source="the plan", flags=settings)
     tokenizer, stream = open_stream(small)
-    grown = _grown(small.model.build(tokenizer, sequence_length=context), target, context)
-    sizes = [
-        Sized(begin, grown.parameters_before, grown.flops_per_token_before),
-        Sized(target, grown.parameters_after, grown.flops_per_token_after),
-    ]
+    growth = _grown(small.model.build(tokenizer, sequence_length=context), target, context).planned
     decay = getattr(experiment.training.schedule, "decay_fraction", 0.0)
     if not 0 < grow_at < 1 - decay:
         raise ConfigError(
@@ -150,7 +147,7 @@ def plan_run(
             f"{1 - decay:g} on"
         )
     step_tokens = experiment.training.batch_size * context
-    mean_cost = grow_at * sizes[0].flops_per_token + (1 - grow_at) * sizes[1].flops_per_token
+    mean_cost = grow_at * growth.flops_per_token_before + (1 - grow_at) * growth.flops_per_token_after
     steps = int((tokens or (flops or 0.0) / mean_cost) / step_tokens)
     if steps < 1:
         least = f"{step_tokens:,} tokens" if tokens else f"{step_tokens * mean_cost:.3g} FLOPs"
@@ -167,10 +164,10 @@ def plan_run(
         "training.tokens": None,
         "training.steps": max(1, steps // len(stream.stages)),
     }
-    planned = experiment_from(plain_tree(experiment), source="the plan", flags=flags)
+    planned = experiment_from(tree, source="the plan", flags=flags)
     steps = sum(stage_steps(planned, stream))
     grow_step = math.ceil(grow_at * steps)
-    return RunPlan(plain_tree(planned), sizes[0], sizes[1], steps, step_tokens, grow_step)
+    return RunPlan(plain_tree(planned), (begin, target), growth, steps, step_tokens, grow_step)
 
 
 def _grown(model: PreTrainedModel, layers: int, context: int) -> GrowthPlan:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Gt
@@ -86,7 +86,7 @@ class LossCurve:
         """What can still be learned after so many tokens, nats per token."""
         return self.scale * tokens**-self.exponent
 
-    def gain(self, parameters: float, more: float) -> float:
+    def gain(self, parameters: int, more: int) -> float:
         """What a model of `more` parameters is better by in the long run, nats per token."""
         balanced = self.learnable(BALANCED * parameters)
         return self.exponent / ALPHA * balanced * (1 - (parameters / more) ** ALPHA)
@@ -117,7 +117,7 @@ class EfficiencyTrigger(Trigger):
 
     advantage: Annotated[float, Gt(0)] = 1.0
     """How many times the grown model's expected loss per operation has to be that of the model as it is."""
-    costs: dict[str, float] | None = field(default=None, init=False)
+    costs: dict[str, Any] | None = field(default=None, init=False)
     """What the growth would come to, as in `Planned`."""
     highest_rate: float = field(default=0.0, init=False)
     points: list[list[float]] = field(default_factory=list, init=False)

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from cambia.config import type_name
 from cambia.errors import ConfigError, GrowthError
 from cambia.growth.operators import OPERATORS, Contract, Operator, PartOperator, Shape
+from cambia.growth.triggers import Planned
 from cambia.models.architectures import changed_fields, per_layer
 from cambia.models.bodies import Body, body_of, count_parameters, flops_per_token, lora_layers
 from cambia.nn.modes import evaluating
@@ -51,6 +52,16 @@ class GrowthPlan:
     def config(self) -> PreTrainedConfig:
         """The config afterwards."""
         return self.after.config
+
+    @property
+    def planned(self) -> Planned:
+        """What triggers weigh of it."""
+        return Planned(
+            self.parameters_before,
+            self.parameters_after,
+            self.flops_per_token_before,
+            self.flops_per_token_after,
+        )
 
     def event(
         self, reason: str, measured: Mapping[str, Any] | None = None, *, done: bool = True

@@ -30,7 +30,7 @@ from cambia.growth.carry import Holder, Moments
 from cambia.growth.operators import OPERATORS, Operator, PartOperator
 from cambia.growth.plan import GrowthPlan, plan_growth
 from cambia.growth.rewarm import SliceWarmup
-from cambia.growth.triggers import TRIGGERS, Planned, Trigger
+from cambia.growth.triggers import TRIGGERS, Trigger
 from cambia.models.bodies import count_parameters, flops_per_token
 from cambia.records import GrowthEvent, Measured, Signals
 
@@ -255,7 +255,8 @@ class GrowthManager:
             if grown_before is not None and signals.step - grown_before <= rule.cooldown_steps:
                 continue
             if rule.when.needs_plan:
-                rule.when.plan(self._planned(rule.then))
+                plan = plan_growth(self._grown_model(), rule.then, context=self.context)
+                rule.when.plan(plan.planned)
             reason = rule.when.update(signals)
             if reason is not None and self._armed(i, signals.step):
                 events.append(self._act(i, reason, signals))
@@ -275,10 +276,6 @@ class GrowthManager:
             given.setdefault("learning_rate", float(self.optimizer.param_groups[0]["lr"]))
         step = int(given["step"])
         return Signals(**given, values={name: Measured(value, step) for name, value in values.items()})
-
-    def _planned(self, operator: Operator) -> Planned:
-        plan = plan_growth(self._grown_model(), operator, context=self.context)
-        return Planned(**{f.name: getattr(plan, f.name) for f in dataclasses.fields(Planned)})
 
     def _armed(self, index: int, step: int) -> bool:
         """Whether a rule whose trigger has just fired may act."""

@@ -47,8 +47,8 @@ TRIGGERS: dict[str, str] = {
 class Planned:
     """What a rule's growth would make of the model, for triggers that weigh it."""
 
-    parameters_before: float
-    parameters_after: float
+    parameters_before: int
+    parameters_after: int
     flops_per_token_before: float
     flops_per_token_after: float
 

@@ -337,6 +337,7 @@ RESUMED = [
     pytest.param("llama", [rule(3)], 4, id="after a growth, while new entries warm up"),
     pytest.param("llama", [rule(3)], 3, id="between the decision and the growth"),
     pytest.param("llama", [rule(2, AddLayers(add=1, where="middle"))], 5, id="depth"),
+    pytest.param("llama", [rule(2, AddLayers(add=1, fade_in=1.0))], 5, id="depth, fading in"),
     pytest.param("cambia", [rule(2), rule(5, AddLayers(add=1))], 4, id="a second growth after it"),
     pytest.param("gpt2", [rule(2, WidenHidden(add=12)), rule(3, AddLayers(add=2))], 6, id="hidden size"),
     pytest.param("llama", [rule(6)], 4, id="before any growth"),

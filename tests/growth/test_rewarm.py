@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from transformers import PreTrainedModel
 
-from cambia.growth import AddLayers, SliceWarmup, WidenFFN, grow
+from cambia.errors import ConfigError, GrowthError
+from cambia.growth import (
+    AddLayers,
+    GrowthManager,
+    GrowthRule,
+    ScheduleTrigger,
+    SliceWarmup,
+    WidenFFN,
+    grow,
+)
+from cambia.growth.offline import plan_checkpoint
 from cambia.training.checkpoint import load_state, save_checkpoint
 from cambia.training.muon import Muon
 from cambia.training.optim import load_optimizer_state, optimizer_state
@@ -223,3 +234,120 @@ def test_a_step_that_the_loss_scaler_leaves_out_moves_nobody(kind: str) -> None:
     scaled_step(1.0)
     assert all(newborn.age == 1 for newborn in warmup.newborns)
     assert not any(torch.equal(value, before[name]) for name, value in values(model).items())
+
+
+FADED = AddLayers(to=4, where="stack", fade_in=0.5)
+
+
+def faded(optimizer_kind: str = "loop", **settings: Any) -> tuple[PreTrainedModel, Optimizer, SliceWarmup]:
+    """Two layers and their silent copies, in a model that has taken three steps."""
+    model = tiny("cambia")
+    optimizer = KINDS[optimizer_kind](model.parameters(), weight_decay=0.5)
+    warmup = SliceWarmup(optimizer, steps=4, **settings)
+    for number in range(3):
+        step(model, optimizer, number)
+    return model, optimizer, warmup
+
+
+def writers(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {
+        name: value for name, value in values(model).items() if ".o_proj." in name or ".down_proj." in name
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_that_fade_in_come_up_to_what_their_originals_write(kind: str) -> None:
+    """What they have more than copies that stay silent: at each step a quarter of half the original."""
+    histories = []
+    for fade_in in (0.5, 0.0):
+        model, optimizer, warmup = faded(kind)
+        event = grow(model, replace(FADED, fade_in=fade_in), optimizer=optimizer, holders=[warmup])
+        assert event.logit_error < 1e-5, "at first they are silent"
+        history = [writers(model)]
+        for number in range(3, 9):
+            step(model, optimizer, number)
+            history.append(writers(model))
+        histories.append(history)
+        assert not warmup.newborns
+    with_fading, silent = histories
+    # Decay is taken back while they warm up, so that what comes up stays until then.
+    for i in range(5):
+        for name, value in with_fading[i].items():
+            layer = int(name.split(".")[2])
+            more = value - silent[i][name]
+            if layer < 2:
+                assert not more.any(), "the originals never notice"
+                continue
+            original = name.replace(f"layers.{layer}.", f"layers.{layer - 2}.")
+            expected = sum(0.5 / 4 * silent[j][original] for j in range(1, i + 1)) + torch.zeros(())
+            torch.testing.assert_close(more, expected.expand_as(more), rtol=1e-4, atol=1e-6)
+            assert i == 0 or more.abs().max() > 1e-3
+
+
+def test_fading_in_goes_on_from_a_checkpoint_bit_by_bit(tmp_path: Path) -> None:
+    model, optimizer, warmup = faded()
+    grow(model, FADED, WidenFFN(add=3), optimizer=optimizer, holders=[warmup])
+    for number in range(3, 5):
+        step(model, optimizer, number)
+    state = {"warmup": warmup.state_dict(model), "optimizer": optimizer_state(optimizer, model)}
+    save_checkpoint(tmp_path / "latest", model=model, state=state)
+
+    again, second, follower = faded()
+    grow(again, FADED, WidenFFN(add=3), optimizer=second, holders=[follower])
+    again.load_state_dict(model.state_dict())
+    loaded = load_state(tmp_path / "latest")
+    load_optimizer_state(second, again, loaded["optimizer"])
+    follower.load_state_dict(loaded["warmup"], again)
+    assert sum(newborn.original is not None for newborn in follower.newborns) == 4
+    for number in range(5, 9):
+        step(model, optimizer, number)
+        step(again, second, number)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("layers", ["all", [0]])
+def test_fading_in_goes_on_through_a_second_growth(layers: Any) -> None:
+    """Copy and original grow together, or the one alone: then the copy comes up no further."""
+    model, optimizer, warmup = faded()
+    grow(model, FADED, optimizer=optimizer, holders=[warmup])
+    step(model, optimizer, 3)
+    grow(model, WidenFFN(add=3, layers=layers), optimizer=optimizer, holders=[warmup])
+    fading = {id(newborn.parameter) for newborn in warmup.newborns if newborn.original is not None}
+    assert len(fading) == (4 if layers == "all" else 3)
+    before = writers(model)
+    step(model, optimizer, 4)
+    name = "model.layers.{}.mlp.down_proj.weight"
+    has_moved = (writers(model)[name.format(3)] - before[name.format(3)])[:, :20]
+    assert has_moved.abs().max() > 1e-3
+
+
+def test_what_is_frozen_does_not_fade_in() -> None:
+    model, optimizer, warmup = faded()
+    grow(model, FADED, optimizer=optimizer, holders=[warmup])
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    before = values(model)
+    optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in values(model).items())
+
+
+def test_fading_in_needs_a_warm_up_and_copies() -> None:
+    model, optimizer, _ = faded()
+    with pytest.raises(GrowthError, match="give rewarm_steps above 0"):
+        grow(model, FADED, optimizer=optimizer)
+    with pytest.raises(GrowthError, match="give rewarm_steps above 0"):
+        grow(model, FADED, optimizer=optimizer, holders=[SliceWarmup(optimizer, steps=0)])
+    rules = [GrowthRule(when=ScheduleTrigger(at_steps=[5]), then=FADED)]
+    with pytest.raises(GrowthError, match="give rewarm_steps above 0"):
+        GrowthManager(rules, model=model, optimizer=optimizer, rewarm_steps=0).check()
+    GrowthManager(rules, model=model, optimizer=optimizer).check()
+    for settings in ({"initial": "random"}, {"preserve": False}):
+        with pytest.raises(ConfigError, match="it goes with"):
+            AddLayers(add=1, fade_in=1.0, **settings)
+
+
+def test_a_checkpoint_on_disk_fades_nothing_in(tmp_path: Path) -> None:
+    tiny("cambia").save_pretrained(tmp_path / "small")
+    with pytest.raises(GrowthError, match="a checkpoint on disk does not"):
+        plan_checkpoint(tmp_path / "small", FADED)

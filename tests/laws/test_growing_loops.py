@@ -74,6 +74,9 @@ EVERY_RULE: dict[str, Callable[[], list[tuple[Operator, dict[str, Any]]]]] = {
     "add, at most two": lambda: [(WidenFFN(add=3, layers="top", count=1), {"max_events": 2})],
     "to, re-armed": lambda: [(WidenFFN(to=25, initial="split"), {"rearm_steps": 3, "max_events": 1})],
     "layers": lambda: [(AddLayers(add=1), {"cooldown_steps": 5})],
+    "layers that fade in, one while another does": lambda: [
+        (AddLayers(add=1, fade_in=0.7), {"cooldown_steps": 2})
+    ],
     "by gradient, and layers": lambda: [
         (WidenFFN(add=2, layers="gradient", count=1), {"cooldown_steps": 2}),
         (AddLayers(add=1, where="top", initial="random"), {"max_events": 1, "cooldown_steps": 2}),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from cambia.errors import GrowthError
+from annotated_types import Ge
+
+from cambia.errors import ConfigError, GrowthError
 from cambia.growth.operators import OLD_AMOUNTS, Amount, Contract, Operator, Shape, Step
 from cambia.models.architectures import layer_ids, per_layer, uniform
 from cambia.nn.param_map import Fill, ParamMap, TensorMap
@@ -16,9 +18,13 @@ from cambia.nn.param_map import Fill, ParamMap, TensorMap
 class AddLayers(Amount, Operator):
     """More layers, copies of old ones or fresh; exact, since what they write with starts at zero.
 
+    A silent layer is slow to find a voice of its own. A copy that is faded in gets that of its original, by
+    and by, and the loss has no jump: it then learns as fast as one that writes from the start.
+
     Sources: Gong et al. 2019 (stacking), G_stack, NeurIPS 2024 (arXiv:2405.15319; `where="stack"` with
     `preserve=False`), MIDAS, NeurIPS 2024 (arXiv:2409.19044; "middle"), orthogonal growth (interposing,
-    arXiv:2510.08008), LLaMA-Pro (zero writers, arXiv:2401.02415).
+    arXiv:2510.08008), LLaMA-Pro (zero writers, arXiv:2401.02415), fading new layers in (Karras et al. 2018,
+    arXiv:1710.10196, who mix their output in; here their weights come up).
     """
 
     OLD_SPELLINGS: ClassVar[Mapping[str, str]] = OLD_AMOUNTS
@@ -32,6 +38,17 @@ class AddLayers(Amount, Operator):
     preserve: bool = True
     """Zero the new layers' o_proj and down_proj, so that nothing changes at first. False keeps the
     copies' own: the loss jumps, and the event says so."""
+    fade_in: Annotated[float, Ge(0)] = 0.0
+    """What silent copies come up to while they warm up (`rewarm_steps`), besides what they learn: 1 is all
+    that their originals write."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fade_in and (self.initial != "copy" or not self.preserve):
+            raise ConfigError(
+                f"fade_in={self.fade_in:g} brings silent copies up to what their originals write: it goes "
+                'with initial="copy" and preserve=True'
+            )
 
     @property
     def contract(self) -> Contract:
@@ -93,7 +110,9 @@ class AddLayers(Amount, Operator):
                 continue
             is_writer = any(f".{writer}." in name for writer in table.layer_writers)
             if is_writer and self.preserve:
-                tensors[new_name] = TensorMap(None, fill=Fill.zeros(), shape=tuple(old), sibling=name)
+                tensors[new_name] = TensorMap(
+                    None, fill=Fill.zeros(), shape=tuple(old), sibling=name, fade_in=self.fade_in
+                )
             elif self.initial == "copy":
                 tensors[new_name] = TensorMap(name, inherits=False, sibling=name)
             else:

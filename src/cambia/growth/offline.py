@@ -106,6 +106,11 @@ def plan_checkpoint(
         )
     opened = open_checkpoint(Path(checkpoint))
     growth = plan_growth(opened.model, *operators, context=context, seed=seed)
+    if growth.fades_in:
+        raise GrowthError(
+            "fade_in brings new layers in while a model trains, and a checkpoint on disk does not: leave it "
+            "out for layers that begin silent, or ask for preserve=False for copies that write at once"
+        )
     grown = dict(growth.after.named_parameters())
     tensors = {}
     for name, lineage in growth.lineages.items():

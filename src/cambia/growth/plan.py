@@ -54,6 +54,11 @@ class GrowthPlan:
         return self.after.config
 
     @property
+    def fades_in(self) -> bool:
+        """Whether new tensors come up to what others hold while they warm up."""
+        return any(lineage.fade_in for lineage in self.lineages.values())
+
+    @property
     def planned(self) -> Planned:
         """What triggers weigh of it."""
         return Planned(

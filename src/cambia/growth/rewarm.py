@@ -7,6 +7,9 @@ arXiv:2602.02472, re-warms the new part alone.)
 
 They may also keep a rate of their own for good (`factor`).
 
+Silent copies of layers that are faded in come up to what their originals write: each step of the warm-up adds
+an equal part of the original's weights, as they are at that step, to what the copy learns by itself.
+
 It works through two hooks of the optimizer, so it works in anybody's loop: before a step the newborn
 entries are put aside, after it they are moved only part of the way.
 """
@@ -14,13 +17,18 @@ entries are put aside, after it they are moved only part of the way.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cambia.growth.carry import Change, Commit, Undo
+
+NEEDS_WARMUP = (
+    "fade_in brings new layers in while they warm up: give rewarm_steps above 0, or to grow() a SliceWarmup "
+    "among its holders"
+)
 
 
 @dataclass(eq=False)
@@ -32,11 +40,21 @@ class _Newborn:
     """Flat positions of the new entries; None means all of them."""
     age: int = 0
     """Optimizer steps since birth."""
+    original: nn.Parameter | None = None
+    """What it is faded in from: all of its entries come up to those of this one."""
+    fade_in: float = 0.0
+    """The share of the original's values that it comes up to."""
     aside: Tensor | None = None
 
     def entries(self) -> Tensor:
         flat = self.parameter.detach().view(-1)
         return flat.clone() if self.index is None else flat[self.index]
+
+    def of_original(self) -> Tensor:
+        """The original's values in the place of these entries."""
+        assert self.original is not None
+        flat = self.original.detach().reshape(-1)
+        return flat if self.index is None else flat[self.index]
 
 
 class SliceWarmup:
@@ -70,14 +88,23 @@ class SliceWarmup:
         if not self.steps and self.factor == 1.0:
             return lambda undo: None
         by_old = {id(change.old): change for change in changes if change.old is not None}
+        grown = {old: change.new for old, change in by_old.items()}
         followed = [self._followed(newborn, by_old.get(id(newborn.parameter))) for newborn in self.newborns]
         born = []
         for change in changes:
             reference = change.new if change.old is None else change.old
             mask = change.lineage.new_mask(reference.detach()).expand(change.new.shape)
             if bool(mask.any()):
-                born.append(_Newborn(change.new, _positions(mask)))
-        return lambda undo: self._commit(followed + born, undo)
+                original = change.sibling if change.lineage.fade_in else None
+                one = _Newborn(change.new, _positions(mask), 0, original, change.lineage.fade_in)
+                born.append(one)
+        everyone = followed + born
+        for newborn in everyone:
+            newborn.original = grown.get(id(newborn.original), newborn.original)
+            # Growth that made only one of the two larger parts them.
+            if newborn.original is not None and newborn.original.shape != newborn.parameter.shape:
+                newborn.original = None
+        return lambda undo: self._commit(everyone, undo)
 
     def _commit(self, newborns: list[_Newborn], undo: Undo) -> None:
         undo.callback(setattr, self, "newborns", self.newborns)
@@ -85,7 +112,7 @@ class SliceWarmup:
 
     def _followed(self, newborn: _Newborn, change: Change | None) -> _Newborn:
         if change is None:
-            return newborn
+            return replace(newborn)
         assert change.old is not None
         mask = torch.zeros_like(change.old.detach(), dtype=torch.float32)
         if newborn.index is None:
@@ -93,7 +120,7 @@ class SliceWarmup:
         else:
             mask.view(-1)[newborn.index] = 1.0
         carried = change.lineage.carry(mask, power=0).bool()
-        return _Newborn(change.new, _positions(carried), newborn.age)
+        return replace(newborn, parameter=change.new, index=_positions(carried))
 
     @torch.no_grad()
     def _put_aside(self) -> None:
@@ -115,6 +142,8 @@ class SliceWarmup:
             if warming:  # the decay is taken back
                 moved += newborn.aside * decay.get(id(newborn.parameter), 0.0)
             kept = newborn.aside.add_(moved, alpha=share)
+            if warming and newborn.original is not None and newborn.parameter.requires_grad:
+                kept.add_(newborn.of_original(), alpha=newborn.fade_in / self.steps)
             flat = newborn.parameter.detach().view(-1)
             if newborn.index is None:
                 flat.copy_(kept)
@@ -142,7 +171,14 @@ class SliceWarmup:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         return {
             "newborns": [
-                {"name": names[id(n.parameter)], "age": n.age, "index": n.index} for n in self.newborns
+                {
+                    "name": names[id(n.parameter)],
+                    "age": n.age,
+                    "index": n.index,
+                    "original": names.get(id(n.original)),
+                    "fade_in": n.fade_in,
+                }
+                for n in self.newborns
             ]
         }
 
@@ -153,6 +189,8 @@ class SliceWarmup:
                 parameters[item["name"]],
                 None if item["index"] is None else item["index"].to(parameters[item["name"]].device),
                 item["age"],
+                parameters[item["original"]] if item.get("original") else None,
+                item.get("fade_in", 0.0),
             )
             for item in state["newborns"]
         ]

@@ -29,7 +29,7 @@ from cambia.growth.barrier import grow
 from cambia.growth.carry import Holder, Moments
 from cambia.growth.operators import OPERATORS, Operator, PartOperator
 from cambia.growth.plan import GrowthPlan, plan_growth
-from cambia.growth.rewarm import SliceWarmup
+from cambia.growth.rewarm import NEEDS_WARMUP, SliceWarmup
 from cambia.growth.triggers import TRIGGERS, Trigger
 from cambia.models.bodies import count_parameters, flops_per_token
 from cambia.records import GrowthEvent, Measured, Signals
@@ -213,20 +213,21 @@ class GrowthManager:
             problems: dict[int, GrowthError] = {}
             for i, operator in enumerate(operators):
                 try:
-                    latest = plan_growth(latest, operator, context=self.context).after
+                    latest = self._legal(latest, operator).after
                 except GrowthError as error:
-                    if not self._is_legal(start, operator):
+                    try:
+                        self._legal(start, operator)
+                    except GrowthError:
                         problems[i] = error
             if len(problems) == len(operators):
                 raise problems[0]
             operators = [operators[i] for i in problems]
 
-    def _is_legal(self, model: PreTrainedModel, operator: Operator) -> bool:
-        try:
-            plan_growth(model, operator, context=self.context)
-        except GrowthError:
-            return False
-        return True
+    def _legal(self, model: PreTrainedModel, operator: Operator) -> GrowthPlan:
+        plan = plan_growth(model, operator, context=self.context)
+        if plan.fades_in and not (self.rewarm and self.rewarm.steps):
+            raise GrowthError(NEEDS_WARMUP)
+        return plan
 
     def step(self, signals: Signals | None = None, **measured: float | None) -> list[GrowthEvent]:
         """Ask every rule once; returns the growth events of this step, mostly none.

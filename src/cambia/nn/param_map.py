@@ -166,6 +166,8 @@ class TensorMap:
     """It is the same parameter, grown. False for a copy, which starts with a state of its own."""
     sibling: str | None = None
     """Name before growth of the parameter that a new one is trained like (its optimizer group)."""
+    fade_in: float = 0.0
+    """The share of its sibling's values that a new tensor comes up to while it warms up."""
 
     @property
     def is_same(self) -> bool:
@@ -309,6 +311,11 @@ class Lineage:
     @property
     def is_same(self) -> bool:
         return all(m.is_same for m in self.maps)
+
+    @property
+    def fade_in(self) -> float:
+        """The share of its sibling's values that it comes up to while it warms up."""
+        return max(m.fade_in for m in self.maps)
 
     @property
     def inherits(self) -> bool:

@@ -4,9 +4,8 @@
 
 One text, the same batches in the same order for every arm of a seed; warm-up, constant rate, one decay; the
 learning rate is tuned for A, B and D with as many trials each, on a shorter run of another seed. Operations
-are summed from each run's own ledger by the shape of each step, verifying a growth included, and measuring
-where a trigger needs it. A is also scored as if it had ended earlier, with its rate decayed, so that it is a
-curve of decayed losses, and so is D.
+are summed from each run's own ledger by the shape of each step, verifying a growth included. A is also scored
+as if it had ended earlier, with its rate decayed, so that it is a curve of decayed losses, and so is D.
 
     saving           1 - F_B / F_A(loss of B), F_A read off that curve, seed by seed; the interval is a
                      bootstrap over seeds
@@ -46,23 +45,27 @@ class Preset:
     seeds: int = 5
     few: int = 3
     """Seeds of all arms but A, B-depth and the best D."""
-    rates: tuple[float, ...] = (0.004, 0.008, 0.016)
+    rates: tuple[float, ...] = (0.002, 0.004, 0.008)
     tuning_share: float = 0.25
     """Of the tokens, in the runs by which rates are chosen."""
     scored_bytes: int = 262_144
     workers: int | None = None
 
 
-QUICK = Sizes(hidden=64, ffn=160, layers=6, heads=4, kv_heads=2, start_layers=1, tokens=2_000_000)
-HEADLINE = Sizes(hidden=96, ffn=256, layers=8, heads=6, kv_heads=2, start_layers=1, tokens=8_000_000)
-EVERY = ("A", "B-depth", "B-width", "B-both", "C", "E", "F-stack", "F-interpose", "F-random", "G-plateau",
-         "G-efficiency", "H-zero", "H-reset")  # fmt: skip
+QUICK = Sizes(hidden=56, ffn=144, layers=8, heads=4, kv_heads=2, tokens=2_000_000, rows=4)
+HEADLINE = Sizes(hidden=96, ffn=256, layers=8, heads=6, kv_heads=2, tokens=8_000_000)
+CHOICES = (
+    "B-once", "B-width", "B-both", "F-jump", "F-silent", "F-interpose", "F-random", "G-0.15-0.4",
+    "G-0.25-0.5", "G-0.3-0.6", "G-0.4-0.8", "G-0.5-0.7", "G-plateau", "G-efficiency", "H-zero", "H-reset",
+)  # fmt: skip
+EVERY = ("A", "B-depth", *CHOICES, "C", "E")
 PRESETS = {
-    "quick": Preset(QUICK, arms=("A", "B-depth"), seeds=3, rates=(0.008, 0.016)),
+    "quick": Preset(QUICK, arms=("A", "B-depth"), seeds=3, rates=(0.004, 0.008)),
+    "choices": Preset(QUICK, arms=EVERY, seeds=3, rates=(0.004, 0.008)),
     "headline": Preset(HEADLINE),
     "full": Preset(replace(HEADLINE, tokens=18_000_000), arms=EVERY),
     "gpu": Preset(
-        Sizes(hidden=768, ffn=2048, layers=12, heads=12, kv_heads=12, start_layers=1,
+        Sizes(hidden=768, ffn=2048, layers=12, heads=12, kv_heads=12,
               tokens=2_480_000_000, rows=64, length=1024),
         arms=EVERY, seeds=3, fixed=(3, 6, 9), rates=(0.002, 0.004, 0.008),
     ),
@@ -120,7 +123,7 @@ def tuned(name: str, preset: Preset, data: Path) -> dict[str, Any]:
     found: dict[str, dict[float, Ran]] = {}
     for choice, folder in swept(f"{name}-tuning", preset, data, groups, axes=axes, seeds=[1000]):
         rate = choice["optimizer.learning_rate"]
-        found.setdefault(choice["arm"], {})[rate] = ran(folder, 1000, measures=False)
+        found.setdefault(choice["arm"], {})[rate] = ran(folder, 1000)
     return {
         "rates": {arm: min(runs, key=lambda rate: runs[rate].last.valid) for arm, runs in found.items()},
         "valid": {
@@ -147,7 +150,7 @@ def trained(name: str, preset: Preset, data: Path, rates: Mapping[str, float]) -
     def runs(**more: Any) -> dict[str, list[Ran]]:
         found: dict[str, list[Ran]] = {}
         for choice, folder in swept(name, preset, data, groups, **more):
-            one = ran(folder, choice["seed"], measures=choice["arm"].startswith("G-"))
+            one = ran(folder, choice["seed"])
             found.setdefault(choice["arm"], []).append(one)
         return {arm: sorted(found[arm], key=lambda one: one.seed) for arm in groups}
 

@@ -68,7 +68,7 @@ def test_arms_cost_what_they_are_said_to():
             steps = every[f"D-{layers}"]["training.steps"]
             assert steps * sizes.cost(layers) == pytest.approx(1.25 * spends, rel=0.01)
             assert every[f"D-{layers}"]["evaluation.decayed_at"][-1] == pytest.approx(0.8)
-        # E is as long as B-depth is large, and its rate falls for as many steps.
+        # E is as long as B-once is large, and its rate falls for as many steps.
         alone = every["E"]["training.steps"] * every["E"]["training.schedule.decay_fraction"]
         assert alone == pytest.approx(sizes.decay * sizes.steps, rel=0.01)
 
@@ -105,7 +105,7 @@ def test_all_arms_run_and_are_told(tmp_path, monkeypatch):
     text = [{"name": "t", "source": {"type": "generated", "task": "counting", "limit_bytes": 60_000}}]
     plain = benchmark.base
     monkeypatch.setattr(benchmark, "base", lambda *given: {**plain(*given), "data": {"tasks": text}})
-    sizes = replace(benchmark.QUICK, tokens=60_000, hidden=32, ffn=48, layers=3, heads=2, kv_heads=2)
+    sizes = replace(benchmark.QUICK, tokens=60_000, hidden=32, ffn=48, layers=4, heads=2, kv_heads=2)
     preset = benchmark.Preset(
         sizes, arms=benchmark.EVERY, seeds=2, few=1, rates=(0.008,), fixed=(1, 2), scored_bytes=4000
     )

@@ -1,13 +1,15 @@
 """The arms of `compute_to_loss`: what each changes of one experiment.
 
 A        the final size from the start, also scored as if it had ended earlier
-B-depth  few layers, and all of them from a share of the run on that is fixed beforehand
-B-width  half of every width, and all of it from there on; B-both both
-C        A, where the layers that B-depth would add forget their moments and warm up again when B grows
+B-depth  a quarter of the layers, doubled twice after shares of the run that are fixed beforehand
+B-once   half of the layers, doubled once where B-depth grows for the last time
+B-width  half of every width, and all of it from there on; B-both B-width of half of the layers
+C        A, where the layers that B-once would add forget their moments and warm up again when B grows
 D-k      a fixed size of k layers that spends what B-depth spends, and more, to have a curve of its own
-E        B-depth from a source that nobody trained: grown at the first step, as long as B is large
-F-...    B-depth with layers that are copies, so that the loss jumps
-G-...    B-depth, grown when a trigger says so
+E        B-once from a source that nobody trained: grown at the first step, as long as B is large
+F-...    B-depth with layers that are heard at once, so that the loss jumps; that stay silent until they have
+         learned; that stand beside their originals; that are random
+G-...    B-depth, grown after other shares of the run, or when a trigger says so
 H-...    B-depth with other policies for the optimizer's moments
 """
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,17 +43,15 @@ class Sizes:
     layers: int
     heads: int
     kv_heads: int
-    start_layers: int
-    """Of B-depth."""
     tokens: int
     rows: int = 8
     length: int = 256
     """T."""
-    grow_at: float = 0.5
-    """Share of the run after which B grows."""
+    doublings: tuple[float, ...] = (0.35, 0.7)
+    """Shares of the run after which B-depth doubles its layers."""
     decay: float = 0.2
     """Share of the run in which the rate falls."""
-    ends: tuple[float, ...] = (0.5, 0.625, 0.75, 0.875)
+    ends: tuple[float, ...] = (0.625, 0.75, 0.875)
     """Shares of a run at which A is scored as if it had ended there."""
 
     @property
@@ -73,9 +74,17 @@ class Sizes:
         return flops_per_token(on_meta(CambiaForCausalLM, config), self.length)
 
     @property
+    def start_layers(self) -> int:
+        """Of B-depth."""
+        return self.layers // 2 ** len(self.doublings)
+
+    @property
     def grown_share(self) -> float:
         """What B-depth costs, as a share of what A does."""
-        return self.grow_at * self.cost(self.start_layers) / self.cost() + 1 - self.grow_at
+        begins = (0.0, *self.doublings)
+        parts = [end - begin for begin, end in pairwise((*begins, 1.0))]
+        costs = [self.cost(self.start_layers * 2**i) / self.cost() for i in range(len(begins))]
+        return sum(part * cost for part, cost in zip(parts, costs, strict=True))
 
     def model(self) -> dict[str, Any]:
         """The native model at its final size."""
@@ -116,41 +125,63 @@ def arms(sizes: Sizes, fixed: Sequence[int], *, longer: float = 1.25) -> dict[st
         fixed: layers of the fixed sizes D.
         longer: what D spends, as a multiple of what B-depth spends.
     """
-    when = {"type": "schedule", "at_fractions": [sizes.grow_at]}
-    deep = {"type": "add_layers", "to": sizes.layers}
+    twice = {"type": "add_layers", "factor": 2.0, "where": "stack", "fade_in": 1.0}
     few = {"model.num_hidden_layers": sizes.start_layers}
-    half = {f"model.{name}": size for name, size in sizes.widths(2).items()}
+    half = {"model.num_hidden_layers": sizes.layers // 2}
+    narrow = {f"model.{name}": size for name, size in sizes.widths(2).items()}
     wide = [
         {"type": "widen_hidden", "to": sizes.hidden},
         {"type": "widen_ffn", "to": sizes.ffn},
         {"type": "add_kv_heads", "to": sizes.kv_heads},
     ]
+    last = sizes.doublings[-1]
+    # By the training loss, which costs nothing to read.
+    tenth, patience = sizes.steps // 10, max(1, sizes.steps // 40)
+    flat = {
+        "type": "plateau",
+        "metric": "loss",
+        "window": tenth,
+        "patience": patience,
+        "min_improvement": 0.02,
+    }
 
-    def grows(*operators: Mapping[str, Any], at: Mapping[str, Any] = when) -> dict[str, Any]:
-        return {"growth.rules": [{"when": dict(at), "then": dict(one)} for one in operators]}
+    def at(*shares: float) -> dict[str, Any]:
+        return {"type": "schedule", "at_fractions": list(shares)}
 
-    large = 1 - sizes.grow_at
+    def grows(*operators: Mapping[str, Any], when: Mapping[str, Any]) -> dict[str, Any]:
+        events = len(sizes.doublings)
+        limits = [{"max_events": events} if "factor" in one else {} for one in operators]
+        rules = zip(operators, limits, strict=True)
+        return {"growth.rules": [{"when": dict(when), "then": dict(one), **more} for one, more in rules]}
+
+    def doubles(**changed: Any) -> dict[str, Any]:
+        return few | grows(twice | changed, when=at(*sizes.doublings))
+
     found: dict[str, dict[str, Any]] = {
         "A": {"evaluation.decayed_at": list(sizes.ends)},
-        "B-depth": few | grows(deep),
-        "B-width": half | grows(*wide),
-        "B-both": few | half | grows(*wide, deep),
-        "C": grows({"type": "compute.arms:Reborn", "above": sizes.start_layers}),
-        "E": few
-        | grows(deep, at={"type": "schedule", "at_steps": [1]})
+        "B-depth": doubles(),
+        "B-once": half | grows(twice, when=at(last)),
+        "B-width": narrow | grows(*wide, when=at(last)),
+        "B-both": narrow | half | grows(*wide, twice, when=at(last)),
+        "C": grows({"type": "compute.arms:Reborn", "above": sizes.layers // 2}, when=at(last)),
+        "E": half
+        | grows(twice, when={"type": "schedule", "at_steps": [1]})
         | {
-            "training.steps": round(sizes.steps * large),
-            "training.schedule.decay_fraction": sizes.decay / large,
+            "training.steps": round(sizes.steps * (1 - last)),
+            "training.schedule.decay_fraction": sizes.decay / (1 - last),
         },
-        "F-stack": few | grows(deep | {"where": "stack", "preserve": False}),
-        "F-interpose": few | grows(deep | {"preserve": False}),
-        "F-random": few | grows(deep | {"initial": "random"}),
-        "G-plateau": few
-        | grows(deep, at={"type": "plateau", "metric": "loss", "patience": 3})
-        | {"evaluation.every_steps": None},
-        "G-efficiency": few | grows(deep, at={"type": "efficiency"}),
-        "H-zero": few | grows(deep) | {"growth.moments": "zero"},
-        "H-reset": few | grows(deep) | {"growth.moments": "reset"},
+        "F-jump": doubles(fade_in=0.0, preserve=False),
+        "F-silent": doubles(fade_in=0.0),
+        "F-interpose": doubles(where="interpose"),
+        "F-random": doubles(fade_in=0.0, initial="random"),
+        **{
+            f"G-{first:g}-{second:g}": few | grows(twice, when=at(first, second))
+            for first, second in ((0.15, 0.4), (0.25, 0.5), (0.3, 0.6), (0.4, 0.8), (0.5, 0.7))
+        },
+        "G-plateau": few | grows(twice, when=flat),
+        "G-efficiency": few | grows(twice, when={"type": "efficiency"}),
+        "H-zero": doubles() | {"growth.moments": "zero"},
+        "H-reset": doubles() | {"growth.moments": "reset"},
     }
     spends = sizes.tokens * sizes.cost() * sizes.grown_share
     for layers in fixed:

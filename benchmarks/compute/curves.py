@@ -50,21 +50,16 @@ class Ran:
         return cls(**{**found, "ends": ends, "grown_at": tuple(found["grown_at"])})
 
 
-def ran(folder: Path, seed: int, *, measures: bool) -> Ran:
-    """A finished run, as its folder tells it.
-
-    Args:
-        measures: its trigger reads the validation loss, so that measuring that is part of what it costs.
-    """
+def ran(folder: Path, seed: int) -> Ran:
+    """A finished run, as its folder tells it."""
     run = RunReader(folder)
     summary = run.summary() or {}
-    beside = summary["flops_grown"] + (summary["flops_scored"] if measures else 0.0)
     scores = {row["split"]: row["bits_per_byte"] for row in run.rows(rundir.EVAL)}
     earlier = [
         Ended(row["flops"], row["test_bits_per_byte"], row["valid_bits_per_byte"])
         for row in run.rows(rundir.DECAYED)
     ]
-    last = Ended(summary["flops"] + beside, scores["test"], scores["valid"])
+    last = Ended(summary["flops"] + summary["flops_grown"], scores["test"], scores["valid"])
     clocks = [row["seconds"] for row in run.rows(rundir.TIMING)]
     grown = [event["step"] / summary["steps"] for event in run.growth() if event["done"]]
     return Ran(seed, (*earlier, last), sum(clocks), summary["tokens"], tuple(grown))

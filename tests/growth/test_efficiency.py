@@ -118,3 +118,18 @@ def test_inside_others_it_is_told_what_the_growth_would_cost():
     both.plan(PLANNED)
     assert not both.needs_plan
     assert ran(both, LossCurve(1.0, 60.0, 0.3), noise=0.0) is not None
+
+
+def test_a_run_that_knows_its_length_grows_before_it_is_too_late():
+    flat = LossCurve(1.0, 60.0, 0.05)  # far from what a larger model would be worth
+    for latest, expected in ((0.6, 3000), (0.25, 1250), (1.0, None)):
+        trigger = EfficiencyTrigger(latest=latest)
+        trigger.plan(PLANNED)
+        assert ran(trigger, flat, noise=0.0) == expected
+    trigger = EfficiencyTrigger()
+    trigger.plan(PLANNED)
+    assert ran(trigger, flat, noise=0.0) == 3000
+    trigger.reset()
+    trigger.plan(PLANNED)
+    late = [trigger.update(signals(step, 3.0)) for step in range(3001, 5001)]
+    assert not any(late), "it has grown by then, and does not grow at each step that follows"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,11 +56,10 @@ def plan(
     _show(found)
     answer = console()
     if curve is not None:
-        fitted, due = due_by_curve(RunReader(curve), found.growth)
-        when = "never" if math.isinf(due) else f"after {due:,.0f} tokens"
+        fitted, due = due_by_curve(RunReader(curve), found)
         answer.print(
             f"By the curve of {curve} (loss {fitted.floor:.3f} + {fitted.scale:.3g} "
-            f"n^-{fitted.exponent:.2f}) the efficiency rule grows it {when}."
+            f"n^-{fitted.exponent:.2f}) the efficiency rule grows it after {due:,.0f} tokens."
         )
     if out is not None:
         write_text(out, to_yaml(found.tree))

@@ -177,14 +177,14 @@ def _grown(model: PreTrainedModel, layers: int, context: int) -> GrowthPlan:
         raise ConfigError(str(error)) from None
 
 
-def due_by_curve(run: RunReader, growth: Planned) -> tuple[LossCurve, float]:
-    """When the efficiency rule would grow a model, by the curve of a run of it.
+def due_by_curve(run: RunReader, planned: RunPlan) -> tuple[LossCurve, float]:
+    """When the efficiency rule would grow the model of a planned run, by the curve of a run of it.
 
     Args:
         run: of the small model, up to a first growth.
 
     Returns:
-        The fitted curve, and the tokens after which growth is due; infinite where it never is.
+        The fitted curve, and the tokens after which growth is due.
 
     Raises:
         ConfigError: the curve is too short, or does not fall.
@@ -197,4 +197,5 @@ def due_by_curve(run: RunReader, growth: Planned) -> tuple[LossCurve, float]:
             trigger.update(Signals(**known))
     curve = trigger.fitted()
     marks = [float(rows[-1]["tokens"]) * 1.02**step for step in range(-400, 800)]
-    return curve, next((n for n in marks if curve.advantage(n, growth) >= 1), math.inf)
+    due = next((n for n in marks if curve.advantage(n, planned.growth) >= 1), math.inf)
+    return curve, min(due, trigger.latest * planned.tokens)

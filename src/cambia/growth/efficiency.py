@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
-from annotated_types import Gt
+from annotated_types import Gt, Le
 
 from cambia.errors import ConfigError
 from cambia.growth.triggers import Planned, Trigger
@@ -111,14 +111,19 @@ _HIGHEST = 0.999
 class EfficiencyTrigger(Trigger):
     """Fires when the grown model is expected to lose more per operation than the model as it is.
 
-    It reads the training loss at the full learning rate and what the rule's growth would cost, and has no
-    step or share of the run to set. Meant for pretraining with a warm-up-stable-decay schedule.
+    It reads the training loss at the full learning rate and what the rule's growth would cost. Meant for
+    pretraining with a warm-up-stable-decay schedule. A curve knows of no end, so in a run that knows its
+    length growth is due at the latest while enough is left for the grown model to learn at the full rate.
     """
 
     advantage: Annotated[float, Gt(0)] = 1.0
     """How many times the grown model's expected loss per operation has to be that of the model as it is."""
+    latest: Annotated[float, Gt(0), Le(1)] = 0.6
+    """Share of the run after which it no longer waits for that, where the run knows its length; 1: never."""
     costs: dict[str, Any] | None = field(default=None, init=False)
     """What the growth would come to, as in `Planned`."""
+    began: float | None = field(default=None, init=False)
+    """Share of the run at the first loss since the last growth."""
     highest_rate: float = field(default=0.0, init=False)
     points: list[list[float]] = field(default_factory=list, init=False)
     """Of the curve: [tokens, sum of losses, how many]."""
@@ -144,7 +149,14 @@ class EfficiencyTrigger(Trigger):
             )
         if not self._at_full_rate(signals.learning_rate):
             return None
-        if not self._added(signals.tokens, signals.loss) or self.costs is None:
+        self.began = signals.progress if self.began is None else self.began
+        has_whole_point = self._added(signals.tokens, signals.loss)
+        if self.costs is None:
+            return None
+        if self.began < self.latest <= signals.progress < 1:
+            over = f"{signals.progress:.0%} of the run is over"
+            return f"efficiency: {over}, and the grown model needs the rest"
+        if not has_whole_point:
             return None
         try:
             curve = self.fitted()
@@ -188,4 +200,4 @@ class EfficiencyTrigger(Trigger):
         return begins
 
     def reset(self) -> None:
-        self.points, self.costs = [], None
+        self.points, self.costs, self.began = [], None, None

@@ -122,14 +122,35 @@ def test_inside_others_it_is_told_what_the_growth_would_cost():
 
 def test_a_run_that_knows_its_length_grows_before_it_is_too_late():
     flat = LossCurve(1.0, 60.0, 0.05)  # far from what a larger model would be worth
-    for latest, expected in ((0.6, 3000), (0.25, 1250), (1.0, None)):
+    for latest, expected in ((0.7, 3500), (0.25, 1250), (1.0, None)):
         trigger = EfficiencyTrigger(latest=latest)
         trigger.plan(PLANNED)
         assert ran(trigger, flat, noise=0.0) == expected
     trigger = EfficiencyTrigger()
     trigger.plan(PLANNED)
-    assert ran(trigger, flat, noise=0.0) == 3000
+    assert ran(trigger, flat, noise=0.0) == 3500
     trigger.reset()
     trigger.plan(PLANNED)
-    late = [trigger.update(signals(step, 3.0)) for step in range(3001, 5001)]
+    late = [trigger.update(signals(step, 3.0)) for step in range(3501, 5001)]
     assert not any(late), "it has grown by then, and does not grow at each step that follows"
+
+
+def test_a_second_growth_is_decided_by_the_curve_of_the_first():
+    """It is due where it would be due for a model of that size, but for the tokens by which it is younger."""
+    curve, trigger = LossCurve(1.0, 60.0, 0.3), EfficiencyTrigger()
+    first, second = Planned(100_000, 200_000, 1.0e6, 1.6e6), Planned(200_000, 400_000, 1.6e6, 3.0e6)
+    trigger.plan(first)
+    step = ran(trigger, curve, noise=0.0)
+    assert step is not None
+    trigger.reset()
+    assert trigger.needs_plan
+    trigger.plan(second)
+    age = curve.as_grown(step * 2048, first)
+    assert 0 < age < step * 2048
+    while curve.advantage(age, second) < 1:
+        age += 2048
+        step += 1
+    asked = (
+        n for n in range(step - 300, 20_000) if trigger.update(Signals(step=n, tokens=n * 2048, loss=3.0))
+    )
+    assert next(asked) == pytest.approx(step, rel=0.05)

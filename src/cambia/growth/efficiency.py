@@ -93,11 +93,14 @@ class LossCurve:
 
     def advantage(self, tokens: float, planned: Planned) -> float:
         """Loss per operation of the grown model, as a multiple of that of the model as it is."""
-        left = self.learnable(tokens)
-        larger = left + self.gain(planned.parameters_before, planned.parameters_after)
-        earlier = (self.scale / larger) ** (1 / self.exponent)
+        earlier = self.as_grown(tokens, planned)
         costs = planned.flops_per_token_after / planned.flops_per_token_before
-        return larger / left * tokens / earlier / costs
+        return self.learnable(earlier) / self.learnable(tokens) * tokens / earlier / costs
+
+    def as_grown(self, tokens: float, planned: Planned) -> float:
+        """Tokens after which a model that was large from the start would have come to the same loss."""
+        larger = self.learnable(tokens) + self.gain(planned.parameters_before, planned.parameters_after)
+        return (self.scale / larger) ** (1 / self.exponent)
 
 
 _EXPONENTS = tuple(np.linspace(0.05, 1.2, 47).tolist())
@@ -114,11 +117,13 @@ class EfficiencyTrigger(Trigger):
     It reads the training loss at the full learning rate and what the rule's growth would cost. Meant for
     pretraining with a warm-up-stable-decay schedule. A curve knows of no end, so in a run that knows its
     length growth is due at the latest while enough is left for the grown model to learn at the full rate.
+
+    A second growth is decided by the curve of the first: the grown model is one that is younger (n' above).
     """
 
     advantage: Annotated[float, Gt(0)] = 1.0
     """How many times the grown model's expected loss per operation has to be that of the model as it is."""
-    latest: Annotated[float, Gt(0), Le(1)] = 0.6
+    latest: Annotated[float, Gt(0), Le(1)] = 0.7
     """Share of the run after which it no longer waits for that, where the run knows its length; 1: never."""
     costs: dict[str, Any] | None = field(default=None, init=False)
     """What the growth would come to, as in `Planned`."""
@@ -127,6 +132,12 @@ class EfficiencyTrigger(Trigger):
     highest_rate: float = field(default=0.0, init=False)
     points: list[list[float]] = field(default_factory=list, init=False)
     """Of the curve: [tokens, sum of losses, how many]."""
+    curve: dict[str, float] | None = field(default=None, init=False)
+    """The last that was fitted, as in `LossCurve`."""
+    age: float = field(default=0.0, init=False)
+    """Tokens after which a model of this size would have come to its loss."""
+    younger: float = field(default=0.0, init=False)
+    """By how many tokens that is less than were seen."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -150,24 +161,28 @@ class EfficiencyTrigger(Trigger):
         if not self._at_full_rate(signals.learning_rate):
             return None
         self.began = signals.progress if self.began is None else self.began
+        self.age = signals.tokens - self.younger
         has_whole_point = self._added(signals.tokens, signals.loss)
         if self.costs is None:
             return None
         if self.began < self.latest <= signals.progress < 1:
             over = f"{signals.progress:.0%} of the run is over"
             return f"efficiency: {over}, and the grown model needs the rest"
-        if not has_whole_point:
+        if has_whole_point and not self.younger:
+            try:
+                self.curve = asdict(self.fitted())
+            except ConfigError:  # not yet
+                return None
+        elif not self.younger:
             return None
-        try:
-            curve = self.fitted()
-        except ConfigError:  # not yet
-            return None
-        found = curve.advantage(signals.tokens, Planned(**self.costs))
+        assert self.curve is not None
+        curve = LossCurve(**self.curve)
+        found = curve.advantage(self.age, Planned(**self.costs))
         if found < self.advantage:
             return None
         return (
-            f"efficiency: loss {curve.floor:.3f} + {curve.learnable(signals.tokens):.3f} falling with the "
-            f"power {curve.exponent:.2f} of tokens; per operation a grown model is expected to lose "
+            f"efficiency: {curve.learnable(self.age):.3f} of the loss can still be learned and falls with "
+            f"the power {curve.exponent:.2f} of tokens; per operation a grown model is expected to lose "
             f"{found:.2f} times as much"
         )
 
@@ -200,4 +215,7 @@ class EfficiencyTrigger(Trigger):
         return begins
 
     def reset(self) -> None:
+        if self.curve is not None and self.costs is not None:
+            earlier = LossCurve(**self.curve).as_grown(self.age, Planned(**self.costs))
+            self.younger += self.age - earlier
         self.points, self.costs, self.began = [], None, None

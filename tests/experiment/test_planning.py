@@ -28,17 +28,15 @@ def cambia(tmp_path, monkeypatch, command_line: Call) -> Call:
 
 
 def test_a_plan_is_what_its_run_does():
-    found = plan_run(experiment_from(TREE, source="test", flags={}), tokens=128 * 50)
-    assert (found.start.layers, found.target.layers, found.steps, found.grow_step) == (1, 4, 50, 25)
+    deep = {**TREE, "model": {**TREE["model"], "num_hidden_layers": 7}}
+    found = plan_run(experiment_from(deep, source="test", flags={}), tokens=128 * 50)
+    assert [(stage.step, stage.layers) for stage in found.stages] == [(0, 2), (18, 4), (35, 7)]
     expected = estimate(experiment_from(found.tree, source="the plan", flags={}))
-    assert [phase.parameters for phase in expected.phases] == [
-        found.start.parameters,
-        found.target.parameters,
-    ]
-    assert [phase.at_step for phase in expected.phases] == [0, found.grow_step]
+    assert [phase.parameters for phase in expected.phases] == [stage.parameters for stage in found.stages]
+    assert [phase.at_step for phase in expected.phases] == [stage.step for stage in found.stages]
     assert found.flops == pytest.approx(expected.flops)
     assert found.bound == pytest.approx(1 - expected.flops / found.flops_large)
-    again = plan_run(experiment_from(TREE, source="test", flags={}), flops=found.flops, grow_at=0.5)
+    again = plan_run(experiment_from(deep, source="test", flags={}), flops=found.flops)
     assert again.steps in (found.steps, found.steps - 1)
 
 
@@ -66,10 +64,14 @@ def test_the_command_writes_a_run_that_works_and_reads_its_curve(cambia: Call, t
     code, _, err = cambia("run", "plan.yaml", "--name", "planned")
     assert code == 0, err
     run = RunReader(tmp_path / "runs/planned")
-    assert [event["step"] for event in run.growth()] == [25]
+    assert [event["step"] for event in run.growth()] == [31]
     assert run.rows(METRICS)[-1]["tokens"] == 6400
-    code, _, err = cambia("plan", "plan.yaml", "--layers", "8", "--start-layers", "4", "--tokens", "9e3",
-                          "--curve", "planned")  # fmt: skip
+    again = ["plan", "plan.yaml", "--layers", "8", "--start-layers", "4", "--tokens", "9e3", "--curve"]
+    code, out, err = cambia(*again, "planned")
+    assert code == 0 and "the efficiency rule grows it after" in " ".join(out.split()), err
+    code, _, err = cambia("run", "plan.yaml", "--name", "short", "--training.steps", "6")
+    assert code == 0, err
+    code, _, err = cambia(*again, "short")
     assert code == 2 and "too short to fit" in err
 
 

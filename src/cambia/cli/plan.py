@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,16 +32,16 @@ def plan(
         words: recipe (`fixed_size` where it is left out) and settings, as for `cambia run`. A model from
             scratch is the target; a checkpoint (`--model.type pretrained`) is the start.
         layers: of the target; those of the recipe's model where they are left out.
-        start_layers: that a model from scratch begins with.
+        start_layers: that a model from scratch begins with; by default a quarter of the target's.
         tokens: that it is trained on.
         flops: what training may take, instead.
-        grow_at: share of the run after which it grows.
+        grow_at: share of the run after which it has the target's size.
         curve: a run of the small model; says when the efficiency rule would have it grow.
         out: write the run's settings into this file, for `cambia run`.
     """
     from cambia.config import parse_flags, to_yaml
     from cambia.experiment import read_experiment
-    from cambia.experiment.planning import GROW_AT, due_by_curve, plan_run
+    from cambia.experiment.planning import due_by_curve, plan_run
     from cambia.files import write_text
     from cambia.rundir import RunReader
 
@@ -51,7 +52,7 @@ def plan(
         start_layers=start_layers,
         tokens=tokens,
         flops=flops,
-        grow_at=GROW_AT if grow_at is None else grow_at,
+        grow_at=grow_at,
     )
     _show(found)
     answer = console()
@@ -71,14 +72,20 @@ def _show(found: RunPlan) -> None:
     from rich.table import Table
 
     table = Table("from step", "layers", "parameters", "FLOPs per token", box=None)
-    for step, size in ((0, found.start), (found.grow_step, found.target)):
-        table.add_row(f"{step:,}", str(size.layers), f"{size.parameters:,}", f"{size.flops_per_token:.3g}")
+    for stage in found.stages:
+        sizes = f"{stage.parameters:,}", f"{stage.flops_per_token:.3g}"
+        table.add_row(f"{stage.step:,}", str(stage.layers), *sizes)
     answer = console()
     answer.print(table)
+    target, terms, begun = found.stages[-1], [], 0
+    for stage, following in pairwise(found.stages):
+        share = (following.step - begun) / found.steps
+        terms.append(f"{share:.2f} x {1 - stage.flops_per_token / target.flops_per_token:.2f}")
+        begun = following.step
     answer.print(
         f"{found.steps:,} steps, {found.tokens:,} tokens, {found.flops:.3g} FLOPs; the target from the start "
-        f"would take {found.flops_large:.3g}. It saves at most t (1 - x) = {found.share:.2f} x "
-        f"{1 - found.ratio:.2f} = {found.bound:.0%}, and that where it ends as good. {_measured()}"
+        f"would take {found.flops_large:.3g}. It saves at most t (1 - x) = {' + '.join(terms)} = "
+        f"{found.bound:.0%}, and that where it ends as good. {_measured()}"
     )
 
 

@@ -1,13 +1,14 @@
 """From a target size and a budget to the run that we would make of them: `cambia plan`.
 
-    >>> found = plan_run(read_experiment("fixed_size"), layers=4, tokens=4_000_000)
-    >>> found.grow_step, found.bound
-    (488, 0.34)
+    >>> found = plan_run(read_experiment("fixed_size"), layers=8, tokens=8_000_000)
+    >>> [(stage.step, stage.layers) for stage in found.stages]
+    [(0, 2), (2393, 4), (4786, 8)]
 
-One growth in depth, inside the stable phase of the learning rate, from few layers to all of them (Bu 2025,
-arXiv:2511.04981). What it can save at most is t (1 - x), with t the share of the run before it and x the cost
-of a small step as a share of a large one's; it saves that where the grown model ends as good as one that was
-large from the start.
+The model begins with a quarter of its layers and doubles them twice while the learning rate is high, each
+time by copies of all layers on top of them that fade in. What that can save at most is the sum over its
+growths of t (1 - x), with t the share of the run by which a growth is later than the one before, and x the
+cost of a step until then as a share of a step of the target. It saves that where the grown model ends as good
+as one that was large from the start.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -29,16 +31,16 @@ from cambia.growth.triggers import Planned
 from cambia.models.bodies import on_meta
 from cambia.rundir import RunReader
 
-GROW_AT = 0.5
-"""Share of the run after which it grows."""
-START_LAYERS = 1
-"""Layers that a model from scratch begins with."""
+GROW_AT = 0.875
+"""Share of what comes before the rate falls, after which it has its final size."""
 
 
 @dataclass(frozen=True)
-class Sized:
-    """A model's size."""
+class Stage:
+    """A part of the run, in which the model has one size."""
 
+    step: int
+    """At which it begins."""
     layers: int
     parameters: int
     flops_per_token: float
@@ -47,54 +49,37 @@ class Sized:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run that grows once."""
+    """A run that grows."""
 
     tree: Mapping[str, Any]
     """The whole experiment, which `cambia run` takes."""
-    layers: tuple[int, int]
-    """At the start and of the target."""
+    stages: tuple[Stage, ...]
     growth: Planned
-    """What the growth comes to."""
+    """What the first growth comes to."""
     steps: int
     step_tokens: int
-    grow_step: int
-
-    @property
-    def start(self) -> Sized:
-        return Sized(self.layers[0], self.growth.parameters_before, self.growth.flops_per_token_before)
-
-    @property
-    def target(self) -> Sized:
-        return Sized(self.layers[1], self.growth.parameters_after, self.growth.flops_per_token_after)
 
     @property
     def tokens(self) -> int:
         return self.steps * self.step_tokens
 
     @property
-    def share(self) -> float:
-        """t: of the run, before it grows."""
-        return self.grow_step / self.steps
-
-    @property
-    def ratio(self) -> float:
-        """x: what a small step costs, as a share of a large one's."""
-        return self.start.flops_per_token / self.target.flops_per_token
-
-    @property
-    def bound(self) -> float:
-        """t (1 - x): the share of operations saved, if it ends as good as a model that was always large."""
-        return self.share * (1 - self.ratio)
-
-    @property
     def flops(self) -> float:
         """Of the whole run."""
-        return self.flops_large * (1 - self.bound)
+        ends = [*(stage.step for stage in self.stages[1:]), self.steps]
+        steps = [end - stage.step for stage, end in zip(self.stages, ends, strict=True)]
+        costs = [stage.flops_per_token for stage in self.stages]
+        return self.step_tokens * sum(n * cost for n, cost in zip(steps, costs, strict=True))
 
     @property
     def flops_large(self) -> float:
         """The same tokens at the target's size."""
-        return self.tokens * self.target.flops_per_token
+        return self.tokens * self.stages[-1].flops_per_token
+
+    @property
+    def bound(self) -> float:
+        """The share of operations saved, if it ends as good as a model that was always large."""
+        return 1 - self.flops / self.flops_large
 
 
 def plan_run(
@@ -104,16 +89,16 @@ def plan_run(
     start_layers: int | None = None,
     tokens: float | None = None,
     flops: float | None = None,
-    grow_at: float = GROW_AT,
+    grow_at: float | None = None,
 ) -> RunPlan:
-    """Plan a run that grows in depth.
+    """Plan a run that grows in depth, by doubling.
 
     Args:
         experiment: data, optimizer and width; its model is the target, or where it is a checkpoint the start.
         layers: of the target; those of a model from scratch by default.
-        start_layers: that a model from scratch begins with.
+        start_layers: that a model from scratch begins with; by default a quarter of the target's.
         tokens, flops: the budget, one of them.
-        grow_at: the share of the run after which it grows.
+        grow_at: the share of the run after which it has the target's size; the growths are evenly spaced.
 
     Raises:
         ConfigError: the target is not larger than the start, the budget is below a step, or the growth lies
@@ -128,26 +113,34 @@ def plan_run(
     if (tokens is None) == (flops is None):
         raise ConfigError("a plan takes one budget: --tokens 8e6, or --flops 5e13")
     is_checkpoint = isinstance(model, PretrainedModel)
-    begin = model.config().num_hidden_layers if is_checkpoint else start_layers or START_LAYERS
+    begin = model.config().num_hidden_layers if is_checkpoint else start_layers or -(-target // 4)
     if target <= begin:
         raise ConfigError(
             f"the target has {target} layers and the start {begin}; growth only adds: give more --layers"
             + ("" if is_checkpoint else ", or fewer --start-layers")
         )
+    depths = [begin]
+    while depths[-1] < target:
+        depths.append(min(2 * depths[-1], target))
     settings: dict[str, Any] = {} if is_checkpoint else {"model.num_hidden_layers": begin}
     context = experiment.training.sequence_length
     tree = plain_tree(experiment)
     small = experiment_from(tree, source="the plan", flags=settings)
     tokenizer, stream = open_stream(small)
-    growth = _grown(small.model.build(tokenizer, sequence_length=context), target, context).planned
+    start = small.model.build(tokenizer, sequence_length=context)
+    growths = [_grown(start, depth, context).planned for depth in depths[1:]]
     decay = getattr(experiment.training.schedule, "decay_fraction", 0.0)
+    grow_at = GROW_AT * (1 - decay) if grow_at is None else grow_at
     if not 0 < grow_at < 1 - decay:
         raise ConfigError(
             f"--grow-at {grow_at:g}: expected a share of the run before its rate falls, which it does from "
             f"{1 - decay:g} on"
         )
+    shares = [round(grow_at * (i + 1) / len(growths), 4) for i in range(len(growths))]
+    costs = [growths[0].flops_per_token_before, *(each.flops_per_token_after for each in growths)]
+    parts = [end - begun for begun, end in pairwise((0.0, *shares, 1.0))]
+    mean_cost = sum(part * cost for part, cost in zip(parts, costs, strict=True))
     step_tokens = experiment.training.batch_size * context
-    mean_cost = grow_at * growth.flops_per_token_before + (1 - grow_at) * growth.flops_per_token_after
     steps = int((tokens or (flops or 0.0) / mean_cost) / step_tokens)
     if steps < 1:
         least = f"{step_tokens:,} tokens" if tokens else f"{step_tokens * mean_cost:.3g} FLOPs"
@@ -155,19 +148,26 @@ def plan_run(
             f"the budget is below one step, which takes {least} (--training.batch_size times "
             "--training.sequence_length)"
         )
-    when = {"type": "schedule", "at_fractions": [grow_at]}
     flags = {
         **settings,
         "growth.enabled": True,
-        "growth.rules": [{"when": when, "then": {"type": "add_layers", "to": target}}],
+        "growth.rules": [_rule(share, depth) for share, depth in zip(shares, depths[1:], strict=True)],
         "training.epochs": None,
         "training.tokens": None,
         "training.steps": max(1, steps // len(stream.stages)),
     }
     planned = experiment_from(tree, source="the plan", flags=flags)
     steps = sum(stage_steps(planned, stream))
-    grow_step = math.ceil(grow_at * steps)
-    return RunPlan(plain_tree(planned), (begin, target), growth, steps, step_tokens, grow_step)
+    sizes = [growths[0].parameters_before, *(each.parameters_after for each in growths)]
+    begins = [0, *(math.ceil(share * steps) for share in shares)]
+    stages = tuple(Stage(*each) for each in zip(begins, depths, sizes, costs, strict=True))
+    return RunPlan(plain_tree(planned), stages, growths[0], steps, step_tokens)
+
+
+def _rule(share: float, depth: int) -> dict[str, Any]:
+    """What did best of all that benchmarks/compute_to_loss.py has tried."""
+    then = {"type": "add_layers", "to": depth, "where": "stack", "fade_in": 1.0}
+    return {"when": {"type": "schedule", "at_fractions": [share]}, "then": then}
 
 
 def _grown(model: PreTrainedModel, layers: int, context: int) -> GrowthPlan:

@@ -46,14 +46,14 @@ class Preset:
     few: int = 3
     """Seeds of all arms but A, B-depth and the best D."""
     rates: tuple[float, ...] = (0.002, 0.004, 0.008)
-    tuning_share: float = 0.25
+    tuning_share: float = 0.125
     """Of the tokens, in the runs by which rates are chosen."""
     scored_bytes: int = 262_144
     workers: int | None = None
 
 
 QUICK = Sizes(hidden=56, ffn=144, layers=8, heads=4, kv_heads=2, tokens=2_000_000, rows=4)
-HEADLINE = Sizes(hidden=96, ffn=256, layers=8, heads=6, kv_heads=2, tokens=8_000_000)
+HEADLINE = Sizes(hidden=96, ffn=256, layers=8, heads=6, kv_heads=2, tokens=8_000_000, rows=4)
 CHOICES = (
     "B-once", "B-width", "B-both", "F-jump", "F-silent", "F-interpose", "F-random", "G-0.15-0.4",
     "G-0.25-0.5", "G-0.3-0.6", "G-0.4-0.8", "G-0.5-0.7", "G-plateau", "G-efficiency", "H-zero", "H-reset",

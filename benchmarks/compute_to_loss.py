@@ -46,7 +46,7 @@ class Preset:
     few: int = 3
     """Seeds of all arms but A, B-depth and the best D."""
     rates: tuple[float, ...] = (0.002, 0.004, 0.008)
-    tuning_share: float = 0.125
+    tuning_share: float = 0.25
     """Of the tokens, in the runs by which rates are chosen."""
     scored_bytes: int = 262_144
     workers: int | None = None
@@ -62,7 +62,7 @@ EVERY = ("A", "B-depth", *CHOICES, "C", "E")
 PRESETS = {
     "quick": Preset(QUICK, arms=("A", "B-depth"), seeds=3, rates=(0.004, 0.008)),
     "choices": Preset(QUICK, arms=EVERY, seeds=3, rates=(0.004, 0.008)),
-    "headline": Preset(HEADLINE),
+    "headline": Preset(HEADLINE, tuning_share=0.125),
     "full": Preset(replace(HEADLINE, tokens=18_000_000), arms=EVERY),
     "gpu": Preset(
         Sizes(hidden=768, ffn=2048, layers=12, heads=12, kv_heads=12,

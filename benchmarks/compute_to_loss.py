@@ -26,12 +26,15 @@ from typing import Any
 
 from compute.arms import Sizes, arms
 from compute.curves import Ran, ran, saving
+from compute.figures import curves_figure
 from forgetting.runs import source
 from harness import arguments, keep, over_seeds, table
 
 from cambia.reporting.sweeps.statistics import bootstrap_interval
 from cambia.sweepdir import SweepReader
 from cambia.sweeps import run_grid
+
+PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Preset:
     few: int = 3
     """Seeds of all arms but A, B-depth and the best D."""
     rates: tuple[float, ...] = (0.002, 0.004, 0.008)
-    tuning_share: float = 0.25
+    tuning_share: float = 0.5
     """Of the tokens, in the runs by which rates are chosen."""
     scored_bytes: int = 262_144
     workers: int | None = None
@@ -62,7 +65,7 @@ EVERY = ("A", "B-depth", *CHOICES, "C", "E")
 PRESETS = {
     "quick": Preset(QUICK, arms=("A", "B-depth"), seeds=3, rates=(0.004, 0.008)),
     "choices": Preset(QUICK, arms=EVERY, seeds=3, rates=(0.004, 0.008)),
-    "headline": Preset(HEADLINE, tuning_share=0.125),
+    "headline": Preset(HEADLINE, tuning_share=0.25),
     "full": Preset(replace(HEADLINE, tokens=18_000_000), arms=EVERY),
     "gpu": Preset(
         Sizes(hidden=768, ffn=2048, layers=12, heads=12, kv_heads=12,
@@ -248,7 +251,10 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"all and are not in the ledger. Goals: {GOALS['saving']:.0%} against A with an interval above "
         f"{GOALS['low']:.0%}, and more than nothing against the best fixed size, which is {fixed}."
     )
-    return "\n\n".join([note, table(head, rows), table(["curve", "TFLOP", "test bits per byte"], curves)])
+    picture = f"![decayed loss over operations, by arm](pictures/compute_to_loss_{result['name']}.png)"
+    return "\n\n".join(
+        [note, table(head, rows), picture, table(["curve", "TFLOP", "test bits per byte"], curves)]
+    )
 
 
 def headlines(result: Mapping[str, Any]) -> dict[str, str]:
@@ -274,11 +280,15 @@ def main() -> None:
     tuning = tuned(name, preset, data)
     runs = trained(name, preset, data, tuning["rates"])
     result = {
+        "name": options.preset,
         "preset": asdict(preset),
         "tuning": tuning,
         "arms": {arm: [one.as_dict() for one in ones] for arm, ones in runs.items()},
     }
     print(markdown(result))
+    if options.preset != "quick":
+        figure = curves_figure(runs)
+        figure.savefig(PICTURES / f"compute_to_loss_{options.preset}.png", dpi=130, facecolor="white")
     keep(__file__, options, result)
 
 

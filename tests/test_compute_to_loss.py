@@ -114,9 +114,11 @@ def test_all_arms_run_and_are_told(tmp_path, monkeypatch):
     assert {arm: len(runs) for arm, runs in found.items() if len(runs) > 1}.keys() >= {"A", "B-depth"}
     told = benchmark.markdown(
         {
+            "name": "smoke",
             "preset": {"rates": [0.008]},
             "tuning": tuning,
             "arms": {arm: [one.as_dict() for one in runs] for arm, runs in found.items()},
         }
     )
     assert all(f"| {arm} |" in told for arm in benchmark.EVERY)
+    assert benchmark.curves_figure(found).axes[0].get_lines()

@@ -6,9 +6,9 @@
 
 The model begins with a quarter of its layers and doubles them twice while the learning rate is high (Bu 2025,
 arXiv:2511.04981, grows once, late there), each time by copies of all layers on top of them that fade in. What
-that can save at most is the sum over its growths of t (1 - x), with t the share of the run by which a growth is
-later than the one before, and x the cost of a step until then as a share of a step of the target. It saves that
-where the grown model ends as good as one that was large from the start.
+that can save at most is the sum over its growths of t (1 - x), with t the share of the run by which a growth
+is later than the one before, and x the cost of a step until then as a share of a step of the target. It saves
+that where the grown model ends as good as one that was large from the start.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Preset:
 
     sizes: Sizes
     arms: tuple[str, ...] = ("A", "B-depth", "C", "E")
-    fixed: tuple[int, ...] = (2, 3, 4)
+    fixed: tuple[int, ...] = (3, 4, 6)
     """Layers of D; the best of them with the first seed is run with all."""
     seeds: int = 5
     few: int = 3
@@ -64,6 +64,7 @@ CHOICES = (
 EVERY = ("A", "B-depth", *CHOICES, "C", "E")
 PRESETS = {
     "quick": Preset(QUICK, arms=("A", "B-depth"), seeds=3, rates=(0.004, 0.008)),
+    "long": Preset(replace(QUICK, tokens=8_000_000), arms=("A", "B-depth"), tuning_share=0.25),
     "choices": Preset(QUICK, arms=EVERY, seeds=3, rates=(0.004, 0.008)),
     "headline": Preset(HEADLINE, tuning_share=0.25),
     "full": Preset(replace(HEADLINE, tokens=18_000_000), arms=EVERY),

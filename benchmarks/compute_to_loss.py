@@ -63,9 +63,11 @@ CHOICES = (
 )  # fmt: skip
 EVERY = ("A", "B-depth", *CHOICES, "C", "E")
 PRESETS = {
-    "quick": Preset(QUICK, arms=("A", "B-depth"), seeds=3, rates=(0.004, 0.008)),
+    "quick": Preset(
+        QUICK, arms=("A", "B-depth"), fixed=(3, 4), seeds=3, rates=(0.004, 0.008), tuning_share=0.25
+    ),
     "long": Preset(replace(QUICK, tokens=8_000_000), arms=("A", "B-depth"), tuning_share=0.25),
-    "choices": Preset(QUICK, arms=EVERY, seeds=3, rates=(0.004, 0.008)),
+    "choices": Preset(QUICK, arms=EVERY, fixed=(3, 4), seeds=3, rates=(0.004, 0.008)),
     "headline": Preset(HEADLINE, tuning_share=0.25),
     "full": Preset(replace(HEADLINE, tokens=18_000_000), arms=EVERY),
     "gpu": Preset(

@@ -149,13 +149,14 @@ def arms(sizes: Sizes, fixed: Sequence[int], *, longer: float = 1.25) -> dict[st
         return {"type": "schedule", "at_fractions": list(shares)}
 
     def grows(*operators: Mapping[str, Any], when: Mapping[str, Any]) -> dict[str, Any]:
-        events = len(sizes.doublings)
-        limits = [{"max_events": events} if "factor" in one else {} for one in operators]
-        rules = zip(operators, limits, strict=True)
-        return {"growth.rules": [{"when": dict(when), "then": dict(one), **more} for one, more in rules]}
+        rules = [{"when": dict(when), "then": dict(one)} for one in operators]
+        for rule in rules:
+            if "factor" in rule["then"]:  # what says `to` acts once by itself
+                rule["max_events"] = len(sizes.doublings)
+        return {"growth.rules": rules}
 
-    def doubles(**changed: Any) -> dict[str, Any]:
-        return few | grows(twice | changed, when=at(*sizes.doublings))
+    def doubles(when: Mapping[str, Any] = at(*sizes.doublings), **changed: Any) -> dict[str, Any]:
+        return few | grows(twice | changed, when=when)
 
     found: dict[str, dict[str, Any]] = {
         "A": {"evaluation.decayed_at": list(sizes.ends)},
@@ -175,11 +176,11 @@ def arms(sizes: Sizes, fixed: Sequence[int], *, longer: float = 1.25) -> dict[st
         "F-interpose": doubles(where="interpose"),
         "F-random": doubles(fade_in=0.0, initial="random"),
         **{
-            f"G-{first:g}-{second:g}": few | grows(twice, when=at(first, second))
+            f"G-{first:g}-{second:g}": doubles(at(first, second))
             for first, second in ((0.15, 0.4), (0.25, 0.5), (0.3, 0.6), (0.4, 0.8), (0.5, 0.7))
         },
-        "G-plateau": few | grows(twice, when=flat),
-        "G-efficiency": few | grows(twice, when={"type": "efficiency"}),
+        "G-plateau": doubles(flat),
+        "G-efficiency": doubles({"type": "efficiency"}),
         "H-zero": doubles() | {"growth.moments": "zero"},
         "H-reset": doubles() | {"growth.moments": "reset"},
     }

@@ -239,11 +239,11 @@ def test_a_step_that_the_loss_scaler_leaves_out_moves_nobody(kind: str) -> None:
 FADED = AddLayers(to=4, where="stack", fade_in=0.5)
 
 
-def faded(optimizer_kind: str = "loop", **settings: Any) -> tuple[PreTrainedModel, Optimizer, SliceWarmup]:
+def faded(optimizer_kind: str = "loop") -> tuple[PreTrainedModel, Optimizer, SliceWarmup]:
     """Two layers and their silent copies, in a model that has taken three steps."""
     model = tiny("cambia")
     optimizer = KINDS[optimizer_kind](model.parameters(), weight_decay=0.5)
-    warmup = SliceWarmup(optimizer, steps=4, **settings)
+    warmup = SliceWarmup(optimizer, steps=4)
     for number in range(3):
         step(model, optimizer, number)
     return model, optimizer, warmup

@@ -77,11 +77,11 @@ def _show(found: RunPlan) -> None:
         table.add_row(f"{stage.step:,}", str(stage.layers), *sizes)
     answer = console()
     answer.print(table)
-    target, terms, begun = found.stages[-1], [], 0
-    for stage, following in pairwise(found.stages):
-        share = (following.step - begun) / found.steps
-        terms.append(f"{share:.2f} x {1 - stage.flops_per_token / target.flops_per_token:.2f}")
-        begun = following.step
+    large = found.stages[-1].flops_per_token
+    terms = [
+        f"{(following.step - stage.step) / found.steps:.2f} x {1 - stage.flops_per_token / large:.2f}"
+        for stage, following in pairwise(found.stages)
+    ]
     answer.print(
         f"{found.steps:,} steps, {found.tokens:,} tokens, {found.flops:.3g} FLOPs; the target from the start "
         f"would take {found.flops_large:.3g}. It saves at most t (1 - x) = {' + '.join(terms)} = "

@@ -26,7 +26,7 @@ from cambia.errors import ConfigError, GrowthError
 from cambia.experiment.build import open_stream, stage_steps
 from cambia.experiment.starts import NativeModel, PretrainedModel
 from cambia.experiment.tree import Experiment, experiment_from, plain_tree
-from cambia.growth import AddLayers, EfficiencyTrigger, GrowthPlan, LossCurve, Signals, plan_growth
+from cambia.growth import AddLayers, EfficiencyTrigger, LossCurve, Signals, plan_growth
 from cambia.growth.triggers import Planned
 from cambia.models.bodies import on_meta
 from cambia.rundir import RunReader
@@ -128,7 +128,7 @@ def plan_run(
     small = experiment_from(tree, source="the plan", flags=settings)
     tokenizer, stream = open_stream(small)
     start = small.model.build(tokenizer, sequence_length=context)
-    growths = [_grown(start, depth, context).planned for depth in depths[1:]]
+    growths = [_grown(start, depth, context) for depth in depths[1:]]
     decay = getattr(experiment.training.schedule, "decay_fraction", 0.0)
     grow_at = GROW_AT * (1 - decay) if grow_at is None else grow_at
     if not 0 < grow_at < 1 - decay:
@@ -165,16 +165,17 @@ def plan_run(
 
 
 def _rule(share: float, depth: int) -> dict[str, Any]:
-    """What did best of all that benchmarks/compute_to_loss.py has tried."""
+    """What did best in the pilots of benchmarks/compute_to_loss.py (docs/log.md)."""
     then = {"type": "add_layers", "to": depth, "where": "stack", "fade_in": 1.0}
     return {"when": {"type": "schedule", "at_fractions": [share]}, "then": then}
 
 
-def _grown(model: PreTrainedModel, layers: int, context: int) -> GrowthPlan:
+def _grown(model: PreTrainedModel, layers: int, context: int) -> Planned:
     try:
-        return plan_growth(on_meta(type(model), model.config), AddLayers(to=layers), context=context)
+        plan = plan_growth(on_meta(type(model), model.config), AddLayers(to=layers), context=context)
     except GrowthError as error:
         raise ConfigError(str(error)) from None
+    return plan.planned
 
 
 def due_by_curve(run: RunReader, planned: RunPlan) -> tuple[LossCurve, float]:

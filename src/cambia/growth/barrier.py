@@ -28,7 +28,7 @@ from cambia.growth.check import check_loss, logits_of, relative_error
 from cambia.growth.operators import Contract, Operator, PartOperator
 from cambia.growth.parts import add_part
 from cambia.growth.plan import GrowthPlan, plan_growth, random_batch, refuse_wrapped
-from cambia.growth.rewarm import NEEDS_WARMUP, SliceWarmup
+from cambia.growth.rewarm import refuse_unwarmed
 from cambia.models.bodies import Body, body_of, resize_layers
 from cambia.records import GrowthEvent
 
@@ -76,8 +76,7 @@ def grow(
     if operators and isinstance(operators[0], PartOperator):
         return add_part(model, *operators, optimizer=optimizer, batch=batch, reason=reason, context=context)
     plan = plan_growth(model, *operators, context=context, seed=seed, check_batch=batch)
-    if plan.fades_in and not any(isinstance(each, SliceWarmup) and each.steps for each in holders):
-        raise GrowthError(NEEDS_WARMUP)
+    refuse_unwarmed(plan, holders)
     before = logits_of(model, batch)
 
     changes = _changes(model, plan, seed)

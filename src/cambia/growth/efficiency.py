@@ -168,13 +168,13 @@ class EfficiencyTrigger(Trigger):
         if self.began < self.latest <= signals.progress < 1:
             over = f"{signals.progress:.0%} of the run is over"
             return f"efficiency: {over}, and the grown model needs the rest"
-        if has_whole_point and not self.younger:
+        if not self.younger:  # a grown model goes on by the curve that it grew by
+            if not has_whole_point:
+                return None
             try:
                 self.curve = asdict(self.fitted())
             except ConfigError:  # not yet
                 return None
-        elif not self.younger:
-            return None
         assert self.curve is not None
         curve = LossCurve(**self.curve)
         found = curve.advantage(self.age, Planned(**self.costs))

@@ -23,12 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cambia.growth.carry import Change, Commit, Undo
-
-NEEDS_WARMUP = (
-    "fade_in brings new layers in while they warm up: give rewarm_steps above 0, or to grow() a SliceWarmup "
-    "among its holders"
-)
+from cambia.errors import GrowthError
+from cambia.growth.carry import Change, Commit, Holder, Undo
+from cambia.growth.plan import GrowthPlan
 
 
 @dataclass(eq=False)
@@ -194,6 +191,19 @@ class SliceWarmup:
             )
             for item in state["newborns"]
         ]
+
+
+def refuse_unwarmed(plan: GrowthPlan, holders: Sequence[Holder]) -> None:
+    """Refuse a growth that fades layers in where nothing warms them up.
+
+    Raises:
+        GrowthError: saying what to give.
+    """
+    if plan.fades_in and not any(isinstance(each, SliceWarmup) and each.steps for each in holders):
+        raise GrowthError(
+            "fade_in brings new layers in while they warm up: give rewarm_steps above 0, or to grow() a "
+            "SliceWarmup among its holders"
+        )
 
 
 def _positions(mask: Tensor) -> Tensor | None:

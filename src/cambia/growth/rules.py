@@ -29,7 +29,7 @@ from cambia.growth.barrier import grow
 from cambia.growth.carry import Holder, Moments
 from cambia.growth.operators import OPERATORS, Operator, PartOperator
 from cambia.growth.plan import GrowthPlan, plan_growth
-from cambia.growth.rewarm import NEEDS_WARMUP, SliceWarmup
+from cambia.growth.rewarm import SliceWarmup, refuse_unwarmed
 from cambia.growth.triggers import TRIGGERS, Trigger
 from cambia.models.bodies import count_parameters, flops_per_token
 from cambia.records import GrowthEvent, Measured, Signals
@@ -225,8 +225,7 @@ class GrowthManager:
 
     def _legal(self, model: PreTrainedModel, operator: Operator) -> GrowthPlan:
         plan = plan_growth(model, operator, context=self.context)
-        if plan.fades_in and not (self.rewarm and self.rewarm.steps):
-            raise GrowthError(NEEDS_WARMUP)
+        refuse_unwarmed(plan, self.holders)
         return plan
 
     def step(self, signals: Signals | None = None, **measured: float | None) -> list[GrowthEvent]:

@@ -66,7 +66,8 @@ PRESETS = {
     "quick": Preset(
         QUICK, arms=("A", "B-depth"), fixed=(3, 4), seeds=3, rates=(0.004, 0.008), tuning_share=0.25
     ),
-    "long": Preset(replace(QUICK, tokens=8_000_000), arms=("A", "B-depth"), tuning_share=0.25),
+    # 20 tokens a parameter: as long as the final size is worth having.
+    "long": Preset(replace(QUICK, tokens=6_000_000), arms=("A", "B-depth"), seeds=3, tuning_share=0.25),
     "choices": Preset(QUICK, arms=EVERY, fixed=(3, 4), seeds=3, rates=(0.004, 0.008)),
     "headline": Preset(HEADLINE, tuning_share=0.25),
     "full": Preset(replace(HEADLINE, tokens=18_000_000), arms=EVERY),

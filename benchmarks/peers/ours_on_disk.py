@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cambia.growth.offline import grow_checkpoint
+from cambia.growth.disk.offline import grow_checkpoint
 from peers.ours import OPERATORS
 from peers.process import arguments
 

@@ -32,11 +32,11 @@ from cambia.growth import (
     WidenHeadDim,
     WidenHidden,
     grow,
-    rows,
 )
-from cambia.growth.offline import grow_checkpoint, plan_checkpoint
+from cambia.growth.disk import rows
+from cambia.growth.disk.offline import grow_checkpoint, plan_checkpoint
+from cambia.growth.disk.shards import WHOLE
 from cambia.growth.operators import PartOperator
-from cambia.growth.shards import WHOLE
 from cambia.models.saved import load_model
 from cambia.nn import blocks
 from tests.conftest import tiny
@@ -312,7 +312,7 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from cambia.growth import WidenFFN
-from cambia.growth.offline import grow_checkpoint
+from cambia.growth.disk.offline import grow_checkpoint
 def slowly(done, total):
     print(done, flush=True)
     time.sleep({pause})

@@ -23,7 +23,7 @@ from cambia.growth import (
     WidenFFN,
     grow,
 )
-from cambia.growth.offline import plan_checkpoint
+from cambia.growth.disk.offline import plan_checkpoint
 from cambia.training.checkpoint import load_state, save_checkpoint
 from cambia.training.muon import Muon
 from cambia.training.optim import load_optimizer_state, optimizer_state

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from cambia.errors import CheckpointError
-from cambia.growth import shards
-from cambia.growth.shards import TensorSpec, read_header, split_into_shards, spool, write_shard
+from cambia.growth.disk import shards
+from cambia.growth.disk.shards import TensorSpec, read_header, split_into_shards, spool, write_shard
 
 MIXED = {
     "b": torch.arange(6.0).view(2, 3).to(torch.bfloat16),

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from cambia.growth import AddLayers, Contract, Operator, WidenFFN, grow, plan_growth
 from cambia.growth.operators import Shape, Step
-from cambia.growth.widen import lengthened
+from cambia.growth.operators.widen import lengthened
 from cambia.models.architectures import architecture_of
 from cambia.nn.param_map import Fill, TensorMap
 from tests.conftest import tiny

@@ -13,7 +13,7 @@ from cambia.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from cambia.growth.offline import CheckpointPlan, GrownCheckpoint
+    from cambia.growth.disk.offline import CheckpointPlan, GrownCheckpoint
     from cambia.growth.operators import Operator
 
 _EXAMPLE = "cambia grow CHECKPOINT --op widen_ffn --factor 1.5 --out DIR"
@@ -50,7 +50,7 @@ def grow(
     if not shard_gigabytes > 0:
         raise ConfigError(f"--shard-gigabytes {shard_gigabytes} must be above 0")
 
-    from cambia.growth.offline import plan_checkpoint, refuse_out
+    from cambia.growth.disk.offline import plan_checkpoint, refuse_out
 
     plan = plan_checkpoint(_folder(checkpoint), *operators, seed=seed)
     answer = console()
@@ -117,7 +117,7 @@ def _write(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    from cambia.growth.offline import write_grown
+    from cambia.growth.disk.offline import write_grown
 
     screen = Console(stderr=True)
     columns = BarColumn(bar_width=30), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cambia.growth.adapters import WidenLoraRank
-from cambia.growth.attention import AddHeads, AddKVHeads, WidenHeadDim
 from cambia.growth.barrier import grow
-from cambia.growth.depth import AddLayers
-from cambia.growth.efficiency import EfficiencyTrigger, LossCurve
-from cambia.growth.hidden import WidenHidden
 from cambia.growth.operators import OPERATORS, Contract, Operator
+from cambia.growth.operators.adapters import WidenLoraRank
+from cambia.growth.operators.attention import AddHeads, AddKVHeads, WidenHeadDim
+from cambia.growth.operators.depth import AddLayers
+from cambia.growth.operators.hidden import WidenHidden
+from cambia.growth.operators.tokens import AddTokens
+from cambia.growth.operators.widen import WidenFFN
 from cambia.growth.parts import AddLoraExpert
 from cambia.growth.plan import GrowthPlan, plan_growth
 from cambia.growth.prune import prune
 from cambia.growth.rewarm import SliceWarmup
 from cambia.growth.rules import Budget, GrowthManager, GrowthRule
-from cambia.growth.tokens import AddTokens
 from cambia.growth.triggers import TRIGGERS, AllOf, AnyOf, Majority, ScheduleTrigger, Trigger
-from cambia.growth.watching import (
+from cambia.growth.triggers.efficiency import EfficiencyTrigger, LossCurve
+from cambia.growth.triggers.watching import (
     GradientNormTrigger,
     LossSpikeTrigger,
     NoveltyTrigger,
@@ -30,7 +31,6 @@ from cambia.growth.watching import (
     PlateauTrigger,
     SliceSpikeTrigger,
 )
-from cambia.growth.widen import WidenFFN
 from cambia.records import GrowthEvent, Measured, Signals
 
 if TYPE_CHECKING:

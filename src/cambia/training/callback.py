@@ -40,7 +40,7 @@ from cambia.errors import ConfigError
 from cambia.growth.callback import plain_optimizer
 from cambia.growth.parts import AddLoraExpert
 from cambia.growth.rules import GrowthManager, GrowthRule
-from cambia.growth.watching import NoveltyTrigger
+from cambia.growth.triggers.watching import NoveltyTrigger
 from cambia.models.parts.lora_experts import LoraExperts
 from cambia.records import Allocation, GrowthEvent, Signals, StreamEvent
 from cambia.training.optim import set_learning_rate

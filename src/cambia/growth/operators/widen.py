@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cambia.config import resolve_function
 from cambia.errors import ConfigError, GrowthError
-from cambia.growth.operators import OLD_AMOUNTS, Amount, Contract, Operator, Shape, Step
+from cambia.growth.operators.operator import OLD_AMOUNTS, Amount, Contract, Operator, Shape, Step
 from cambia.models.architectures import uniform
 from cambia.nn.param_map import AxisMap, Fill, ParamMap, TensorMap
 

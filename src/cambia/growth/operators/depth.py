@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge
 
 from cambia.errors import ConfigError, GrowthError
-from cambia.growth.operators import OLD_AMOUNTS, Amount, Contract, Operator, Shape, Step
+from cambia.growth.operators.operator import OLD_AMOUNTS, Amount, Contract, Operator, Shape, Step
 from cambia.models.architectures import layer_ids, per_layer, uniform
 from cambia.nn.param_map import Fill, ParamMap, TensorMap
 

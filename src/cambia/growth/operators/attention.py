@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cambia.errors import ConfigError, GrowthError
-from cambia.growth.operators import OLD_AMOUNTS, Amount, Contract, Operator, Shape, Step
+from cambia.growth.operators.operator import OLD_AMOUNTS, Amount, Contract, Operator, Shape, Step
 from cambia.models.architectures import uniform
 from cambia.nn.param_map import NEW, AxisMap, Fill, ParamMap, TensorMap
 

@@ -7,9 +7,9 @@ same for every operator.
     WidenFFN(factor=1.5)                     more units in the feed-forward layers
     AddLayers(add=2, where="interpose")      more layers
 
-Width is in `cambia.growth.widen`, depth in `cambia.growth.depth`. To add one: subclass `Operator`, say in
-`contract` what it keeps, and return a `Step`. The rows of `cambia.models.architectures` say which tensors a
-dimension runs through.
+Each dimension has a file beside this one. To add an operator: subclass `Operator`, say in `contract` what it
+keeps, and return a `Step`. The rows of `cambia.models.architectures` say which tensors a dimension runs
+through.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from cambia.models.architectures import Architecture, per_layer
 from cambia.nn.param_map import ParamMap
 
 OPERATORS: dict[str, str] = {
-    "widen_ffn": "cambia.growth.widen:WidenFFN",
-    "add_layers": "cambia.growth.depth:AddLayers",
-    "add_heads": "cambia.growth.attention:AddHeads",
-    "add_kv_heads": "cambia.growth.attention:AddKVHeads",
-    "widen_head_dim": "cambia.growth.attention:WidenHeadDim",
-    "widen_hidden": "cambia.growth.hidden:WidenHidden",
-    "add_tokens": "cambia.growth.tokens:AddTokens",
-    "widen_lora_rank": "cambia.growth.adapters:WidenLoraRank",
+    "widen_ffn": "cambia.growth.operators.widen:WidenFFN",
+    "add_layers": "cambia.growth.operators.depth:AddLayers",
+    "add_heads": "cambia.growth.operators.attention:AddHeads",
+    "add_kv_heads": "cambia.growth.operators.attention:AddKVHeads",
+    "widen_head_dim": "cambia.growth.operators.attention:WidenHeadDim",
+    "widen_hidden": "cambia.growth.operators.hidden:WidenHidden",
+    "add_tokens": "cambia.growth.operators.tokens:AddTokens",
+    "widen_lora_rank": "cambia.growth.operators.adapters:WidenLoraRank",
     "add_lora_expert": "cambia.growth.parts:AddLoraExpert",
 }
 

@@ -32,7 +32,7 @@ import numpy as np
 from annotated_types import Gt, Le
 
 from cambia.errors import ConfigError
-from cambia.growth.triggers import Planned, Trigger
+from cambia.growth.triggers.trigger import Planned, Trigger
 from cambia.records import Signals
 
 ALPHA = 0.34

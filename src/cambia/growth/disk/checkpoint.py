@@ -22,7 +22,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConf
 import cambia.models.causal_lm  # noqa: F401 (registers the native family)
 from cambia import files
 from cambia.errors import CambiaError, CheckpointError, GrowthError
-from cambia.growth.shards import DTYPES, INDEX, WHOLE, StoredTensor, read_shards
+from cambia.growth.disk.shards import DTYPES, INDEX, WHOLE, StoredTensor, read_shards
 from cambia.models.architectures import ARCHITECTURES
 from cambia.models.bodies import on_meta
 

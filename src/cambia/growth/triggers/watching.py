@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar
 from annotated_types import Ge, Gt
 
 from cambia.errors import ConfigError
-from cambia.growth.triggers import Trigger
+from cambia.growth.triggers.trigger import Trigger
 from cambia.records import Signals
 
 

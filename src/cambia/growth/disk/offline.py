@@ -30,11 +30,11 @@ from cambia.errors import ConfigError, GrowthError, StorageFullError
 from cambia.files import atomic_folder, write_text
 from cambia.growth.barrier import tolerance
 from cambia.growth.check import check_loss, relative_error
-from cambia.growth.on_disk import CheckpointOnDisk, open_checkpoint
+from cambia.growth.disk.checkpoint import CheckpointOnDisk, open_checkpoint
+from cambia.growth.disk.rows import Rows, grown_blocks, grown_rows
+from cambia.growth.disk.shards import INDEX, TensorSpec, index_text, split_into_shards, write_shard
 from cambia.growth.operators import Operator
 from cambia.growth.plan import GrowthPlan, plan_growth, random_batch
-from cambia.growth.rows import Rows, grown_blocks, grown_rows
-from cambia.growth.shards import INDEX, TensorSpec, index_text, split_into_shards, write_shard
 from cambia.records import GrowthEvent
 
 SHARD_BYTES = 5_000_000_000

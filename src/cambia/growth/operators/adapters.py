@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from cambia.errors import GrowthError
-from cambia.growth.operators import OLD_AMOUNTS, Amount, Contract, Operator, Shape, Step
-from cambia.growth.widen import lengthened
+from cambia.growth.operators.operator import OLD_AMOUNTS, Amount, Contract, Operator, Shape, Step
+from cambia.growth.operators.widen import lengthened
 from cambia.models.architectures import per_layer, uniform
 
 

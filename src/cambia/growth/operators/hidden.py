@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from cambia.growth.operators import OLD_AMOUNTS, Amount, Contract, Operator, Shape, Step
-from cambia.growth.widen import split_in_shares
+from cambia.growth.operators.operator import OLD_AMOUNTS, Amount, Contract, Operator, Shape, Step
+from cambia.growth.operators.widen import split_in_shares
 from cambia.models.architectures import Axes
 from cambia.nn.param_map import AxisMap, Fill, ParamMap, TensorMap
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cambia.growth.shards import TensorSpec, spool
+from cambia.growth.disk.shards import TensorSpec, spool
 from cambia.nn.blocks import mean_along, root_mean_square, row_blocks
 from cambia.nn.param_map import MEAN, TensorMap
 

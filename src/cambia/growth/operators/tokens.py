@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cambia.errors import ConfigError, GrowthError
-from cambia.growth.operators import OLD_AMOUNTS, Amount, Contract, Operator, Shape, Step
+from cambia.growth.operators.operator import OLD_AMOUNTS, Amount, Contract, Operator, Shape, Step
 from cambia.nn.param_map import AxisMap, ParamMap, TensorMap
 
 if TYPE_CHECKING:

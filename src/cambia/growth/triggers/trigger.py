@@ -9,8 +9,8 @@ on fresh measurements and keeps a state that a checkpoint can hold.
 
 A trigger's dataclass fields are its configuration; fields with `init=False` are its state.
 
-`cambia.growth.watching` holds those that watch measurements, `cambia.growth.efficiency` the one that weighs
-what a larger model would learn against what it costs.
+Here are those that look at the step, or at other triggers; beside this file those that watch measurements
+(`watching`), and the one that weighs what a larger model would learn against what it costs (`efficiency`).
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from cambia.errors import ConfigError
 from cambia.records import Signals
 
 TRIGGERS: dict[str, str] = {
-    "schedule": "cambia.growth.triggers:ScheduleTrigger",
-    "efficiency": "cambia.growth.efficiency:EfficiencyTrigger",
-    "plateau": "cambia.growth.watching:PlateauTrigger",
-    "perplexity": "cambia.growth.watching:PerplexityTrigger",
-    "gradient_norm": "cambia.growth.watching:GradientNormTrigger",
-    "loss_spike": "cambia.growth.watching:LossSpikeTrigger",
-    "slice_spike": "cambia.growth.watching:SliceSpikeTrigger",
-    "novelty": "cambia.growth.watching:NoveltyTrigger",
-    "any": "cambia.growth.triggers:AnyOf",
-    "all": "cambia.growth.triggers:AllOf",
-    "majority": "cambia.growth.triggers:Majority",
+    "schedule": "cambia.growth.triggers.trigger:ScheduleTrigger",
+    "efficiency": "cambia.growth.triggers.efficiency:EfficiencyTrigger",
+    "plateau": "cambia.growth.triggers.watching:PlateauTrigger",
+    "perplexity": "cambia.growth.triggers.watching:PerplexityTrigger",
+    "gradient_norm": "cambia.growth.triggers.watching:GradientNormTrigger",
+    "loss_spike": "cambia.growth.triggers.watching:LossSpikeTrigger",
+    "slice_spike": "cambia.growth.triggers.watching:SliceSpikeTrigger",
+    "novelty": "cambia.growth.triggers.watching:NoveltyTrigger",
+    "any": "cambia.growth.triggers.trigger:AnyOf",
+    "all": "cambia.growth.triggers.trigger:AllOf",
+    "majority": "cambia.growth.triggers.trigger:Majority",
 }
 
 

@@ -54,6 +54,12 @@ def test_a_taken_name_is_refused_unless_it_is_resumed(runs: Path) -> None:
     RunWriter(runs / "first", resume=True).close()
 
 
+def test_a_checkpoint_without_its_configuration_is_not_taken_for_a_fresh_run(runs: Path) -> None:
+    (runs / "first" / "latest").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"a checkpoint but no config\.json.*another --name"):
+        RunWriter(runs / "first")
+
+
 @pytest.mark.parametrize("name", [".hidden", "-x", "two words", "a:b", "ü", "..", "_"])
 def test_names_that_make_no_folder_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="cannot name a run: use letters, digits"):

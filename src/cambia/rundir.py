@@ -125,6 +125,11 @@ class RunWriter:
                 f"the run {self.folder.name!r} exists already in {self.folder.parent}: go on with "
                 f"--resume {self.folder.name}, choose another --name, or `cambia runs delete`"
             )
+        if not taken and (self.folder / LATEST).exists():
+            raise RunError(
+                f"{self.folder} holds a checkpoint but no {CONFIG_JSON}, so it can neither begin nor go on: "
+                "put the file back, move the folder away, or choose another --name"
+            )
         with files.one_line_when_full(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / _LOCK, "w")  # noqa: SIM115 (held until `close`)

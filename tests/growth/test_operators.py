@@ -198,3 +198,9 @@ def test_new_units_speak_as_loudly_as_old_ones(family: str) -> None:
         old = weight[:64].pow(2).mean().sqrt().item()
         new = weight[64:].pow(2).mean().sqrt().item()
         assert new == pytest.approx(expected or old, rel=0.1)
+
+
+@pytest.mark.parametrize("layers", ["highest", None, 2])
+def test_layers_that_cannot_be_meant_are_refused(layers: Any) -> None:
+    with pytest.raises(ConfigError, match="expected places, or one of all, top"):
+        WidenFFN(layers=layers)

@@ -130,7 +130,7 @@ class WidenFFN(Amount, Operator):
             raise ConfigError(f"multiple_of={self.multiple_of} must be at least 1")
         if self.count < 1:
             raise ConfigError(f"count={self.count} must be at least 1 layer")
-        if isinstance(self.layers, str) and self.layers not in _CHOICES:
+        if self.layers not in _CHOICES if isinstance(self.layers, str) else not isinstance(self.layers, list):
             raise ConfigError(f"layers={self.layers!r}: expected places, or one of {', '.join(_CHOICES)}")
         if self.each is not None and self.to is not None:
             raise ConfigError("each= multiplies what is added, and to= says where to end: give one of them")

@@ -47,7 +47,7 @@ class Sizes:
     rows: int = 8
     length: int = 256
     """T."""
-    doublings: tuple[float, ...] = (0.35, 0.7)
+    doublings: tuple[float, ...] = (0.1, 0.7)
     """Shares of the run after which B-depth doubles its layers."""
     decay: float = 0.2
     """Share of the run in which the rate falls."""
@@ -177,7 +177,7 @@ def arms(sizes: Sizes, fixed: Sequence[int], *, longer: float = 1.25) -> dict[st
         "F-random": doubles(fade_in=0.0, initial="random"),
         **{
             f"G-{first:g}-{second:g}": doubles(at(first, second))
-            for first, second in ((0.15, 0.4), (0.25, 0.5), (0.3, 0.6), (0.4, 0.8), (0.5, 0.7))
+            for first, second in ((0.1, 0.4), (0.1, 0.55), (0.2, 0.6), (0.35, 0.7), (0.2, 0.8))
         },
         "G-plateau": doubles(flat),
         "G-efficiency": doubles({"type": "efficiency"}),

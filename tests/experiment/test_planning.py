@@ -30,7 +30,7 @@ def cambia(tmp_path, monkeypatch, command_line: Call) -> Call:
 def test_a_plan_is_what_its_run_does():
     deep = {**TREE, "model": {**TREE["model"], "num_hidden_layers": 7}}
     found = plan_run(experiment_from(deep, source="test", flags={}), tokens=128 * 50)
-    assert [(stage.step, stage.layers) for stage in found.stages] == [(0, 2), (18, 4), (35, 7)]
+    assert [(stage.step, stage.layers) for stage in found.stages] == [(0, 2), (5, 4), (35, 7)]
     expected = estimate(experiment_from(found.tree, source="the plan", flags={}))
     assert [phase.parameters for phase in expected.phases] == [stage.parameters for stage in found.stages]
     assert [phase.at_step for phase in expected.phases] == [stage.step for stage in found.stages]

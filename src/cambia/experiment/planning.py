@@ -2,13 +2,14 @@
 
     >>> found = plan_run(read_experiment("fixed_size"), layers=8, tokens=8_000_000)
     >>> [(stage.step, stage.layers) for stage in found.stages]
-    [(0, 2), (2393, 4), (4786, 8)]
+    [(0, 2), (684, 4), (4786, 8)]
 
-The model begins with a quarter of its layers and doubles them twice while the learning rate is high (Bu 2025,
-arXiv:2511.04981, grows once, late there), each time by copies of all layers on top of them that fade in. What
-that can save at most is the sum over its growths of t (1 - x), with t the share of the run by which a growth
-is later than the one before, and x the cost of a step until then as a share of a step of the target. It saves
-that where the grown model ends as good as one that was large from the start.
+The model begins with a quarter of its layers and doubles them twice, soon and then late in the part of the
+run where the learning rate is high (Bu 2025, arXiv:2511.04981, grows once, late there), each time by copies
+of all layers on top of them that fade in. What that can save at most is the sum over its growths of t (1 -
+x), with t the share of the run by which a growth is later than the one before, and x the cost of a step
+until then as a share of a step of the target. It saves that where the grown model ends as good as one that
+was large from the start.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from cambia.rundir import RunReader
 
 GROW_AT = 0.875
 """Share of what comes before the rate falls, after which it has its final size."""
+EARLIER = 7.0
+"""By how much a growth is earlier in the run than the next."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ def plan_run(
         layers: of the target; those of a model from scratch by default.
         start_layers: that a model from scratch begins with; by default a quarter of the target's.
         tokens, flops: the budget, one of them.
-        grow_at: the share of the run after which it has the target's size; the growths are evenly spaced.
+        grow_at: the share of the run after which it has the target's size; a growth before that comes seven
+            times as early as the next.
 
     Raises:
         ConfigError: the target is not larger than the start, the budget is below a step, or the growth lies
@@ -136,7 +140,7 @@ def plan_run(
             f"--grow-at {grow_at:g}: expected a share of the run before its rate falls, which it does from "
             f"{1 - decay:g} on"
         )
-    shares = [round(grow_at * (i + 1) / len(growths), 4) for i in range(len(growths))]
+    shares = [round(grow_at / EARLIER**i, 4) for i in reversed(range(len(growths)))]
     costs = [growths[0].flops_per_token_before, *(each.flops_per_token_after for each in growths)]
     parts = [end - begun for begun, end in pairwise((0.0, *shares, 1.0))]
     mean_cost = sum(part * cost for part, cost in zip(parts, costs, strict=True))

@@ -66,7 +66,7 @@ class LossCurve:
         if len(tokens) < FEWEST:
             raise ConfigError(
                 f"a curve of {len(tokens)} points is too short to fit: expected {FEWEST} at least, each for "
-                "a fifth more tokens than the one before, at the full learning rate; train longer"
+                "a tenth more tokens than the one before, at the full learning rate; train longer"
             )
         n, y, w = (np.asarray(each, dtype=np.float64) for each in (tokens, losses, counts))
         root, best = np.sqrt(w), None
@@ -104,7 +104,7 @@ class LossCurve:
 
 
 _EXPONENTS = tuple(np.linspace(0.05, 1.2, 47).tolist())
-_SPACING = 1.2
+_SPACING = 1.1
 """Tokens of a point of the curve, as a multiple of those of the one before."""
 _HIGHEST = 0.999
 """The rate counts as full from this share of the highest so far."""

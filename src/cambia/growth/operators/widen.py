@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -29,18 +29,13 @@ def lengthened(shape: Shape, dimension: str, sizes: Mapping[int, int], *, std: f
         sizes: layer index -> size afterwards.
         std: for new entries where the old ones are all zero.
     """
-    tensors = {}
-    for name, old in shape.shapes.items():
-        axes = shape.table.axes(name)
-        layer = shape.table.layer_of(name)
-        if layer is None or layer not in sizes or dimension not in axes.names:
-            tensors[name] = TensorMap(name)
-            continue
-        dim = axes.names.index(dimension)
-        is_random = axes.read is not None and axes.read != dim
+    tensors = {name: TensorMap(name) for name in shape.shapes}
+    for name, dim, after in _along(shape, dimension, sizes):
+        read = shape.table.axes(name).read
+        is_random = read is not None and read != dim
         tensors[name] = TensorMap(
             name,
-            {dim: AxisMap.lengthened(old[dim], sizes[layer])},
+            {dim: AxisMap.lengthened(shape.shapes[name][dim], after)},
             fill=Fill.normal(std) if is_random else Fill.zeros(),
         )
     return ParamMap(tensors)
@@ -60,21 +55,23 @@ def split(shape: Shape, dimension: str, sizes: Mapping[int, int]) -> ParamMap:
     Chen et al. 2016, arXiv:1511.05641; the uneven shares are ours). What a unit writes with sees the
     gradient that it saw before, and what it reads with sees its share of it.
     """
-    tensors = {}
-    for name, old in shape.shapes.items():
-        axes = shape.table.axes(name)
-        layer = shape.table.layer_of(name)
-        if layer is None or layer not in sizes or dimension not in axes.names:
-            tensors[name] = TensorMap(name)
-            continue
-        dim = axes.names.index(dimension)
-        index, shares = split_in_shares(old[dim], sizes[layer])
-        if axes.read == dim:
+    tensors = {name: TensorMap(name) for name in shape.shapes}
+    for name, dim, after in _along(shape, dimension, sizes):
+        index, shares = split_in_shares(shape.shapes[name][dim], after)
+        if shape.table.axes(name).read == dim:
             axis = AxisMap(index, scale=shares, gradient=torch.ones_like(shares))
         else:
             axis = AxisMap(index, gradient=shares)
         tensors[name] = TensorMap(name, {dim: axis})
     return ParamMap(tensors)
+
+
+def _along(shape: Shape, dimension: str, sizes: Mapping[int, int]) -> Iterator[tuple[str, int, int]]:
+    """Parameters of the layers that grow along which the dimension runs: name, axis, size afterwards."""
+    for name in shape.shapes:
+        names, layer = shape.table.axes(name).names, shape.table.layer_of(name)
+        if layer is not None and layer in sizes and dimension in names:
+            yield name, names.index(dimension), sizes[layer]
 
 
 def split_in_shares(size: int, after: int) -> tuple[Tensor, Tensor]:
@@ -130,7 +127,7 @@ class WidenFFN(Amount, Operator):
             raise ConfigError(f"multiple_of={self.multiple_of} must be at least 1")
         if self.count < 1:
             raise ConfigError(f"count={self.count} must be at least 1 layer")
-        if self.layers not in _CHOICES if isinstance(self.layers, str) else not isinstance(self.layers, list):
+        if not (isinstance(self.layers, list) or self.layers in _CHOICES):
             raise ConfigError(f"layers={self.layers!r}: expected places, or one of {', '.join(_CHOICES)}")
         if self.each is not None and self.to is not None:
             raise ConfigError("each= multiplies what is added, and to= says where to end: give one of them")

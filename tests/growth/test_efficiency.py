@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cambia.errors import ConfigError
-from cambia.growth import AnyOf, EfficiencyTrigger, LossCurve, ScheduleTrigger, Signals
+from cambia.growth import (
+    AddLayers,
+    AnyOf,
+    EfficiencyTrigger,
+    LossCurve,
+    ScheduleTrigger,
+    Signals,
+    plan_growth,
+)
 from cambia.growth.triggers import Planned
 
 PLANNED = Planned(100_000, 800_000, 1.0e6, 6.0e6)
@@ -154,3 +162,12 @@ def test_a_second_growth_is_decided_by_the_curve_of_the_first():
         n for n in range(step - 300, 20_000) if trigger.update(Signals(step=n, tokens=n * 2048, loss=3.0))
     )
     assert next(asked) == pytest.approx(step, rel=0.05)
+
+
+def test_embeddings_are_no_part_of_what_is_weighed(tiny):
+    """A larger vocabulary does not make growth in depth worth less or more."""
+    small, large = (plan_growth(tiny("llama", vocab_size=size), AddLayers(factor=2.0)) for size in (64, 640))
+    assert small.parameters_before < large.parameters_before
+    sizes = [(each.planned.parameters_before, each.planned.parameters_after) for each in (small, large)]
+    assert sizes[0] == sizes[1]
+    assert sizes[0][1] == 2 * sizes[0][0], "all layers are alike here"

@@ -6,6 +6,7 @@ resuming: legality, parameters, operations and memory are read off it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,8 @@ class GrowthPlan:
     config_changes: Mapping[str, tuple[Any, Any]]
     parameters_before: int
     parameters_after: int
+    layer_parameters: tuple[int, int]
+    """Before and afterwards, of the layers alone: without embeddings and head."""
     entries_held: int
     """Entries of old tensors that are held beside their successors while growing: the largest one, and all
     whose values could not be read back from those."""
@@ -61,12 +64,7 @@ class GrowthPlan:
     @property
     def planned(self) -> Planned:
         """What triggers weigh of it."""
-        return Planned(
-            self.parameters_before,
-            self.parameters_after,
-            self.flops_per_token_before,
-            self.flops_per_token_after,
-        )
+        return Planned(*self.layer_parameters, self.flops_per_token_before, self.flops_per_token_after)
 
     def event(
         self, reason: str, measured: Mapping[str, Any] | None = None, *, done: bool = True
@@ -125,6 +123,7 @@ def plan_growth(
     if any(operator.needs_gains for operator in operators) and model.device.type != "meta":
         gains = layer_gains(model, random_batch(model, seed) if check_batch is None else check_batch)
     shape = _shape_of(model, seed, gains)
+    in_layers = _in_layers(shape)
     steps: list[ParamMap] = []
     layers: list[int | None] = list(range(shape.num_layers))
     after, sizes = model, body.config
@@ -148,6 +147,7 @@ def plan_growth(
         config_changes=changed_fields(body.config, sizes),
         parameters_before=count_parameters(model),
         parameters_after=count_parameters(after),
+        layer_parameters=(in_layers, _in_layers(shape)),
         entries_held=_entries_held(model, ways),
         flops_per_token_before=flops_per_token(model, context),
         flops_per_token_after=flops_per_token(after, context),
@@ -166,6 +166,7 @@ def _plan_part(model: PreTrainedModel, operator: PartOperator, context: int) -> 
         config_changes={},
         parameters_before=before,
         parameters_after=before + added,
+        layer_parameters=(before, before + added),
         entries_held=0,
         flops_per_token_before=each,
         # One Part answers a token, and each of its parameters multiplies once, forward and back.
@@ -203,6 +204,13 @@ def _refuse_encoded(model: PreTrainedModel, ways: Mapping[str, Lineage]) -> None
                 "(dtype=torch.bfloat16), grow, and quantise or shard it again; LoRA adapters on it can grow "
                 "(WidenLoraRank)"
             )
+
+
+def _in_layers(shape: Shape) -> int:
+    """Parameters of the layers, or of all where the table of the model knows no layers."""
+    sizes = {name: math.prod(size) for name, size in shape.shapes.items()}
+    inside = sum(count for name, count in sizes.items() if shape.table.layer_of(name) is not None)
+    return inside or sum(sizes.values())
 
 
 def _entries_held(model: PreTrainedModel, ways: Mapping[str, Lineage]) -> int:

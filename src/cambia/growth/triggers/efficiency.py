@@ -1,12 +1,14 @@
 """When a larger model would learn more from the next operation than this one: the run's own curve says.
 
-The loss of a model of N parameters after n tokens at a constant rate is taken to be
+The loss of a model with N parameters in its layers after n tokens at a constant rate is taken to be
 
     L(N, n) = E + A N^-alpha + b n^-a
 
-(Hoffmann et al. 2022, arXiv:2203.15556, equation 2). The run's own losses give its last term, what can still
-be learned, and its exponent. Of the middle term only differences count. Where the sizes of models and texts
-are chosen best, at 20 tokens a parameter there, alpha times the middle term is a times the last, so that
+(Hoffmann et al. 2022, arXiv:2203.15556, equation 2). Embeddings do not count (Kaplan et al. 2020,
+arXiv:2001.08361): depth does not change them, and of a small model they are a large part. The run's own
+losses give the last term, what can still be learned, and its exponent. Of the middle term only differences
+count. Where the sizes of models and texts are chosen best, at 20 tokens a parameter there, alpha times the
+middle term is a times the last, so that
 
     d = (a / alpha) b (20 N)^-a (1 - (N / N')^alpha)
 

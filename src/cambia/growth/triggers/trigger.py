@@ -48,6 +48,7 @@ class Planned:
     """What a rule's growth would make of the model, for triggers that weigh it."""
 
     parameters_before: int
+    """Of the layers, without embeddings and head."""
     parameters_after: int
     flops_per_token_before: float
     flops_per_token_after: float

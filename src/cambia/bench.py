@@ -95,6 +95,12 @@ class Benchmark(ABC):
         path = self.result_file(preset)
         return read_json(path) if path.exists() else None
 
+    @property
+    def shown(self) -> dict[str, Any] | None:
+        """The result that README shows, None if nothing was measured."""
+        found = (self.result(preset) for preset in ("headline", "full", "long"))
+        return next((result for result in found if result), None)
+
     def _import(self, module: str) -> ModuleType:
         # Scripts import harness.py and each other by name, as they do when they are run.
         if str(self.path.parent) not in sys.path:
@@ -326,7 +332,7 @@ def _measured(found: Iterable[Benchmark]) -> str:
     rows, machines, on_gpu = [], set(), False
     for benchmark in found:
         on_gpu |= benchmark.result_file("gpu").exists()
-        result = benchmark.result("headline") or benchmark.result("full")
+        result = benchmark.shown
         headlines = benchmark.headlines(result) if result else {}
         if not result or not headlines:
             continue

@@ -98,7 +98,7 @@ def _measured() -> str:
         benchmark = bench.find("compute_to_loss")
     except ConfigError:  # an installed package has no benchmarks beside it
         return "What was measured stands in docs/results.md of the repository."
-    result = benchmark.result("headline")
+    result = benchmark.shown
     if result is None:
         return "Our own measurement of that is not there yet (cambia bench compute_to_loss)."
     told = "; ".join(f"{what}: {value}" for what, value in benchmark.headlines(result).items())

@@ -27,7 +27,7 @@ from cambia.errors import ConfigError, GrowthError
 from cambia.experiment.build import open_stream, stage_steps
 from cambia.experiment.starts import NativeModel, PretrainedModel
 from cambia.experiment.tree import Experiment, experiment_from, plain_tree
-from cambia.growth import AddLayers, EfficiencyTrigger, LossCurve, Signals, plan_growth
+from cambia.growth import AddLayers, EfficiencyTrigger, GrowthPlan, LossCurve, Signals, plan_growth
 from cambia.growth.triggers import Planned
 from cambia.models.bodies import on_meta
 from cambia.rundir import RunReader
@@ -165,7 +165,7 @@ def plan_run(
     sizes = [growths[0].parameters_before, *(each.parameters_after for each in growths)]
     begins = [0, *(math.ceil(share * steps) for share in shares)]
     stages = tuple(Stage(*each) for each in zip(begins, depths, sizes, costs, strict=True))
-    return RunPlan(plain_tree(planned), stages, growths[0], steps, step_tokens)
+    return RunPlan(plain_tree(planned), stages, growths[0].planned, steps, step_tokens)
 
 
 def _rule(share: float, depth: int) -> dict[str, Any]:
@@ -174,12 +174,11 @@ def _rule(share: float, depth: int) -> dict[str, Any]:
     return {"when": {"type": "schedule", "at_fractions": [share]}, "then": then}
 
 
-def _grown(model: PreTrainedModel, layers: int, context: int) -> Planned:
+def _grown(model: PreTrainedModel, layers: int, context: int) -> GrowthPlan:
     try:
-        plan = plan_growth(on_meta(type(model), model.config), AddLayers(to=layers), context=context)
+        return plan_growth(on_meta(type(model), model.config), AddLayers(to=layers), context=context)
     except GrowthError as error:
         raise ConfigError(str(error)) from None
-    return plan.planned
 
 
 def due_by_curve(run: RunReader, planned: RunPlan) -> tuple[LossCurve, float]:

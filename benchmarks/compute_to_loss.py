@@ -44,7 +44,7 @@ class Preset:
     sizes: Sizes
     arms: tuple[str, ...] = ("A", "B-depth", "C", "E")
     fixed: tuple[int, ...] = (3, 4, 6)
-    """Layers of D; the best of them with the first seed is run with all."""
+    """Layers of D; the best of them over the few seeds is run with all."""
     seeds: int = 5
     few: int = 3
     """Seeds of all arms but A, B-depth and the best D."""
@@ -149,7 +149,7 @@ def rate_of(arm: str, rates: Mapping[str, float]) -> float:
 
 
 def trained(name: str, preset: Preset, data: Path, rates: Mapping[str, float]) -> dict[str, list[Ran]]:
-    """Every arm's runs: all with the first seed, and then those that count with all seeds."""
+    """Every arm's runs: all with a few seeds, and then those that count with all."""
     every = arms(preset.sizes, preset.fixed)
     fixed = [f"D-{layers}" for layers in preset.fixed]
     groups = {
@@ -164,14 +164,21 @@ def trained(name: str, preset: Preset, data: Path, rates: Mapping[str, float]) -
             found.setdefault(choice["arm"], []).append(one)
         return {arm: sorted(found[arm], key=lambda one: one.seed) for arm in groups}
 
-    first = runs(seeds=[0])
-    best = min(fixed, key=lambda arm: first[arm][0].ends[-2].valid)
-    rest = [arm for arm in groups if arm not in ("A", "B-depth", best)]
+    best = best_fixed(runs(seeds=preset.few))
     late = list(range(preset.few, preset.seeds))
-    others = [arm for arm in fixed if arm != best]
-    exclude = [{"arm": others, "seed": list(range(1, preset.seeds))}]
-    exclude += [{"arm": rest, "seed": late}] if late and rest else []
-    return runs(seeds=preset.seeds, exclude=exclude)
+    rest = [arm for arm in groups if arm not in ("A", "B-depth", best)]
+    return runs(seeds=preset.seeds, exclude=[{"arm": rest, "seed": late}] if late and rest else [])
+
+
+def best_fixed(found: Mapping[str, Sequence[Ran]]) -> str:
+    """The fixed size of the lowest mean validation where it has spent what B-depth spends."""
+    fixed = {arm: runs for arm, runs in found.items() if arm.startswith("D-")}
+    shared = set.intersection(*({one.seed for one in runs} for runs in fixed.values()))
+
+    def mean(arm: str) -> float:
+        return statistics.fmean(one.ends[-2].valid for one in fixed[arm] if one.seed in shared)
+
+    return min(fixed, key=mean)
 
 
 # ---- what came out -------------------------------------------------------------------------------
@@ -215,11 +222,6 @@ def saved_time(runs: Sequence[Ran], curves: Sequence[Ran]) -> Saved:
 
 def read(result: Mapping[str, Any]) -> dict[str, list[Ran]]:
     return {arm: [Ran.from_dict(one) for one in runs] for arm, runs in result["arms"].items()}
-
-
-def best_fixed(found: Mapping[str, Sequence[Ran]]) -> str:
-    """The fixed size that was run with most seeds."""
-    return max((arm for arm in found if arm.startswith("D-")), key=lambda arm: len(found[arm]))
 
 
 def markdown(result: Mapping[str, Any]) -> str:

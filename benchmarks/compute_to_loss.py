@@ -268,12 +268,16 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def headlines(result: Mapping[str, Any]) -> dict[str, str]:
     found = read(result)
-    grown, against = found["B-depth"], {"the final size": "A", "the best fixed size": best_fixed(found)}
+    grown = {
+        "growth in depth by a schedule": "B-depth",
+        "growth in depth when the efficiency rule says": "G-efficiency",
+    }
+    fixed = best_fixed(found)
     return {
-        f"growth in depth: operations saved to equal decayed loss, against {name} from the start": saved(
-            grown, found[arm]
-        ).told
-        for name, arm in against.items()
+        f"{what}: operations saved to equal decayed loss, against the final size from the start, the best "
+        f"fixed size": f"{saved(found[arm], found['A']).told}, {saved(found[arm], found[fixed]).told}"
+        for what, arm in grown.items()
+        if arm in found
     }
 
 

@@ -30,7 +30,7 @@ def cambia(tmp_path, monkeypatch, command_line: Call) -> Call:
 def test_a_plan_is_what_its_run_does():
     deep = {**TREE, "model": {**TREE["model"], "num_hidden_layers": 7}}
     found = plan_run(experiment_from(deep, source="test", flags={}), tokens=128 * 50)
-    assert [(stage.step, stage.layers) for stage in found.stages] == [(0, 2), (5, 4), (35, 7)]
+    assert [(stage.step, stage.layers) for stage in found.stages] == [(0, 2), (18, 4), (35, 7)]
     expected = estimate(experiment_from(found.tree, source="the plan", flags={}))
     assert [phase.parameters for phase in expected.phases] == [stage.parameters for stage in found.stages]
     assert [phase.at_step for phase in expected.phases] == [stage.step for stage in found.stages]
@@ -38,6 +38,24 @@ def test_a_plan_is_what_its_run_does():
     assert found.bound == pytest.approx(1 - expected.flops / found.flops_large)
     again = plan_run(experiment_from(deep, source="test", flags={}), flops=found.flops)
     assert again.steps in (found.steps, found.steps - 1)
+
+
+@pytest.mark.parametrize("tokens", [128 * 50, 128 * 2000])
+def test_growth_is_due_after_so_many_tokens_a_parameter(tokens):
+    """And at the latest while enough of the run is left; whichever way the budget is told."""
+    experiment = experiment_from(
+        {**TREE, "model": {**TREE["model"], "num_hidden_layers": 8}}, source="test", flags={}
+    )
+    found = plan_run(experiment, tokens=tokens)
+    in_layers = [stage.parameters for stage in found.stages]
+    layer = (in_layers[2] - in_layers[1]) / 4
+    due = [13 * layer * layers / 128 for layers in (2, 4)]
+    expected = due if tokens > 1e5 else [0.35 * found.steps, 0.7 * found.steps]
+    assert [stage.step for stage in found.stages[1:]] == pytest.approx(expected, abs=1)
+    again = plan_run(experiment, flops=found.flops)
+    assert again.steps == pytest.approx(found.steps, abs=1)
+    late = plan_run(experiment, tokens=tokens, grow_at=0.6)
+    assert late.stages[-1].step == pytest.approx(0.6 * late.steps, abs=1)
 
 
 def test_the_command_writes_a_run_that_works_and_reads_its_curve(cambia: Call, tmp_path):

@@ -2,20 +2,21 @@
 
     >>> found = plan_run(read_experiment("fixed_size"), layers=8, tokens=8_000_000)
     >>> [(stage.step, stage.layers) for stage in found.stages]
-    [(0, 2), (684, 4), (4786, 8)]
+    [(0, 2), (2393, 4), (4786, 8)]
 
-The model begins with a quarter of its layers and doubles them twice, soon and then late in the part of the
-run where the learning rate is high (Bu 2025, arXiv:2511.04981, grows once, late there), each time by copies
-of all layers on top of them that fade in. What that can save at most is the sum over its growths of t (1 -
-x), with t the share of the run by which a growth is later than the one before, and x the cost of a step
-until then as a share of a step of the target. It saves that where the grown model ends as good as one that
-was large from the start.
+The model begins with a quarter of its layers and doubles them twice, each time by copies of all layers on
+top of them that fade in. It grows when it has seen so many tokens for each parameter of its layers, about
+when the efficiency rule would have it grow, and at the latest late in the part of the run where the learning
+rate is high (where Bu 2025, arXiv:2511.04981, grows). What that can save at most is the sum over its growths
+of t (1 - x), with t the share of the run by which a growth is later than the one before, and x the cost of a
+step until then as a share of a step of the target. It saves that where the grown model ends as good as one
+that was large from the start.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -32,10 +33,10 @@ from cambia.growth.triggers import Planned
 from cambia.models.bodies import on_meta
 from cambia.rundir import RunReader
 
-GROW_AT = 0.875
-"""Share of what comes before the rate falls, after which it has its final size."""
-EARLIER = 7.0
-"""By how much a growth is earlier in the run than the next."""
+PER_PARAMETER = 13.0
+"""Tokens that a model sees for each parameter of its layers before it grows (docs/log.md, 2026-11-23)."""
+LATEST = 0.875
+"""Share of what comes before the rate falls, after which it has its final size in any run."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def plan_run(
         layers: of the target; those of a model from scratch by default.
         start_layers: that a model from scratch begins with; by default a quarter of the target's.
         tokens, flops: the budget, one of them.
-        grow_at: the share of the run after which it has the target's size; a growth before that comes seven
-            times as early as the next.
+        grow_at: the share of the run after which it has the target's size. Growths before that are as much
+            earlier as the model is smaller.
 
     Raises:
         ConfigError: the target is not larger than the start, the budget is below a step, or the growth lies
@@ -134,20 +135,19 @@ def plan_run(
     start = small.model.build(tokenizer, sequence_length=context)
     growths = [_grown(start, depth, context) for depth in depths[1:]]
     decay = getattr(experiment.training.schedule, "decay_fraction", 0.0)
-    grow_at = GROW_AT * (1 - decay) if grow_at is None else grow_at
-    if not 0 < grow_at < 1 - decay:
+    if grow_at is not None and not 0 < grow_at < 1 - decay:
         raise ConfigError(
             f"--grow-at {grow_at:g}: expected a share of the run before its rate falls, which it does from "
             f"{1 - decay:g} on"
         )
-    shares = [round(grow_at / EARLIER**i, 4) for i in reversed(range(len(growths)))]
-    costs = [growths[0].flops_per_token_before, *(each.flops_per_token_after for each in growths)]
-    parts = [end - begun for begun, end in pairwise((0.0, *shares, 1.0))]
-    mean_cost = sum(part * cost for part, cost in zip(parts, costs, strict=True))
+    sizes = _Sizes.of(growths)
+    latest = LATEST * (1 - decay)
     step_tokens = experiment.training.batch_size * context
-    steps = int((tokens or (flops or 0.0) / mean_cost) / step_tokens)
+    wanted = tokens or sizes.tokens(flops or 0.0, grow_at, latest)
+    shares = sizes.shares(grow_at or sizes.last(wanted, latest))
+    steps = int(wanted / step_tokens)
     if steps < 1:
-        least = f"{step_tokens:,} tokens" if tokens else f"{step_tokens * mean_cost:.3g} FLOPs"
+        least = f"{step_tokens:,} tokens" if tokens else f"{step_tokens * sizes.mean_cost(shares):.3g} FLOPs"
         raise ConfigError(
             f"the budget is below one step, which takes {least} (--training.batch_size times "
             "--training.sequence_length)"
@@ -162,10 +162,50 @@ def plan_run(
     }
     planned = experiment_from(tree, source="the plan", flags=flags)
     steps = sum(stage_steps(planned, stream))
-    sizes = [growths[0].parameters_before, *(each.parameters_after for each in growths)]
+    counts = [growths[0].parameters_before, *(each.parameters_after for each in growths)]
     begins = [0, *(math.ceil(share * steps) for share in shares)]
-    stages = tuple(Stage(*each) for each in zip(begins, depths, sizes, costs, strict=True))
+    stages = tuple(Stage(*each) for each in zip(begins, depths, counts, sizes.costs, strict=True))
     return RunPlan(plain_tree(planned), stages, growths[0].planned, steps, step_tokens)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The sizes that a run goes through."""
+
+    in_layers: tuple[int, ...]
+    """Parameters of the layers of each that grows."""
+    costs: tuple[float, ...]
+    """Operations of a training step per token, of the last as well."""
+
+    @classmethod
+    def of(cls, growths: Sequence[GrowthPlan]) -> _Sizes:
+        """Of growths of one model to one depth after the other."""
+        first, *_ = planned = [each.planned for each in growths]
+        return cls(
+            (first.parameters_before, *(each.parameters_after for each in planned[:-1])),
+            (first.flops_per_token_before, *(each.flops_per_token_after for each in planned)),
+        )
+
+    def shares(self, last: float) -> list[float]:
+        """Shares of the run after which each grows, from that of the last growth."""
+        return [round(last * size / self.in_layers[-1], 4) for size in self.in_layers]
+
+    def last(self, tokens: float, latest: float) -> float:
+        """Share of a run of so many tokens after which it has its final size."""
+        return min(latest, PER_PARAMETER * self.in_layers[-1] / tokens)
+
+    def mean_cost(self, shares: Sequence[float]) -> float:
+        """Operations per token, over a run that grows after these shares."""
+        parts = [end - begun for begun, end in pairwise((0.0, *shares, 1.0))]
+        return sum(part * cost for part, cost in zip(parts, self.costs, strict=True))
+
+    def tokens(self, flops: float, grow_at: float | None, latest: float) -> float:
+        """Of a run that takes so many operations."""
+        short = flops / self.mean_cost(self.shares(grow_at or latest))
+        small = PER_PARAMETER * self.in_layers[-1]
+        if grow_at is not None or small >= latest * short:
+            return short
+        return small + (flops - small * self.mean_cost(self.shares(1.0))) / self.costs[-1]
 
 
 def _rule(share: float, depth: int) -> dict[str, Any]:

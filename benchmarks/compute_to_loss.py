@@ -59,7 +59,7 @@ QUICK = Sizes(hidden=56, ffn=144, layers=8, heads=4, kv_heads=2, tokens=2_000_00
 HEADLINE = Sizes(hidden=96, ffn=256, layers=8, heads=6, kv_heads=2, tokens=8_000_000, rows=4)
 CHOICES = (
     "B-once", "B-width", "B-both", "F-jump", "F-silent", "F-interpose", "F-random", "G-0.1-0.4",
-    "G-0.1-0.55", "G-0.2-0.6", "G-0.35-0.7", "G-0.2-0.8", "G-plateau", "G-efficiency", "H-zero", "H-reset",
+    "G-0.1-0.7", "G-0.2-0.6", "G-0.2-0.8", "G-plateau", "G-efficiency", "H-zero", "H-reset",
 )  # fmt: skip
 EVERY = ("A", "B-depth", *CHOICES, "C", "E")
 PRESETS = {
@@ -68,8 +68,8 @@ PRESETS = {
     ),
     # 20 tokens a parameter: as long as the final size is worth having.
     "long": Preset(
-        replace(QUICK, tokens=6_000_000), arms=("A", "B-depth", "G-efficiency"), fixed=(4, 6), seeds=3,
-        rates=(0.004, 0.008),
+        replace(QUICK, tokens=6_000_000), arms=("A", "B-depth", "G-0.1-0.4", "G-efficiency"),
+        fixed=(4, 6), seeds=3, rates=(0.004, 0.008),
     ),
     "choices": Preset(QUICK, arms=EVERY, fixed=(3, 4), seeds=3, rates=(0.004, 0.008)),
     "headline": Preset(HEADLINE, tuning_share=0.25),

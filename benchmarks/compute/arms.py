@@ -1,7 +1,7 @@
 """The arms of `compute_to_loss`: what each changes of one experiment.
 
 A        the final size from the start, also scored as if it had ended earlier
-B-depth  a quarter of the layers, doubled twice after shares of the run that are fixed beforehand
+B-depth  a quarter of the layers, doubled twice after the shares of the run that `cambia plan` chooses
 B-once   half of the layers, doubled once where B-depth grows for the last time
 B-width  half of every width, and all of it from there on; B-both B-width of half of the layers
 C        A, where the layers that B-once would add forget their moments and warm up again when B grows
@@ -19,14 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 
+from cambia.experiment.planning import LATEST, GrowingSizes
 from cambia.experiment.starts import NativeModel
 from cambia.growth.operators import Contract, Operator, Shape, Step
-from cambia.models.bodies import flops_per_token, on_meta
+from cambia.models.bodies import count_parameters, flops_per_token, on_meta
 from cambia.models.causal_lm import CambiaForCausalLM
 from cambia.nn.param_map import MEAN, AxisMap, ParamMap, TensorMap
 
@@ -47,8 +47,6 @@ class Sizes:
     rows: int = 8
     length: int = 256
     """T."""
-    doublings: tuple[float, ...] = (0.1, 0.7)
-    """Shares of the run after which B-depth doubles its layers."""
     decay: float = 0.2
     """Share of the run in which the rate falls."""
     ends: tuple[float, ...] = (0.625, 0.75, 0.875)
@@ -69,22 +67,34 @@ class Sizes:
 
     def cost(self, layers: int | None = None) -> float:
         """Operations of a training step per token, with so many layers."""
-        model = NativeModel(num_hidden_layers=layers or self.layers, **self.widths())
+        return flops_per_token(self._on_meta(layers or self.layers), self.length)
+
+    def _on_meta(self, layers: int) -> CambiaForCausalLM:
+        model = NativeModel(num_hidden_layers=layers, **self.widths())
         config = model.config(vocab_size=BYTES, eos_token_id=0, sequence_length=self.length)
-        return flops_per_token(on_meta(CambiaForCausalLM, config), self.length)
+        return on_meta(CambiaForCausalLM, config)
 
     @property
     def start_layers(self) -> int:
         """Of B-depth."""
-        return self.layers // 2 ** len(self.doublings)
+        return self.layers // 4
+
+    @property
+    def doublings(self) -> list[float]:
+        """Shares of the run after which B-depth doubles its layers."""
+        growing = self._growing()
+        return growing.shares(growing.last(self.tokens, LATEST * (1 - self.decay)))
 
     @property
     def grown_share(self) -> float:
         """What B-depth costs, as a share of what A does."""
-        begins = (0.0, *self.doublings)
-        parts = [end - begin for begin, end in pairwise((*begins, 1.0))]
-        costs = [self.cost(self.start_layers * 2**i) / self.cost() for i in range(len(begins))]
-        return sum(part * cost for part, cost in zip(parts, costs, strict=True))
+        return self._growing().mean_cost(self.doublings) / self.cost()
+
+    def _growing(self) -> GrowingSizes:
+        depths = [self.start_layers, 2 * self.start_layers, self.layers]
+        layer = self._on_meta(1).get_submodule("model.layers")
+        in_layers = [count_parameters(layer) * depth for depth in depths[:-1]]
+        return GrowingSizes(tuple(in_layers), tuple(map(self.cost, depths)))
 
     def model(self) -> dict[str, Any]:
         """The native model at its final size."""
@@ -177,7 +187,7 @@ def arms(sizes: Sizes, fixed: Sequence[int], *, longer: float = 1.25) -> dict[st
         "F-random": doubles(fade_in=0.0, initial="random"),
         **{
             f"G-{first:g}-{second:g}": doubles(at(first, second))
-            for first, second in ((0.1, 0.4), (0.1, 0.55), (0.2, 0.6), (0.35, 0.7), (0.2, 0.8))
+            for first, second in ((0.1, 0.4), (0.1, 0.7), (0.2, 0.6), (0.2, 0.8))
         },
         "G-plateau": doubles(flat),
         "G-efficiency": doubles({"type": "efficiency"}),

@@ -140,7 +140,7 @@ def plan_run(
             f"--grow-at {grow_at:g}: expected a share of the run before its rate falls, which it does from "
             f"{1 - decay:g} on"
         )
-    sizes = _Sizes.of(growths)
+    sizes = GrowingSizes.of(growths)
     latest = LATEST * (1 - decay)
     step_tokens = experiment.training.batch_size * context
     wanted = tokens or sizes.tokens(flops or 0.0, grow_at, latest)
@@ -169,8 +169,8 @@ def plan_run(
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """The sizes that a run goes through."""
+class GrowingSizes:
+    """The sizes that a run goes through, and when it grows."""
 
     in_layers: tuple[int, ...]
     """Parameters of the layers of each that grows."""
@@ -178,7 +178,7 @@ class _Sizes:
     """Operations of a training step per token, of the last as well."""
 
     @classmethod
-    def of(cls, growths: Sequence[GrowthPlan]) -> _Sizes:
+    def of(cls, growths: Sequence[GrowthPlan]) -> GrowingSizes:
         """Of growths of one model to one depth after the other."""
         first, *_ = planned = [each.planned for each in growths]
         return cls(

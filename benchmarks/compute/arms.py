@@ -19,14 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from cambia.experiment.planning import LATEST, GrowingSizes
+from cambia.experiment.planning import GrowingSizes
 from cambia.experiment.starts import NativeModel
+from cambia.growth import AddLayers, plan_growth
 from cambia.growth.operators import Contract, Operator, Shape, Step
-from cambia.models.bodies import count_parameters, flops_per_token, on_meta
+from cambia.models.bodies import flops_per_token, on_meta
 from cambia.models.causal_lm import CambiaForCausalLM
 from cambia.nn.param_map import MEAN, AxisMap, ParamMap, TensorMap
 
@@ -82,19 +84,18 @@ class Sizes:
     @property
     def doublings(self) -> list[float]:
         """Shares of the run after which B-depth doubles its layers."""
-        growing = self._growing()
-        return growing.shares(growing.last(self.tokens, LATEST * (1 - self.decay)))
+        return self._growing.shares(self._growing.last(self.tokens, self.decay))
 
     @property
     def grown_share(self) -> float:
         """What B-depth costs, as a share of what A does."""
-        return self._growing().mean_cost(self.doublings) / self.cost()
+        return self._growing.mean_cost(self.doublings) / self.cost()
 
+    @cached_property
     def _growing(self) -> GrowingSizes:
-        depths = [self.start_layers, 2 * self.start_layers, self.layers]
-        layer = self._on_meta(1).get_submodule("model.layers")
-        in_layers = [count_parameters(layer) * depth for depth in depths[:-1]]
-        return GrowingSizes(tuple(in_layers), tuple(map(self.cost, depths)))
+        start, depths = self._on_meta(self.start_layers), (2 * self.start_layers, self.layers)
+        growths = [plan_growth(start, AddLayers(to=depth), context=self.length) for depth in depths]
+        return GrowingSizes.of(growths)
 
     def model(self) -> dict[str, Any]:
         """The native model at its final size."""

@@ -141,10 +141,9 @@ def plan_run(
             f"{1 - decay:g} on"
         )
     sizes = GrowingSizes.of(growths)
-    latest = LATEST * (1 - decay)
     step_tokens = experiment.training.batch_size * context
-    wanted = tokens or sizes.tokens(flops or 0.0, grow_at, latest)
-    shares = sizes.shares(grow_at or sizes.last(wanted, latest))
+    wanted = tokens or sizes.tokens(flops or 0.0, grow_at, decay)
+    shares = sizes.shares(grow_at or sizes.last(wanted, decay))
     steps = int(wanted / step_tokens)
     if steps < 1:
         least = f"{step_tokens:,} tokens" if tokens else f"{step_tokens * sizes.mean_cost(shares):.3g} FLOPs"
@@ -190,22 +189,31 @@ class GrowingSizes:
         """Shares of the run after which each grows, from that of the last growth."""
         return [round(last * size / self.in_layers[-1], 4) for size in self.in_layers]
 
-    def last(self, tokens: float, latest: float) -> float:
-        """Share of a run of so many tokens after which it has its final size."""
-        return min(latest, PER_PARAMETER * self.in_layers[-1] / tokens)
+    @property
+    def due(self) -> float:
+        """Tokens after which a run has its final size, where it is long enough."""
+        return PER_PARAMETER * self.in_layers[-1]
+
+    def last(self, tokens: float, decay: float) -> float:
+        """Share of a run of so many tokens after which it has its final size.
+
+        Args:
+            decay: share of the run in which the rate falls.
+        """
+        return min(LATEST * (1 - decay), self.due / tokens)
 
     def mean_cost(self, shares: Sequence[float]) -> float:
         """Operations per token, over a run that grows after these shares."""
         parts = [end - begun for begun, end in pairwise((0.0, *shares, 1.0))]
         return sum(part * cost for part, cost in zip(parts, self.costs, strict=True))
 
-    def tokens(self, flops: float, grow_at: float | None, latest: float) -> float:
+    def tokens(self, flops: float, grow_at: float | None, decay: float) -> float:
         """Of a run that takes so many operations."""
-        short = flops / self.mean_cost(self.shares(grow_at or latest))
-        small = PER_PARAMETER * self.in_layers[-1]
-        if grow_at is not None or small >= latest * short:
-            return short
-        return small + (flops - small * self.mean_cost(self.shares(1.0))) / self.costs[-1]
+        last = grow_at or LATEST * (1 - decay)
+        tokens = flops / self.mean_cost(self.shares(last))
+        if grow_at is not None or self.due >= last * tokens:
+            return tokens
+        return self.due + (flops - self.due * self.mean_cost(self.shares(1.0))) / self.costs[-1]
 
 
 def _rule(share: float, depth: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -287,14 +286,11 @@ def test_a_full_disk_keeps_what_was_written(cambia, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_signals_finish_the_step_and_save(tmp_path, cache, which):
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    environment = {**os.environ, "CAMBIA_RUNS": str(tmp_path / "runs"), "CAMBIA_CACHE": str(cache)}
+def test_signals_finish_the_step_and_save(tmp_path, cache, which, cambia):
     command = [sys.executable, "-m", "cambia", "run", "tiny.yaml"]
     process = subprocess.Popen(
         [*command, "--training.steps", "100000", "--threads", "1"],
         cwd=tmp_path,
-        env=environment,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -304,14 +300,8 @@ def test_signals_finish_the_step_and_save(tmp_path, cache, which):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     if which == signal.SIGINT:  # while it is going, nobody else may write to it
-        other = subprocess.run(
-            [*command[:3], "run", "--resume", "tiny"],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert other.returncode == 2 and "still going" in other.stderr
+        code, _, err = cambia("run", "--resume", "tiny")
+        assert code == 2 and "still going" in err
     process.send_signal(which)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130

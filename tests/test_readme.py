@@ -96,33 +96,34 @@ def test_commands_run(here: Path) -> None:
 
 def _shorter(command: str) -> list[str]:
     """Flags that make a training run take a second; it still does everything once."""
+    words = command.split()[1:]
+    if words[0] == "learn":
+        return ["--steps", "4", "--evaluation.max_bytes", "1000", "--methods.0.background_rows", "8"]
+    if words[0] not in ("run", "plan") or {"--resume", "--dry-run"} & set(words):
+        return []
+    if words[0] == "plan":
+        return _generated(words[1:])
+    lengths = {"epochs": "null", "steps": 2, "batch_size": 4, "sequence_length": 32}
+    shorter = [word for name, value in lengths.items() for word in (f"--training.{name}", str(value))]
+    shorter += ["--evaluation.max_bytes", "1000", "--checkpoint.keep_tasks", "false"]
+    return shorter + _generated(words[1:])
+
+
+def _generated(words: list[str]) -> list[str]:
+    """Flags that put generated text in the place of embedded domains, which take long to read."""
     from cambia.config import parse_flags
     from cambia.data import EmbeddedSource
     from cambia.experiment import read_experiment
 
-    words = command.split()[1:]
-    if words[0] == "learn":
-        return ["--steps", "4", "--evaluation.max_bytes", "1000", "--methods.0.background_rows", "8"]
-    if words[0] != "run" or {"--resume", "--dry-run"} & set(words):
-        return []
-    words = words[1:]
     recipe = words.pop(0) if words and not words[0].startswith("-") else "first_growth"
-    flags = {name: value for name, value in parse_flags(words).items() if name != "name"}
-    lengths = {"epochs": "null", "steps": 2, "batch_size": 4, "sequence_length": 32}
-    shorter = [word for name, value in lengths.items() for word in (f"--training.{name}", str(value))]
-    shorter += ["--evaluation.max_bytes", "1000", "--checkpoint.keep_tasks", "false"]
+    of_the_command = ("name", "layers", "tokens", "flops", "out")
+    flags = {name: value for name, value in parse_flags(words).items() if name not in of_the_command}
+    found = []
     for i, task in enumerate(read_experiment(recipe, flags).data.tasks):
         if isinstance(task.source, EmbeddedSource):
-            source = f"--data.tasks.{i}.source"
-            shorter += [
-                f"{source}.type",
-                "generated",
-                f"{source}.seed",
-                str(i),
-                f"{source}.size_bytes",
-                "30000",
-            ]
-    return shorter
+            for name, value in {"type": "generated", "seed": i, "size_bytes": 30_000}.items():
+                found += [f"--data.tasks.{i}.source.{name}", str(value)]
+    return found
 
 
 # ---- set-up --------------------------------------------------------------------------------------

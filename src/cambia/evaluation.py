@@ -24,11 +24,13 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from cambia.probes import Likelihood as Likelihood
-from cambia.probes import bits_per_byte as bits_per_byte
 from cambia.records import GrowthEvent
+
+if TYPE_CHECKING:
+    from cambia.probes import Likelihood as Likelihood
+    from cambia.probes import bits_per_byte as bits_per_byte
 
 Unit = Literal["bits", "nats", "accuracy"]
 """Of a task matrix: bits or nats per byte, where lower is better, or accuracies, where higher is."""
@@ -380,3 +382,12 @@ def _loss_before(losses: Sequence[tuple[int, float]], step: int, window: int) ->
     """Mean loss of the `window` steps up to a step."""
     near = [loss for at, loss in losses if step - window < at <= step and math.isfinite(loss)]
     return sum(near) / len(near) if near else None
+
+
+def __getattr__(name: str) -> Any:
+    # Reading what a run wrote does not wait for PyTorch.
+    if name in ("Likelihood", "bits_per_byte"):
+        from cambia import probes
+
+        return getattr(probes, name)
+    raise AttributeError(f"module 'cambia.evaluation' has no attribute {name!r}")

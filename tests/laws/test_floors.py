@@ -89,8 +89,9 @@ def test_imports_only_go_down(path: Path) -> None:
     assert not wrong
 
 
-def test_the_ground_floor_needs_no_torch() -> None:
-    names = ", ".join(f"cambia.{name}" for name in sorted(FLOORS[0]))
+def test_the_ground_floor_and_what_reads_results_need_no_torch() -> None:
+    parts = [*sorted(FLOORS[0]), "evaluation", "reporting", "sweeps", "bench"]
+    names = ", ".join(f"cambia.{name}" for name in parts)
     code = f"import sys, cambia, {names}; print('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
     done = subprocess.run(

@@ -10,6 +10,8 @@ as if it had ended earlier, with its rate decayed, so that it is a curve of deca
     saving           1 - F_B / F_A(loss of B), F_A read off that curve, seed by seed; the interval is a
                      bootstrap over seeds
     over fixed size  the same against D, the fixed size that is best at what B spends
+    seconds          the same of seconds: a run's steps at each size times what such a step takes in short
+                     runs of all arms, in turns, and its growths (benchmarks/compute/clock.py)
 
 `cambia bench` begun again goes on where it was stopped. The arms: benchmarks/compute/arms.py.
 """
@@ -25,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from compute.arms import Sizes, arms
-from compute.curves import Ran, ran, saving
+from compute.clock import Pace, paces
+from compute.curves import Ran, is_beyond, ran, saving
 from compute.figures import curves_figure
 from forgetting.runs import source
 from harness import arguments, keep, over_seeds, table
@@ -71,7 +74,11 @@ PRESETS = {
         replace(QUICK, tokens=6_000_000), arms=("A", "B-depth", "G-0.1-0.4", "G-efficiency"),
         fixed=(4, 6), seeds=3, rates=(0.004, 0.008),
     ),
-    "choices": Preset(QUICK, arms=EVERY, fixed=(3, 4), seeds=3, rates=(0.004, 0.008)),
+    # 7 tokens a parameter; other dimensions than depth, and controls.
+    "choices": Preset(
+        QUICK, arms=("A", "B-depth", "B-width", "B-both", "B-once", "C", "E"), fixed=(4,), seeds=3,
+        rates=(0.004, 0.008),
+    ),
     "headline": Preset(HEADLINE, tuning_share=0.25),
     "full": Preset(replace(HEADLINE, tokens=18_000_000), arms=EVERY),
     "gpu": Preset(
@@ -189,13 +196,15 @@ class Saved:
     """What an arm saves against the curve of another, seed by seed."""
 
     values: tuple[float, ...]
+    beyond: int = 0
+    """Seeds whose loss lies beyond the curve, of which the nearest piece was continued."""
 
     @property
     def told(self) -> str:
-        """In percent, with the interval."""
+        """In percent, with the interval; a star for each seed beyond the curve."""
         if not self.values:
             return ""
-        mean = f"{100 * statistics.fmean(self.values):.1f} %"
+        mean = f"{100 * statistics.fmean(self.values):.1f} %{self.beyond * '*'}"
         if len(self.values) < 2:
             return mean
         interval = bootstrap_interval(self.values)
@@ -206,18 +215,23 @@ def saved(runs: Sequence[Ran], curves: Sequence[Ran]) -> Saved:
     """Operations that each run saved to its own loss, against the curve of the same seed."""
     by_seed = {one.seed: one.ends for one in curves}
     mine = [one for one in runs if one.seed in by_seed]
-    return Saved(tuple(saving(by_seed[one.seed], one.last.flops, one.last.test) for one in mine))
+    savings = [saving(by_seed[one.seed], one.last.flops, one.last.test) for one in mine]
+    return Saved(tuple(savings), sum(is_beyond(by_seed[one.seed], one.last.test) for one in mine))
 
 
-def saved_time(runs: Sequence[Ran], curves: Sequence[Ran]) -> Saved:
-    """The same of seconds, where a curve takes time as it takes operations."""
-    by_seed = {one.seed: one for one in curves}
-    found = []
-    for one in runs:
+def saved_time(result: Mapping[str, Any], arm: str) -> Saved:
+    """The same of an arm's seconds against A's, where a curve takes time as it takes operations."""
+    found, sizes = read(result), result["preset"]["sizes"]
+    pace = {arm: Pace.from_dict(each) for arm, each in result["pace"].items()}
+    step_tokens = sizes["rows"] * sizes["length"]
+    by_seed = {one.seed: one for one in found["A"]}
+    savings = []
+    for one in found[arm]:
         if (other := by_seed.get(one.seed)) is not None:
-            a_second = other.last.flops / other.seconds
-            found.append(saving(other.ends, one.seconds * a_second, one.last.test))
-    return Saved(tuple(found))
+            a_second = other.last.flops / pace["A"].seconds(other, step_tokens)
+            spent = pace[arm].seconds(one, step_tokens) * a_second
+            savings.append(saving(other.ends, spent, one.last.test))
+    return Saved(tuple(savings))
 
 
 def read(result: Mapping[str, Any]) -> dict[str, list[Ran]]:
@@ -242,7 +256,7 @@ def markdown(result: Mapping[str, Any]) -> str:
                 over_seeds([end.test for end in ends], 4),
                 "" if is_curve else saved(runs, found["A"]).told,
                 "" if is_curve else saved(runs, found[fixed]).told,
-                "" if is_curve else saved_time(runs, found["A"]).told,
+                "" if is_curve else saved_time(result, arm).told,
                 ", ".join(f"{share:.2f}" for share in dict.fromkeys(runs[0].grown_at)),
             ]
         )
@@ -255,10 +269,13 @@ def markdown(result: Mapping[str, Any]) -> str:
     ]
     tuning = sum(result["tuning"]["flops"].values()) / 1e12
     note = (
-        "Savings in percent of operations to equal decayed loss, mean and 95 % interval over seeds. Rates "
+        "Savings in percent of operations to equal decayed loss: mean over seeds and the 95 % interval of a "
+        "bootstrap, which with three seeds goes from the least to the most. A star for each seed whose loss "
+        "lies beyond the curve, so that its nearest piece was continued. Rates "
         f"were tuned with {len(result['preset']['rates'])} trials an arm, which took {tuning:.1f} TFLOP in "
         f"all and are not in the ledger. Goals: {GOALS['saving']:.0%} against A with an interval above "
-        f"{GOALS['low']:.0%}, and more than nothing against the best fixed size, which is {fixed}."
+        f"{GOALS['low']:.0%}, and more than nothing against the best fixed size, which is {fixed} of "
+        f"{', '.join(arm for arm in found if arm.startswith('D-'))} (by validation, at what B-depth spends)."
     )
     picture = f"![decayed loss over operations, by arm](pictures/compute_to_loss_{result['name']}.png)"
     return "\n\n".join(
@@ -268,17 +285,19 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def headlines(result: Mapping[str, Any]) -> dict[str, str]:
     found = read(result)
-    grown = {
-        "growth in depth by a schedule": "B-depth",
-        "growth in depth when the efficiency rule says": "G-efficiency",
-    }
-    fixed = best_fixed(found)
-    return {
-        f"{what}: operations saved to equal decayed loss, against the final size from the start, the best "
-        f"fixed size": f"{saved(found[arm], found['A']).told}, {saved(found[arm], found[fixed]).told}"
-        for what, arm in grown.items()
-        if arm in found
-    }
+    grown = {"by the plan's schedule": "B-depth", "when the efficiency rule says": "G-efficiency"}
+    fixed, layers = best_fixed(found), result["preset"]["sizes"]["layers"]
+    told = {}
+    for what, arm in grown.items():
+        if arm not in found:
+            continue
+        measured = (
+            f"growth in depth {what}: operations saved to equal decayed loss, against {layers} layers from "
+            f"the start; against {fixed[2:]}, the best fixed size that was tried"
+        )
+        value = f"{saved(found[arm], found['A']).told}; {saved(found[arm], found[fixed]).told}"
+        told[measured] = value + " (*: a seed beyond the curve)" * ("*" in value)
+    return told
 
 
 def main() -> None:
@@ -292,10 +311,13 @@ def main() -> None:
     name = f"bench-compute_to_loss-{options.preset}"
     tuning = tuned(name, preset, data)
     runs = trained(name, preset, data, tuning["rates"])
+    every = arms(preset.sizes, preset.fixed)
+    pace = paces(base(preset, data), {arm: every[arm] for arm in preset.arms})
     result = {
         "name": options.preset,
         "preset": asdict(preset),
         "tuning": tuning,
+        "pace": {arm: each.as_dict() for arm, each in pace.items()},
         "arms": {arm: [one.as_dict() for one in ones] for arm, ones in runs.items()},
     }
     print(markdown(result))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -41,6 +41,33 @@ def test_operations_to_a_loss_are_read_off_a_power_law_exactly(scale, power, sha
     points = curve(*((f, bits(f)) for f in (5e12, 7e12, 1e13)))
     assert spent_to(points, bits(share * 1e13)) == pytest.approx(share * 1e13, rel=1e-9)
     assert saving(points, 0.5 * share * 1e13, bits(share * 1e13)) == pytest.approx(0.5)
+
+
+def test_a_run_takes_what_its_steps_at_each_size_and_its_growths_take():
+    from compute.clock import Pace
+    from compute.curves import Ran
+
+    pace = Pace(steps=(1.0, 2.0, 4.0), growths=(10.0, 20.0))
+    tokens = {"seed": 0, "ends": (), "tokens": 3200}
+    assert pace.seconds(Ran(**tokens, grown_at=()), 32) == 100
+    assert pace.seconds(Ran(**tokens, grown_at=(0.5,)), 32) == pytest.approx(50 + 100 + 10)
+    assert pace.seconds(Ran(**tokens, grown_at=(0.5, 0.5, 0.75)), 32) == pytest.approx(50 + 50 + 100 + 30)
+
+
+def test_a_short_run_grows_as_often_as_the_long_one():
+    from compute.arms import arms
+    from compute.clock import STEPS, short
+    from compute_to_loss import QUICK
+
+    every = {arm: short(tree) for arm, tree in arms(QUICK, (3,)).items()}
+    steps = {arm: tree["training.steps"] for arm, tree in every.items()}
+    assert (steps["A"], steps["B-both"], steps["B-depth"], steps["G-efficiency"]) == (
+        STEPS,
+        2 * STEPS,
+        3 * STEPS,
+        3 * STEPS,
+    )
+    assert {rule["when"]["at_fractions"][0] for rule in every["B-width"]["growth.rules"]} == {0.5}
 
 
 def test_a_run_that_is_worse_than_what_it_cost_has_saved_less_than_nothing():
@@ -112,11 +139,15 @@ def test_all_arms_run_and_are_told(tmp_path, monkeypatch):
     tuning = benchmark.tuned("smoke", preset, tmp_path)
     found = benchmark.trained("smoke", preset, tmp_path, tuning["rates"])
     assert {arm: len(runs) for arm, runs in found.items() if len(runs) > 1}.keys() >= {"A", "B-depth"}
+    every = benchmark.arms(sizes, preset.fixed)
+    pace = benchmark.paces(benchmark.base(preset, tmp_path), {arm: every[arm] for arm in benchmark.EVERY})
+    assert len(pace["B-depth"].steps) == 3 and len(pace["B-both"].growths) == 1 and not pace["A"].growths
     told = benchmark.markdown(
         {
             "name": "smoke",
-            "preset": {"rates": [0.008]},
+            "preset": {"rates": [0.008], "sizes": asdict(sizes)},
             "tuning": tuning,
+            "pace": {arm: each.as_dict() for arm, each in pace.items()},
             "arms": {arm: [one.as_dict() for one in runs] for arm, runs in found.items()},
         }
     )

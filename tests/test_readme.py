@@ -102,20 +102,20 @@ def _shorter(command: str) -> list[str]:
     if words[0] not in ("run", "plan") or {"--resume", "--dry-run"} & set(words):
         return []
     if words[0] == "plan":
-        return _generated(words[1:])
+        return _generated(words[1:], "fixed_size")
     lengths = {"epochs": "null", "steps": 2, "batch_size": 4, "sequence_length": 32}
     shorter = [word for name, value in lengths.items() for word in (f"--training.{name}", str(value))]
     shorter += ["--evaluation.max_bytes", "1000", "--checkpoint.keep_tasks", "false"]
-    return shorter + _generated(words[1:])
+    return shorter + _generated(words[1:], "first_growth")
 
 
-def _generated(words: list[str]) -> list[str]:
-    """Flags that put generated text in the place of embedded domains, which take long to read."""
+def _generated(words: list[str], default: str) -> list[str]:
+    """Flags that put generated text in the place of a recipe's embedded domains, which take long to read."""
     from cambia.config import parse_flags
     from cambia.data import EmbeddedSource
     from cambia.experiment import read_experiment
 
-    recipe = words.pop(0) if words and not words[0].startswith("-") else "first_growth"
+    recipe = words.pop(0) if words and not words[0].startswith("-") else default
     of_the_command = ("name", "layers", "tokens", "flops", "out")
     flags = {name: value for name, value in parse_flags(words).items() if name not in of_the_command}
     found = []

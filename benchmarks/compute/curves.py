@@ -31,8 +31,6 @@ class Ran:
     seed: int
     ends: tuple[Ended, ...]
     """By what they cost; the last is its own."""
-    seconds: float
-    """Of training and growing, without scoring."""
     tokens: int
     grown_at: tuple[float, ...]
     """Shares of the run after which it grew."""
@@ -60,9 +58,8 @@ def ran(folder: Path, seed: int) -> Ran:
         for row in run.rows(rundir.DECAYED)
     ]
     last = Ended(summary["flops"] + summary["flops_grown"], scores["test"], scores["valid"])
-    clocks = [row["seconds"] for row in run.rows(rundir.TIMING)]
     grown = [event["step"] / summary["steps"] for event in run.growth() if event["done"]]
-    return Ran(seed, (*earlier, last), sum(clocks), summary["tokens"], tuple(grown))
+    return Ran(seed, (*earlier, last), summary["tokens"], tuple(grown))
 
 
 def spent_to(curve: Sequence[Ended], bits: float) -> float:
@@ -81,6 +78,11 @@ def spent_to(curve: Sequence[Ended], bits: float) -> float:
     if right >= left:  # more was spent for no better a loss: that says nothing
         return math.exp(low if wanted >= left else high)
     return math.exp(low + (high - low) * (wanted - left) / (right - left))
+
+
+def is_beyond(curve: Sequence[Ended], bits: float) -> bool:
+    """Whether a loss is none between a curve's first and last."""
+    return not curve[-1].test <= bits <= curve[0].test
 
 
 def saving(curve: Sequence[Ended], spent: float, bits: float) -> float:

@@ -7,6 +7,7 @@ import pytest
 from cambia.experiment.estimate import estimate
 from cambia.experiment.planning import plan_run
 from cambia.experiment.tree import experiment_from
+from cambia.growth import ScheduleTrigger, Signals
 from cambia.rundir import METRICS, RunReader
 from tests.conftest import Call, tiny
 
@@ -76,7 +77,11 @@ def test_the_command_writes_a_run_that_works_and_reads_its_curve(cambia: Call, t
         "--model.num_key_value_heads",
         "2",
     ]
-    code, out, err = cambia("plan", "smoke", *words, *sizes, *kept, "--layers", "4", "--methods", "[]")
+    one = [
+        "--data.tasks",
+        "[{name: counting, source: {type: generated, task: counting, limit_bytes: 40000}}]",
+    ]
+    code, out, err = cambia("plan", "smoke", *words, *sizes, *kept, *one, "--layers", "4", "--methods", "[]")
     assert code == 0, err
     assert "saves at most t (1 - x)" in out and "wrote plan.yaml" in out
     code, _, err = cambia("run", "plan.yaml", "--name", "planned")
@@ -84,9 +89,11 @@ def test_the_command_writes_a_run_that_works_and_reads_its_curve(cambia: Call, t
     run = RunReader(tmp_path / "runs/planned")
     assert [event["step"] for event in run.growth()] == [31]
     assert run.rows(METRICS)[-1]["tokens"] == 6400
-    again = ["plan", "plan.yaml", "--layers", "8", "--start-layers", "4", "--tokens", "9e3", "--curve"]
+    again = ["plan", "plan.yaml", "--layers", "8", "--start-layers", "2", "--tokens", "9e3", "--curve"]
     code, out, err = cambia(*again, "planned")
     assert code == 0 and "the efficiency rule grows it after" in " ".join(out.split()), err
+    code, _, err = cambia(*[word.replace("2", "1") for word in again], "planned")
+    assert code == 2 and "name a run of the small model" in err
     code, _, err = cambia("run", "plan.yaml", "--name", "short", "--training.steps", "6")
     assert code == 0, err
     code, _, err = cambia(*again, "short")
@@ -98,8 +105,21 @@ def test_the_command_writes_a_run_that_works_and_reads_its_curve(cambia: Call, t
     [
         (["--layers", "1", "--tokens", "1e6"], "the target has 1 layers and the start 1"),
         (["--layers", "3", "--start-layers", "3", "--tokens", "1e6"], "growth only adds"),
-        (["--tokens", "10"], "below one step, which takes"),
-        (["--flops", "10"], "below one step, which takes"),
+        (["--tokens", "10"], "below one step of each task, which takes 3,072 tokens"),
+        (["--flops", "10"], "below one step of each task, which takes"),
+        (["--tokens", "4e3", "--layers", "16", "--start-layers", "1"], "steps is too short to grow 4 times"),
+        (["--tokens", "0"], "--tokens 0: expected a number above 0"),
+        (["--flops", "-1"], "--flops -1: expected a number above 0"),
+        (["--tokens", "nan"], "--tokens nan: expected"),
+        (["--flops", "inf"], "--flops inf: expected"),
+        (["--layers", "0", "--tokens", "1e6"], "the target has 0 layers"),
+        (["--start-layers", "-1", "--tokens", "1e6"], "--start-layers -1: expected 1 at least"),
+        (["--tokens", "1e6", "--data.tasks.0.steps", "900"], "the tasks say themselves how long"),
+        (["--tokens", "1e6", "--training.schedule.decay_fraction", "1"], "fall from the first step on"),
+        (
+            ["--tokens", "1e6", "--training.schedule", "{type: cosine}"],
+            "where its learning rate falls already",
+        ),
         (["--tokens", "1e6", "--flops", "1e9"], "takes one budget"),
         ([], "takes one budget"),
         (["--tokens", "1e6", "--grow-at", "0.95"], "before its rate falls"),
@@ -109,6 +129,22 @@ def test_the_command_writes_a_run_that_works_and_reads_its_curve(cambia: Call, t
 def test_bad_input_is_one_line(cambia: Call, words, said):
     code, _, err = cambia("plan", *words)
     assert code == 2 and said in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("share", [0.07, 0.14, 0.28, 0.55, 0.225])
+def test_a_share_of_a_run_is_the_step_at_which_it_grows(share):
+    trigger = ScheduleTrigger(at_fractions=[share])
+    (planned,) = trigger.steps(100, 128)
+    fired = [step for step in range(1, 101) if trigger.update(Signals(step=step, progress=step / 100))]
+    assert fired == [planned]
+
+
+def test_several_steps_of_each_batch_cost_as_much_each():
+    trees = [{**TREE, "training": {**TREE["training"], "neural_steps_per_batch": n}} for n in (1, 2)]
+    once, twice = (plan_run(experiment_from(tree, source="", flags={}), tokens=128 * 50) for tree in trees)
+    assert twice.flops == 2 * once.flops and twice.bound == pytest.approx(once.bound)
+    estimated = estimate(experiment_from(twice.tree, source="", flags={}))
+    assert twice.flops == pytest.approx(estimated.flops)
 
 
 def test_a_checkpoint_is_where_it_starts(cambia: Call):

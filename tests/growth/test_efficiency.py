@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -22,6 +24,8 @@ from cambia.growth import (
 from cambia.growth.triggers import Planned
 
 PLANNED = Planned(100_000, 800_000, 1.0e6, 6.0e6)
+GROWN = Planned(800_000, 1_600_000, 6.0e6, 1.2e7)
+"""The next growth, after that one."""
 
 
 def signals(step: int, loss: float, rate: float = 1e-3) -> Signals:
@@ -116,7 +120,7 @@ def test_its_state_is_plain_and_goes_on_as_if_nothing_had_been():
     for step in range(300, 900):
         now = signals(step, curve.learnable(step * 2048))
         assert plain.update(now) == other.update(now)
-    plain.reset()
+    plain.plan(GROWN)
     assert plain.needs_plan and not plain.points
 
 
@@ -124,7 +128,6 @@ def test_inside_others_it_is_told_what_the_growth_would_cost():
     both = AnyOf([EfficiencyTrigger(), ScheduleTrigger(at_steps=[10**9])])
     assert both.needs_plan
     both.plan(PLANNED)
-    assert not both.needs_plan
     assert ran(both, LossCurve(1.0, 60.0, 0.3), noise=0.0) is not None
 
 
@@ -138,9 +141,45 @@ def test_a_run_that_knows_its_length_grows_before_it_is_too_late():
     trigger.plan(PLANNED)
     assert ran(trigger, flat, noise=0.0) == 3500
     trigger.reset()
-    trigger.plan(PLANNED)
+    trigger.plan(GROWN)
     late = [trigger.update(signals(step, 3.0)) for step in range(3501, 5001)]
     assert not any(late), "it has grown by then, and does not grow at each step that follows"
+
+
+def test_it_is_not_too_late_where_the_rate_has_begun_to_fall():
+    trigger = EfficiencyTrigger()
+    trigger.plan(PLANNED)
+    flat = LossCurve(1.0, 60.0, 0.05)
+    for step in range(1, 3501):
+        rate = 1.0 if step < 3490 else 0.9
+        reason = trigger.update(signals(step, flat.learnable(step * 2048), rate=rate))
+        assert (reason is not None) == (step == 3500)
+    trigger.reset()
+    assert not any(trigger.update(signals(step, 3.0, rate=0.8)) for step in range(3501, 5000))
+
+
+def test_a_growth_that_is_not_done_changes_nothing_and_is_asked_for_seldom():
+    curve, trigger = LossCurve(1.0, 60.0, 0.3), EfficiencyTrigger()
+    trigger.plan(PLANNED)
+    asked = []
+    for step in range(1, 4000):
+        if trigger.update(signals(step, curve.learnable(step * 2048))):
+            asked.append(step)
+            trigger.reset()
+        trigger.plan(PLANNED)
+    assert trigger.younger == 0 and 2 <= len(asked) < 40
+    assert all(later >= 1.1 * earlier for earlier, later in pairwise(asked))
+
+
+def test_a_growth_by_another_rule_makes_the_model_younger_too():
+    curve, trigger = LossCurve(1.0, 60.0, 0.3), EfficiencyTrigger(advantage=1e9)
+    trigger.plan(PLANNED)
+    for step in range(1, 2000):
+        trigger.update(signals(step, curve.learnable(step * 2048)))
+    age = trigger.age
+    trigger.plan(GROWN)
+    assert not trigger.points and trigger.costs == asdict(GROWN)
+    assert trigger.younger == pytest.approx(age - curve.as_grown(age, PLANNED), rel=0.1)
 
 
 def test_a_second_growth_is_decided_by_the_curve_of_the_first():
@@ -151,7 +190,6 @@ def test_a_second_growth_is_decided_by_the_curve_of_the_first():
     step = ran(trigger, curve, noise=0.0)
     assert step is not None
     trigger.reset()
-    assert trigger.needs_plan
     trigger.plan(second)
     age = curve.as_grown(step * 2048, first)
     assert 0 < age < step * 2048

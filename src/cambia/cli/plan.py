@@ -63,6 +63,7 @@ def plan(
             f"n^-{fitted.exponent:.2f}) the efficiency rule grows it after {due:,.0f} tokens."
         )
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, to_yaml(found.tree))
         answer.print(f"wrote {out}: cambia run {out}")
     return 0

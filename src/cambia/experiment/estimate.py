@@ -73,7 +73,7 @@ def estimate(experiment: Experiment) -> Estimate:
         plan = plan_growth(model, experiment.growth.rules[rule_index].then, context=context)
         model = plan.after
         phases.append(_phase(plan, at_step))
-    flops = _total_flops(phases, sum(steps), per_step)
+    flops = training.neural_steps_per_batch * _total_flops(phases, sum(steps), per_step)
     largest = phases[-1].parameters
     return Estimate(
         stage_steps=steps,
@@ -98,12 +98,7 @@ def _growth_steps(experiment: Experiment, steps: list[int], per_step: int) -> li
         if not isinstance(trigger, ScheduleTrigger):
             unknown.append((None, i))
             continue
-        marks = (
-            trigger.at_steps
-            or [-(-tokens // per_step) for tokens in trigger.at_tokens or []]
-            or [round(fraction * total) for fraction in trigger.at_fractions or []]
-        )
-        known += [(mark, i) for mark in sorted(marks)[: rule.most_events] if mark <= total]
+        known += [(step, i) for step in trigger.steps(total, per_step)[: rule.most_events]]
     return [*sorted(known), *unknown]
 
 
@@ -144,8 +139,10 @@ def _seconds(experiment: Experiment, model: PreTrainedModel, phases: Sequence[Ph
     updates = sum(
         length * phase.parameters / phases[0].parameters for phase, length in _lengths(phases, steps)
     )
-    tokens = experiment.training.batch_size * experiment.training.sequence_length
-    return _total_flops(phases, steps, tokens) * gradients + updates * update
+    training = experiment.training
+    tokens = training.batch_size * training.sequence_length
+    once = _total_flops(phases, steps, tokens) * gradients + updates * update
+    return training.neural_steps_per_batch * once
 
 
 def _timed(experiment: Experiment, model: PreTrainedModel) -> tuple[float, float]:

@@ -24,11 +24,20 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from cambia import rundir
+from cambia.data import Stream
 from cambia.errors import ConfigError, GrowthError
 from cambia.experiment.build import open_stream, stage_steps
 from cambia.experiment.starts import NativeModel, PretrainedModel
 from cambia.experiment.tree import Experiment, experiment_from, plain_tree
-from cambia.growth import AddLayers, EfficiencyTrigger, GrowthPlan, LossCurve, Signals, plan_growth
+from cambia.growth import (
+    AddLayers,
+    EfficiencyTrigger,
+    GrowthPlan,
+    LossCurve,
+    ScheduleTrigger,
+    Signals,
+    plan_growth,
+)
 from cambia.growth.triggers import Planned
 from cambia.models.bodies import on_meta
 from cambia.rundir import RunReader
@@ -62,6 +71,8 @@ class RunPlan:
     """What the first growth comes to."""
     steps: int
     step_tokens: int
+    updates: int = 1
+    """Optimizer steps of each batch."""
 
     @property
     def tokens(self) -> int:
@@ -69,16 +80,17 @@ class RunPlan:
 
     @property
     def flops(self) -> float:
-        """Of the whole run."""
+        """Of the whole run; what a method computes beside it comes on top."""
         ends = [*(stage.step for stage in self.stages[1:]), self.steps]
         steps = [end - stage.step for stage, end in zip(self.stages, ends, strict=True)]
         costs = [stage.flops_per_token for stage in self.stages]
-        return self.step_tokens * sum(n * cost for n, cost in zip(steps, costs, strict=True))
+        done = sum(n * cost for n, cost in zip(steps, costs, strict=True))
+        return self.updates * self.step_tokens * done
 
     @property
     def flops_large(self) -> float:
         """The same tokens at the target's size."""
-        return self.tokens * self.stages[-1].flops_per_token
+        return self.updates * self.tokens * self.stages[-1].flops_per_token
 
     @property
     def bound(self) -> float:
@@ -106,19 +118,61 @@ def plan_run(
             earlier as the model is smaller.
 
     Raises:
-        ConfigError: the target is not larger than the start, the budget is below a step, or the growth lies
-            where the rate falls already.
+        ConfigError: the target is not larger than the start; the budget is no number above 0, below a step,
+            or too short to grow in; tasks say themselves how long they are trained; or growth would lie where
+            the learning rate falls already.
     """
+    depths = _depths(experiment, layers, start_layers)
+    decay = _decay(experiment, grow_at)
+    _check_budget(tokens, flops)
+    training, tree = experiment.training, plain_tree(experiment)
+    is_checkpoint = isinstance(experiment.model, PretrainedModel)
+    settings: dict[str, Any] = {} if is_checkpoint else {"model.num_hidden_layers": depths[0]}
+    small = experiment_from(tree, source="the plan", flags=settings)
+    tokenizer, stream = open_stream(small)
+    context = training.sequence_length
+    start = small.model.build(tokenizer, sequence_length=context)
+    growths = [_grown(start, depth, context) for depth in depths[1:]]
+    sizes, updates = GrowingSizes.of(growths), max(1, training.neural_steps_per_batch)
+    step_tokens, parts = training.batch_size * context, len(stream.stages)
+    wanted = sizes.tokens(flops / updates, grow_at, decay) if flops is not None else tokens or 0.0
+    shares = sizes.shares(grow_at or sizes.last(wanted, decay))
+    part_steps = int(wanted / step_tokens / parts)
+    if part_steps < 1:
+        least = parts * step_tokens
+        told = f"{least:,} tokens" if tokens else f"{least * updates * sizes.mean_cost(shares):.3g} FLOPs"
+        raise ConfigError(
+            f"the budget is below one step{' of each task' if parts > 1 else ''}, which takes {told} "
+            "(--training.batch_size times --training.sequence_length)"
+        )
+    flags = {
+        **settings,
+        "growth.enabled": True,
+        "growth.rules": [_rule(share, depth) for share, depth in zip(shares, depths[1:], strict=True)],
+        "training.epochs": None,
+        "training.tokens": None,
+        "training.steps": part_steps,
+        "training.schedule.over": "run",  # growth takes place before the one fall of the rate
+    }
+    planned = experiment_from(tree, source="the plan", flags=flags)
+    begins, steps = _begins(planned, stream, part_steps)
+    counts = [growths[0].parameters_before, *(each.parameters_after for each in growths)]
+    stages = tuple(Stage(*each) for each in zip(begins, depths, counts, sizes.costs, strict=True))
+    return RunPlan(plain_tree(planned), stages, growths[0].planned, steps, step_tokens, updates)
+
+
+def _depths(experiment: Experiment, layers: int | None, start_layers: int | None) -> list[int]:
+    """Layers that the run begins with, and after each growth."""
     model = experiment.model
-    target = layers or (model.num_hidden_layers if isinstance(model, NativeModel) else None)
+    target = model.num_hidden_layers if layers is None and isinstance(model, NativeModel) else layers
     if target is None:
         raise ConfigError("a plan that grows a checkpoint needs the depth to come to: --layers 24")
-    if isinstance(model, PretrainedModel) and start_layers:
-        raise ConfigError("a checkpoint begins with the layers that it has: leave out --start-layers")
-    if (tokens is None) == (flops is None):
-        raise ConfigError("a plan takes one budget: --tokens 8e6, or --flops 5e13")
     is_checkpoint = isinstance(model, PretrainedModel)
-    begin = model.config().num_hidden_layers if is_checkpoint else start_layers or -(-target // 4)
+    if is_checkpoint and start_layers is not None:
+        raise ConfigError("a checkpoint begins with the layers that it has: leave out --start-layers")
+    if start_layers is not None and start_layers < 1:
+        raise ConfigError(f"--start-layers {start_layers}: expected 1 at least")
+    begin = model.config().num_hidden_layers if is_checkpoint else start_layers or max(1, -(-target // 4))
     if target <= begin:
         raise ConfigError(
             f"the target has {target} layers and the start {begin}; growth only adds: give more --layers"
@@ -127,44 +181,63 @@ def plan_run(
     depths = [begin]
     while depths[-1] < target:
         depths.append(min(2 * depths[-1], target))
-    settings: dict[str, Any] = {} if is_checkpoint else {"model.num_hidden_layers": begin}
-    context = experiment.training.sequence_length
-    tree = plain_tree(experiment)
-    small = experiment_from(tree, source="the plan", flags=settings)
-    tokenizer, stream = open_stream(small)
-    start = small.model.build(tokenizer, sequence_length=context)
-    growths = [_grown(start, depth, context) for depth in depths[1:]]
+    return depths
+
+
+def _decay(experiment: Experiment, grow_at: float | None) -> float:
+    """The share of the run in which the rate falls."""
     decay = getattr(experiment.training.schedule, "decay_fraction", 0.0)
+    if decay == 1:
+        raise ConfigError(
+            "--training.schedule.decay_fraction 1: the rate would fall from the first step on, and a plan "
+            "grows before it does"
+        )
     if grow_at is not None and not 0 < grow_at < 1 - decay:
         raise ConfigError(
             f"--grow-at {grow_at:g}: expected a share of the run before its rate falls, which it does from "
             f"{1 - decay:g} on"
         )
-    sizes = GrowingSizes.of(growths)
-    step_tokens = experiment.training.batch_size * context
-    wanted = tokens or sizes.tokens(flops or 0.0, grow_at, decay)
-    shares = sizes.shares(grow_at or sizes.last(wanted, decay))
-    steps = int(wanted / step_tokens)
-    if steps < 1:
-        least = f"{step_tokens:,} tokens" if tokens else f"{step_tokens * sizes.mean_cost(shares):.3g} FLOPs"
+    return decay
+
+
+def _check_budget(tokens: float | None, flops: float | None) -> None:
+    if (tokens is None) == (flops is None):
+        raise ConfigError("a plan takes one budget: --tokens 8e6, or --flops 5e13")
+    for flag, budget in (("--tokens", tokens), ("--flops", flops)):
+        if budget is not None and not 0 < budget < math.inf:
+            raise ConfigError(f"{flag} {budget:g}: expected a number above 0")
+
+
+def _begins(planned: Experiment, stream: Stream, part_steps: int) -> tuple[list[int], int]:
+    """The steps at which the run has each size for the first time, and the steps of the run.
+
+    Args:
+        part_steps: that each stage should have.
+
+    Raises:
+        ConfigError: the run is too long or too short, or would grow where its rate falls.
+    """
+    lengths, schedule, begins = stage_steps(planned, stream), planned.training.schedule, [0]
+    steps, expected = sum(lengths), part_steps * len(lengths)
+    if abs(steps - expected) > len(lengths):  # shares are rounded to steps
         raise ConfigError(
-            f"the budget is below one step, which takes {least} (--training.batch_size times "
-            "--training.sequence_length)"
+            f"the tasks say themselves how long they are trained, {steps:,} steps in all, which is not the "
+            f"budget ({expected:,}): leave out steps of --data.tasks, or let their shares be 1 on average"
         )
-    flags = {
-        **settings,
-        "growth.enabled": True,
-        "growth.rules": [_rule(share, depth) for share, depth in zip(shares, depths[1:], strict=True)],
-        "training.epochs": None,
-        "training.tokens": None,
-        "training.steps": max(1, steps // len(stream.stages)),
-    }
-    planned = experiment_from(tree, source="the plan", flags=flags)
-    steps = sum(stage_steps(planned, stream))
-    counts = [growths[0].parameters_before, *(each.parameters_after for each in growths)]
-    begins = [0, *(math.ceil(share * steps) for share in shares)]
-    stages = tuple(Stage(*each) for each in zip(begins, depths, counts, sizes.costs, strict=True))
-    return RunPlan(plain_tree(planned), stages, growths[0].planned, steps, step_tokens)
+    for rule in planned.growth.rules:
+        assert isinstance(rule.when, ScheduleTrigger)
+        begins += rule.when.steps(steps, stream.tokens_per_batch)
+    if sorted({*begins, steps}) != [*begins, steps]:
+        raise ConfigError(
+            f"a run of {steps:,} steps is too short to grow {len(begins) - 1} times: give a larger budget"
+        )
+    falling = [step for step in begins[1:] if schedule.falls(step, steps)]
+    if falling:
+        raise ConfigError(
+            f"the run would grow after step {falling[0]:,} of {steps:,}, where its learning rate falls "
+            "already: choose a rate that falls at the end, --training.schedule.type wsd"
+        )
+    return begins, steps
 
 
 @dataclass(frozen=True)
@@ -187,7 +260,7 @@ class GrowingSizes:
 
     def shares(self, last: float) -> list[float]:
         """Shares of the run after which each grows, from that of the last growth."""
-        return [round(last * size / self.in_layers[-1], 4) for size in self.in_layers]
+        return [float(f"{last * size / self.in_layers[-1]:.4g}") for size in self.in_layers]
 
     @property
     def due(self) -> float:
@@ -239,9 +312,15 @@ def due_by_curve(run: RunReader, planned: RunPlan) -> tuple[LossCurve, float]:
         The fitted curve, and the tokens after which growth is due.
 
     Raises:
-        ConfigError: the curve is too short, or does not fall.
+        ConfigError: the run is of another model, or its curve is too short or does not fall.
     """
     rows = [row for row in run.rows(rundir.METRICS) if row["loss"] is not None]
+    small = planned.stages[0].parameters
+    if rows and rows[0]["parameters"] != small:
+        raise ConfigError(
+            f"--curve {run.folder.name}: that model has {rows[0]['parameters']:,} parameters and the plan "
+            f"begins with {small:,}: name a run of the small model"
+        )
     trigger = EfficiencyTrigger(advantage=math.inf)
     for row in rows:
         if row["parameters"] == rows[0]["parameters"]:

@@ -153,6 +153,7 @@ class GrowthManager:
         self._spent = [rule.max_events == 0 for rule in self.rules]
         self._last_fired: list[int | None] = [None] * len(self.rules)
         self._last_growth: int | None = None
+        self._planned: list[int | None] = [None] * len(self.rules)  # after how many growths
         self._steps = 0
         self._checked = False
         if model is not None:
@@ -254,9 +255,10 @@ class GrowthManager:
                 continue
             if grown_before is not None and signals.step - grown_before <= rule.cooldown_steps:
                 continue
-            if rule.when.needs_plan:
+            if rule.when.needs_plan and self._planned[i] != (growths := self._growths()):
                 plan = plan_growth(self._grown_model(), rule.then, context=self.context)
                 rule.when.plan(plan.planned)
+                self._planned[i] = growths
             reason = rule.when.update(signals)
             if reason is not None and self._armed(i, signals.step):
                 events.append(self._act(i, reason, signals))
@@ -276,6 +278,9 @@ class GrowthManager:
             given.setdefault("learning_rate", float(self.optimizer.param_groups[0]["lr"]))
         step = int(given["step"])
         return Signals(**given, values={name: Measured(value, step) for name, value in values.items()})
+
+    def _growths(self) -> int:
+        return sum(event.done for event in self.history)
 
     def _armed(self, index: int, step: int) -> bool:
         """Whether a rule whose trigger has just fired may act."""

@@ -39,6 +39,10 @@ class Schedule(ABC):
             return (step + 1) / (warmup + 1)
         return self.after_warmup(step - warmup, max(1, length - warmup))
 
+    def falls(self, step: int, length: int) -> bool:
+        """Whether the rate is below its highest after it was there."""
+        return step >= round(self.warmup_fraction * length) and self.factor(step, length) < 1
+
     @abstractmethod
     def after_warmup(self, step: int, length: int) -> float:
         """The factor in the remaining `length` steps."""

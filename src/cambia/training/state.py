@@ -124,4 +124,10 @@ class Stateful(ABC):
                 "decoding, whose rate decays at the end: --training.schedule.type wsd, or leave it out"
             )
         ends = [max(1, round(share * stage_steps[0])) for share in shares]
-        return {schedule.decay_begins(end): end for end in ends}
+        begins = {schedule.decay_begins(end): end for end in ends}
+        if len(begins) < len(shares) or stage_steps[0] in begins:
+            raise ConfigError(
+                f"--evaluation.decayed_at {shares}: of {stage_steps[0]} steps, some of these ends are the "
+                "same, or have no decay before them; leave them out, or train longer"
+            )
+        return begins

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -118,15 +118,17 @@ class EfficiencyTrigger(Trigger):
 
     It reads the training loss at the full learning rate and what the rule's growth would cost. Meant for
     pretraining with a warm-up-stable-decay schedule. A curve knows of no end, so in a run that knows its
-    length growth is due at the latest while enough is left for the grown model to learn at the full rate.
+    length growth is due at the latest while enough is left for the grown model to learn.
 
-    A second growth is decided by the curve of the first: the grown model is one that is younger (n' above).
+    A second growth is decided by the curve of the first: the grown model is one that is younger (n' above),
+    whichever rule has grown it.
     """
 
     advantage: Annotated[float, Gt(0)] = 1.0
     """How many times the grown model's expected loss per operation has to be that of the model as it is."""
     latest: Annotated[float, Gt(0), Le(1)] = 0.7
-    """Share of the run after which it no longer waits for that, where the run knows its length; 1: never."""
+    """Share of the run after which it no longer waits for that, where the run knows its length; 1: never.
+    Let the rate fall no earlier."""
     costs: dict[str, Any] | None = field(default=None, init=False)
     """What the growth would come to, as in `Planned`."""
     began: float | None = field(default=None, init=False)
@@ -140,6 +142,8 @@ class EfficiencyTrigger(Trigger):
     """Tokens after which a model of this size would have come to its loss."""
     younger: float = field(default=0.0, init=False)
     """By how many tokens that is less than were seen."""
+    asked: bool = field(default=False, init=False)
+    """Whether it has fired for the model as it is."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -147,10 +151,18 @@ class EfficiencyTrigger(Trigger):
 
     @property
     def needs_plan(self) -> bool:
-        return self.costs is None
+        return True
 
     def plan(self, planned: Planned) -> None:
+        before = Planned(**self.costs) if self.costs is not None else planned
+        if planned.parameters_before > before.parameters_before:
+            self._has_grown(replace(before, parameters_after=planned.parameters_before))
         self.costs = asdict(planned)
+
+    def _has_grown(self, done: Planned) -> None:
+        if self.curve is not None:
+            self.younger += self.age - LossCurve(**self.curve).as_grown(self.age, done)
+        self.points, self.began, self.asked = [], None, False
 
     def update(self, signals: Signals) -> str | None:
         if signals.loss is None or not math.isfinite(signals.loss):
@@ -160,16 +172,19 @@ class EfficiencyTrigger(Trigger):
                 "an efficiency trigger reads losses over tokens: manager.step(loss=..., tokens=...) with all "
                 "that were trained on so far"
             )
-        if not self._at_full_rate(signals.learning_rate):
+        is_full = self._at_full_rate(signals.learning_rate)
+        if not is_full and (self.began is None or self.asked):
             return None
         self.began = signals.progress if self.began is None else self.began
         self.age = signals.tokens - self.younger
-        has_whole_point = self._added(signals.tokens, signals.loss)
-        if self.costs is None:
+        has_whole_point = is_full and self._added(signals.tokens, signals.loss)
+        if self.costs is None or (self.asked and not has_whole_point):
             return None
         if self.began < self.latest <= signals.progress < 1:
             over = f"{signals.progress:.0%} of the run is over"
             return f"efficiency: {over}, and the grown model needs the rest"
+        if not is_full:
+            return None
         if not self.younger:  # a grown model goes on by the curve that it grew by
             if not has_whole_point:
                 return None
@@ -217,7 +232,4 @@ class EfficiencyTrigger(Trigger):
         return begins
 
     def reset(self) -> None:
-        if self.curve is not None and self.costs is not None:
-            earlier = LossCurve(**self.curve).as_grown(self.age, Planned(**self.costs))
-            self.younger += self.age - earlier
-        self.points, self.costs, self.began = [], None, None
+        self.asked = True  # if nobody grows it now, it asks again after as much text as makes a point

@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -68,14 +69,17 @@ class Trigger(Spelled, ABC):
 
     @property
     def needs_plan(self) -> bool:
-        """Whether it waits for `plan`."""
+        """Whether it weighs what the growth would come to, which `plan` tells it."""
         return False
 
     def plan(self, planned: Planned) -> None:
-        """Learn what the growth that it decides on would come to. Asked only where `needs_plan`."""
+        """Learn what the growth that it decides on would come to.
+
+        Asked only where `needs_plan`, before the first update and after every growth, also another rule's.
+        """
 
     def reset(self) -> None:
-        """Start afresh after the model has grown. Does nothing unless overridden."""
+        """Start afresh after it has fired. Does nothing unless overridden."""
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart, as plain values: the fields with `init=False`."""
@@ -120,6 +124,19 @@ class ScheduleTrigger(Trigger):
         mark = sorted(marks)[behind - 1]
         self.passed = behind
         return f"schedule: {mark:g} {unit} reached"
+
+    def steps(self, total: int, step_tokens: int) -> list[int]:
+        """The steps after which it fires, ascending, in a run of `total` steps of so many tokens."""
+        if self.at_steps:
+            found = self.at_steps
+        elif self.at_tokens:
+            found = [-(-mark // step_tokens) for mark in self.at_tokens]
+        else:
+            ends = range(1, total + 1)
+            found = [
+                bisect_left(ends, mark, key=lambda step: step / total) + 1 for mark in self.at_fractions or []
+            ]
+        return sorted(step for step in found if step <= total)
 
     def _marks(self, signals: Signals) -> tuple[list[int] | list[float], float, str]:
         if self.at_steps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cambia import files, rundir
-from cambia.errors import ConfigError, RunError, StorageFullError
-from cambia.rundir import RunReader, RunWriter, columns, find_run, list_runs
+from cambia.errors import CheckpointError, ConfigError, RunError, StorageFullError
+from cambia.rundir import RunReader, RunWriter, columns, find_run, free_folder, list_runs
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +120,49 @@ def test_runs_are_found_by_name_and_by_path(runs: Path, monkeypatch: pytest.Monk
     monkeypatch.delenv("CAMBIA_RUNS")
     assert find_run("first") == Path("runs/first")
     assert RunReader("first").name == "first"
+
+
+def test_a_models_folder_is_no_run_and_a_name_is_one_under_the_runs(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "one", runs / "exported"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")  # as every Hugging Face model has it
+    with pytest.raises(RunError, match="there is no run 'exported'"):
+        find_run("exported")
+    assert [path.name for path in list_runs()] == []
+    for folder in (tmp_path / "one", runs / "one"):
+        shutil.rmtree(folder, ignore_errors=True)
+        started(folder).close()
+    assert find_run("one") == runs / "one" and find_run("./one") == Path("one")
+
+
+def test_a_sweeps_folder_is_taken(runs: Path) -> None:
+    (runs / "grid").mkdir(parents=True)
+    (runs / "grid" / rundir.CELLS).write_text("[]")
+    assert free_folder("grid").name == "grid-2"
+    with pytest.raises(RunError, match="is a sweep"):
+        RunWriter(runs / "grid")
+
+
+def test_what_somebody_put_beside_checkpoints_is_left_alone(runs: Path) -> None:
+    writer = started(runs / "one")
+    for name in ("ckpt_step1", "ckpt_step20", "ckpt_step20_copy"):
+        (runs / "one" / name).mkdir()
+    writer.keep_only(1)
+    writer.close()
+    assert sorted(p.name for p in (runs / "one").glob("ckpt*")) == ["ckpt_step20", "ckpt_step20_copy"]
+
+
+def test_an_altered_log_is_named(runs: Path) -> None:
+    started(runs / "one").close()
+    (runs / "one" / "growth.jsonl").write_text("{nothing}\n")
+    (runs / "one" / "metrics.csv").write_bytes(b"step\n\xff\n")
+    with pytest.raises(CheckpointError, match=r"growth.jsonl was altered"):
+        RunReader(runs / "one").growth()
+    with pytest.raises(CheckpointError, match=r"metrics.csv was altered"):
+        RunReader(runs / "one").rows("metrics.csv")
 
 
 def test_a_run_that_is_not_there_is_answered_with_the_nearest(runs: Path) -> None:

@@ -198,12 +198,15 @@ class Grid(Benchmark):
             raise ConfigError(
                 f"--{unknown[0]} is no option of a sweep's benchmark; --workers and --retry are"
             )
+        workers = flags.get("workers")
+        if workers is not None and (not isinstance(workers, int) or workers < 1):
+            raise ConfigError(f"--workers {workers}: expected a whole number from 1")
         harness = self._import("harness")
         load = os.getloadavg()[0]
         folder = run_grid(
             merged(said.grid, said.presets[preset]),
             name=f"bench-{self.name}-{preset}",
-            workers=flags.get("workers"),
+            workers=workers,
             limits=Limits(retry=bool(flags.get("retry"))),
         )
         sweep = SweepReader(folder)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -143,7 +144,7 @@ def recover(path: str | Path) -> None:
             shutil.rmtree(old)
         else:
             os.rename(old, path)
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 

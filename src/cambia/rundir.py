@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from cambia import files
-from cambia.errors import ConfigError, RunError
+from cambia.errors import CheckpointError, ConfigError, RunError
 
 CONFIG_YAML, CONFIG_JSON = "config.yaml", "config.json"
 METRICS, TIMING, EVAL, GROWTH = "metrics.csv", "timing.csv", "eval.csv", "growth.jsonl"
@@ -43,6 +43,8 @@ DECAYED = "decayed.csv"
 PROMISES, PROBES = "promises.jsonl", "probes"
 SUMMARY, REPORT = "summary.json", "report.html"
 LATEST, BEST = "latest", "best"
+CELLS = "grid_cells.json"
+"""In the folder of a sweep, which is no run's (`cambia.sweepdir`)."""
 LOGS = (METRICS, EVAL, DECAYED, GROWTH, STREAM, DECODING, PROMISES, TIMING)
 _LOCK = ".lock"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -64,11 +66,25 @@ def run_folder(name: str) -> Path:
     return runs_root() / name
 
 
+def places(name: str | Path) -> tuple[Path, Path]:
+    """Where a run or a sweep of that name may be, the likelier place first.
+
+    A bare word is a name under `runs_root`, before it is a folder that lies here.
+    """
+    here, there = Path(name), runs_root() / name
+    return (there, here) if isinstance(name, str) and "/" not in name else (here, there)
+
+
+def _is_run(folder: Path) -> bool:
+    # A model's folder has a config.json too.
+    return (folder / CONFIG_JSON).is_file() and (folder / CONFIG_YAML).is_file()
+
+
 def free_folder(name: str) -> Path:
-    """The first of NAME, NAME-2, NAME-3... that is no run yet."""
+    """The first of NAME, NAME-2, NAME-3... that is no run and no sweep yet."""
     number = 1
     folder = run_folder(name)
-    while (folder / CONFIG_JSON).exists():
+    while (folder / CONFIG_JSON).exists() or (folder / CELLS).exists():
         number += 1
         folder = run_folder(f"{name}-{number}")
     return folder
@@ -80,8 +96,8 @@ def find_run(name: str | Path) -> Path:
     Raises:
         RunError: there is none; the message names the nearest.
     """
-    for folder in (Path(name), runs_root() / name):
-        if (folder / CONFIG_JSON).is_file():
+    for folder in places(name):
+        if _is_run(folder):
             return folder
     known = [path.name for path in list_runs()]
     near = difflib.get_close_matches(str(name), known, n=1)
@@ -92,7 +108,7 @@ def find_run(name: str | Path) -> Path:
 def list_runs() -> list[Path]:
     """Every run's folder under `runs_root`, newest last."""
     root = runs_root()
-    found = [path for path in root.iterdir() if (path / CONFIG_JSON).is_file()] if root.is_dir() else []
+    found = [path for path in root.iterdir() if _is_run(path)] if root.is_dir() else []
     return sorted(found, key=lambda path: ((path / CONFIG_JSON).stat().st_mtime, path.name))
 
 
@@ -119,6 +135,8 @@ class RunWriter:
 
     def __init__(self, folder: str | Path, *, resume: bool = False):
         self.folder = Path(folder)
+        if (self.folder / CELLS).exists():
+            raise RunError(f"{self.folder} is a sweep: choose another --name")
         taken = (self.folder / CONFIG_JSON).exists()
         if taken and not resume:
             raise RunError(
@@ -217,7 +235,7 @@ class RunWriter:
 
     def keep_only(self, count: int) -> None:
         """Delete the oldest ``ckpt_step*`` beyond the newest `count`."""
-        found = sorted(self.folder.glob("ckpt_step*"), key=lambda path: int(path.name[len("ckpt_step") :]))
+        found = _numbered(self.folder, "ckpt_step")
         for path in found[: max(0, len(found) - count)]:
             shutil.rmtree(path)
 
@@ -270,11 +288,13 @@ class RunReader:
 
     def probes(self) -> list[Path]:
         """The files of probes, one for each stage that ended, in order."""
-        found = (self.folder / PROBES).glob("stage*.safetensors")
-        return sorted(found, key=lambda path: int(path.stem.removeprefix("stage")))
+        return _numbered(self.folder / PROBES, "stage", ".safetensors")
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in _complete_lines(self.folder / name).splitlines()]
+        try:
+            return [json.loads(line) for line in _complete_lines(self.folder / name).splitlines()]
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{self.folder / name} was altered: a line is no JSON ({error})") from None
 
     def checkpoints(self) -> list[Path]:
         """Checkpoint folders: latest first, then best, tasks and steps."""
@@ -294,12 +314,22 @@ class RunReader:
         return False
 
 
+def _numbered(folder: Path, before: str, after: str = "") -> list[Path]:
+    """What is named so with a number between, by that number; a copy that somebody put there is not."""
+    pattern = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
+    found = [(int(match[1]), path) for path in folder.glob("*") if (match := pattern.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
 def _complete_lines(path: Path) -> str:
     """The text of a log without a last line that was cut short, perhaps inside a character."""
     if not path.exists():
         return ""
     content = path.read_bytes()
-    return content[: content.rfind(b"\n") + 1].decode("utf-8")
+    try:
+        return content[: content.rfind(b"\n") + 1].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} was altered: it is no text ({error})") from None
 
 
 def _checkpoint_order(path: Path) -> tuple[str, int]:

@@ -36,7 +36,7 @@ from typing import Any, Literal
 from cambia import files, rundir
 from cambia.errors import RunError
 
-GRID, CELLS = "grid.yaml", "grid_cells.json"
+GRID, CELLS = "grid.yaml", rundir.CELLS
 RESULTS, TABLE, PROGRESS = "grid_results.jsonl", "grid_results.csv", "grid_progress.json"
 ERRORS, LOGS = "errors", "logs"
 _LOCK, _CLAIMS = ".results.lock", ".claims"
@@ -107,8 +107,7 @@ def find_sweep(name: str | Path) -> Path:
 
 
 def _found(name: str | Path) -> Path | None:
-    folders = (Path(name), rundir.runs_root() / name)
-    return next((folder for folder in folders if (folder / CELLS).is_file()), None)
+    return next((folder for folder in rundir.places(name) if (folder / CELLS).is_file()), None)
 
 
 def nearest_sweep(name: str) -> str | None:

@@ -15,6 +15,7 @@ from cambia.errors import CheckpointError, ConfigError, GrowthError
 from cambia.growth import (
     AddLayers,
     Budget,
+    EfficiencyTrigger,
     GrowthEvent,
     GrowthManager,
     GrowthPlan,
@@ -217,6 +218,24 @@ def test_named_values_become_signals() -> None:
     assert seen[-1].step == 10
     with pytest.raises(ConfigError, match="signals or named values, not both: loss"):
         manager.step(Signals(step=4), loss=1.0)
+
+
+def test_a_loop_of_ones_own_is_told_what_its_schedule_reads() -> None:
+    schedules = {"progress": ScheduleTrigger(at_fractions=[0.5]), "tokens": ScheduleTrigger(at_tokens=[9])}
+    for name, schedule in schedules.items():
+        manager = GrowthManager([GrowthRule(when=schedule, then=WidenFFN(add=4))], model=tiny())
+        with pytest.raises(ConfigError, match=rf"manager.step\({name}=...\)"):
+            manager.step(loss=1.0)
+        assert len(manager.step(**{name: 10})) == 1
+
+
+def test_where_another_rule_has_done_it_there_is_nothing_to_weigh() -> None:
+    rules = [
+        GrowthRule(when=ScheduleTrigger(at_steps=[1]), then=AddLayers(to=4)),
+        GrowthRule(when=EfficiencyTrigger(), then=AddLayers(to=4)),
+    ]
+    manager = GrowthManager(rules, model=tiny())
+    assert [len(manager.step(loss=3.0, tokens=100 * n)) for n in range(1, 5)] == [1, 0, 0, 0]
 
 
 def test_a_loop_of_ones_own_grows_by_named_values() -> None:

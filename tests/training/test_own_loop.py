@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
 from cambia.data.loaders import LoaderStream
@@ -71,6 +71,56 @@ def test_without_a_length_it_is_one_pass(runs: Any) -> None:
     trainer = Trainer(model=tiny(), config=TrainingConfig(steps=2))
     trainer.train(iter([rows(4)] * 3))
     assert trainer.progress.step == 2
+
+
+def test_a_loader_of_a_stream_without_a_length_is_trained_on(runs: Any) -> None:
+    class Endless(IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(rows())
+
+    trainer = Trainer(model=tiny(), config=TrainingConfig(steps=2))
+    assert trainer.train(DataLoader(Endless(), batch_size=4))
+    with pytest.raises(ConfigError, match="set steps"):
+        Trainer(model=tiny()).train(DataLoader(Endless(), batch_size=4))
+    with pytest.raises(DataError, match="used up the first time"):
+        Trainer(model=tiny()).train([rows(4)], validation=iter([rows(4)]))
+
+
+def test_each_group_of_parameters_keeps_its_own_rate(runs: Any) -> None:
+    model = tiny()
+    head = [*model.lm_head.parameters()]
+    rest = [p for p in model.parameters() if all(p is not one for one in head)]
+    optimizer = torch.optim.AdamW([{"params": head, "lr": 1e-4}, {"params": rest, "lr": 1e-2}])
+    trainer = Trainer(model=model, optimizer=optimizer, config=TrainingConfig(steps=3))
+    assert trainer.train([rows(4)])
+    slow, fast = (group["lr"] for group in optimizer.param_groups)
+    assert fast == pytest.approx(100 * slow) and 0 < slow < 1e-4
+
+
+def test_what_is_not_trained_gathers_no_gradient(runs: Any) -> None:
+    model = tiny()
+    optimizer = torch.optim.SGD(model.lm_head.parameters(), lr=1e-9)
+    Trainer(model=model, optimizer=optimizer, config=TrainingConfig(steps=5)).train([rows(4)])
+    norms = [row["grad_norm"] for row in RunReader(runs / "training").rows("metrics.csv")]
+    assert norms == pytest.approx([norms[0]] * 5, rel=1e-4)
+
+
+def test_a_growth_manager_with_a_model_grows_the_trainers_optimizer(runs: Any) -> None:
+    model = tiny()
+    rules = [GrowthRule(when=ScheduleTrigger(at_steps=[2]), then=WidenFFN(add=4))]
+    growth = GrowthManager(rules, model=model)
+    trainer = Trainer(model=model, growth=growth, config=TrainingConfig(steps=4))
+    assert trainer.train([rows(4)]) and growth.optimizer is trainer.optimizer
+    assert growth.context == 8
+    with pytest.raises(ConfigError, match="another model or optimizer"):
+        Trainer(model=tiny(), growth=GrowthManager(rules, model=model))
+
+
+def test_looking_ahead_is_refused_where_it_cannot_go_back(runs: Any) -> None:
+    evaluation = EvaluationConfig(decayed_at=[0.5])
+    trainer = Trainer(model=tiny(), config=TrainingConfig(steps=8), evaluation=evaluation)
+    with pytest.raises(ConfigError, match="data loader of one's own cannot"):
+        trainer.train([rows(4)])
 
 
 def test_every_form_of_a_batch_says_the_same() -> None:

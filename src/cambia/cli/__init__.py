@@ -37,6 +37,10 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
         # The reader went away (`cambia recipes | head`): nothing is left to tell it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}; give a place that can be read and written")
     except KeyboardInterrupt:
         print("cambia: stopped", file=sys.stderr)
         code = 130

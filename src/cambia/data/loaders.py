@@ -31,12 +31,12 @@ class LoaderStream:
 
     Args:
         loader: gives batches each time that it is iterated over; a generator is used up after one pass.
-        validation: batches for the validation loss.
+        validation: batches for the validation loss, read anew each time.
         tokenizer: with it text is counted in bytes, so that bits per byte can be told.
         name: of the task, and of its only stage.
 
     Raises:
-        DataError: there is no batch in it.
+        DataError: there is no batch in it, or the validation batches can be read only once.
     """
 
     boundaries = True
@@ -51,6 +51,11 @@ class LoaderStream:
     ):
         self.names = [name]
         self.stages = [Stage.only(self.names, 0)]
+        if validation is not None and iter(validation) is validation:
+            raise DataError(
+                "the validation batches are a generator, which is used up the first time: give a DataLoader "
+                "or a list"
+            )
         self.loader, self.validation, self.tokenizer = loader, validation, tokenizer
         self.epoch = 0
         self.index = 0  # batches taken in this epoch
@@ -72,7 +77,11 @@ class LoaderStream:
     @property
     def lengths(self) -> list[int | None]:
         """Training tokens of an epoch; None where the loader does not say how long it is."""
-        return [len(self.loader) * self.tokens_per_batch if isinstance(self.loader, Sized) else None]
+        try:  # a DataLoader has a length by its class, and not where its dataset has none
+            batches = len(self.loader) if isinstance(self.loader, Sized) else None
+        except TypeError:
+            batches = None
+        return [None if batches is None else batches * self.tokens_per_batch]
 
     def next_batch(self, stage: int, *, at: float = 0.0, rows: int | None = None) -> Batch:
         """The next batch, whole whatever `rows` says; at the end the loader begins again."""

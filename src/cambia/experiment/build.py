@@ -23,7 +23,7 @@ from cambia.data.prepare import prepare, train_texts
 from cambia.data.sources import TEST, VALID, Splits
 from cambia.data.streams import Stream, Task
 from cambia.data.tokenizers import Tokenizer, build_tokenizer
-from cambia.errors import CheckpointError, ConfigError, OutOfMemoryError
+from cambia.errors import CheckpointError, ConfigError, OutOfMemoryError, RunError
 from cambia.experiment.continued import go_on, refuse_few
 from cambia.experiment.decoding import policy_learner
 from cambia.experiment.learned import learned, totals
@@ -196,6 +196,11 @@ def assemble(experiment: Experiment, run: RunWriter) -> Assembly:
     tokenizer, stream = open_stream(experiment)
     latest = run.folder / rundir.LATEST
     resumed = latest.exists()
+    if not resumed and ((run.folder / rundir.SUMMARY).exists() or any(run.folder.glob("ckpt_*"))):
+        raise RunError(
+            f"{run.folder} has been trained and has no {rundir.LATEST}/ to go on from: start it again under "
+            "another --name"
+        )
     if resumed:
         model = load_model(latest)
     else:

@@ -44,6 +44,8 @@ from cambia.rundir import RunReader
 
 PER_PARAMETER = 13.0
 """Tokens that a model sees for each parameter of its layers before it grows (docs/log.md, 2026-11-23)."""
+MOST = 1e30
+"""Tokens or operations of a plan."""
 LATEST = 0.875
 """Share of what comes before the rate falls, after which it has its final size in any run."""
 
@@ -204,8 +206,8 @@ def _check_budget(tokens: float | None, flops: float | None) -> None:
     if (tokens is None) == (flops is None):
         raise ConfigError("a plan takes one budget: --tokens 8e6, or --flops 5e13")
     for flag, budget in (("--tokens", tokens), ("--flops", flops)):
-        if budget is not None and not 0 < budget < math.inf:
-            raise ConfigError(f"{flag} {budget:g}: expected a number above 0")
+        if budget is not None and not 0 < budget < MOST:
+            raise ConfigError(f"{flag} {budget:g}: expected a number above 0 and below {MOST:g}")
 
 
 def _begins(planned: Experiment, stream: Stream, part_steps: int) -> tuple[list[int], int]:

@@ -73,6 +73,8 @@ def grow(
     refuse_wrapped(model)
     _refuse_empty(model)
     batch = random_batch(model, seed) if check_batch is None else check_batch
+    if batch.dim() != 2:
+        raise GrowthError(f"check_batch has the shape {tuple(batch.shape)}: expected token ids (B, T)")
     if operators and isinstance(operators[0], PartOperator):
         return add_part(model, *operators, optimizer=optimizer, batch=batch, reason=reason, context=context)
     plan = plan_growth(model, *operators, context=context, seed=seed, check_batch=batch)

@@ -166,6 +166,8 @@ class SliceWarmup:
     def state_dict(self, model: nn.Module) -> dict[str, Any]:
         """Slices by the name of their parameter, so that a rebuilt model can take them up."""
         names = {id(parameter): name for name, parameter in model.named_parameters()}
+        # Where an earlier, smaller model was taken up again, some are gone.
+        here = [newborn for newborn in self.newborns if id(newborn.parameter) in names]
         return {
             "newborns": [
                 {
@@ -175,7 +177,7 @@ class SliceWarmup:
                     "original": names.get(id(n.original)),
                     "fade_in": n.fade_in,
                 }
-                for n in self.newborns
+                for n in here
             ]
         }
 

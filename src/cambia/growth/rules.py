@@ -96,6 +96,7 @@ class Budget:
         return None
 
 
+_SIGNALS_TOLD = {"tokens": "all that were trained on so far", "progress": "the share of the run that is over"}
 _SIGNAL_FIELDS = {f.name for f in dataclasses.fields(Signals)} - {"values"}
 
 
@@ -112,7 +113,8 @@ class GrowthManager:
         newborn_rate: their full rate, as a multiple of that of the entries beside them.
         moments: what becomes of the optimizer's state (see `cambia.growth.carry.OptimizerHolder`).
         seed: of new random weights.
-        context: tokens per sequence, for the count of operations.
+        context: tokens per sequence, for the count of operations; left out, those of the batches that
+            `Trainer` reads, elsewhere 1024.
         budget: how large the model may become.
         approve: asked before each growth with its plan and its reason; False leaves the model as it is.
         dry_run: record what would be done and do none of it.
@@ -130,7 +132,7 @@ class GrowthManager:
         newborn_rate: float = 1.0,
         moments: Moments = "mean",
         seed: int = 0,
-        context: int = 1024,
+        context: int | None = None,
         budget: Budget | None = None,
         approve: Approval | None = None,
         dry_run: bool = False,
@@ -166,6 +168,24 @@ class GrowthManager:
             self.rewarm = SliceWarmup(optimizer, steps=self.rewarm_steps, factor=self.newborn_rate)
             self.holders.append(self.rewarm)
 
+    def join(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+        """Be used by a loop that trains this model by this optimizer.
+
+        Raises:
+            ConfigError: it was made for others.
+        """
+        if self.model is None or (self.model is model and self.optimizer is None):
+            self.attach(model, optimizer)
+        elif self.model is not model or self.optimizer is not optimizer:
+            raise ConfigError(
+                "the growth manager was made for another model or optimizer than what is trained: leave out "
+                "its model= and optimizer=, and the trainer names them"
+            )
+
+    @property
+    def _context(self) -> int:
+        return self.context or 1024
+
     def _grown_model(self) -> PreTrainedModel:
         if self.model is None:
             raise ConfigError("this growth manager has no model yet: GrowthManager(rules, model=...)")
@@ -185,7 +205,7 @@ class GrowthManager:
         self._checked = True
         model = self._grown_model()
         over = self.budget.broken_by(
-            count_parameters(model), flops_per_token(model, self.context), model.dtype.itemsize
+            count_parameters(model), flops_per_token(model, self._context), model.dtype.itemsize
         )
         if over:
             raise ConfigError(f"the model is beyond the budget before it has grown: {over}")
@@ -225,7 +245,7 @@ class GrowthManager:
             operators = [operators[i] for i in problems]
 
     def _legal(self, model: PreTrainedModel, operator: Operator) -> GrowthPlan:
-        plan = plan_growth(model, operator, context=self.context)
+        plan = plan_growth(model, operator, context=self._context)
         refuse_unwarmed(plan, self.holders)
         return plan
 
@@ -256,7 +276,11 @@ class GrowthManager:
             if grown_before is not None and signals.step - grown_before <= rule.cooldown_steps:
                 continue
             if rule.when.needs_plan and self._planned[i] != (growths := self._growths()):
-                plan = plan_growth(self._grown_model(), rule.then, context=self.context)
+                try:
+                    plan = plan_growth(self._grown_model(), rule.then, context=self._context)
+                except GrowthError:  # another rule has done it: there is nothing left to weigh
+                    self._spent[i] = True
+                    continue
                 rule.when.plan(plan.planned)
                 self._planned[i] = growths
             reason = rule.when.update(signals)
@@ -265,6 +289,13 @@ class GrowthManager:
         return events
 
     def _signals(self, measured: Mapping[str, float | None]) -> Signals:
+        for rule in self.rules:
+            untold = sorted(name for name in rule.when.reads if measured.get(name) is None)
+            if rule.enabled and untold:
+                raise ConfigError(
+                    f"{type(rule.when).__name__} reads {untold[0]}, which nobody has told: "
+                    f"manager.step({untold[0]}=...), {_SIGNALS_TOLD[untold[0]]}"
+                )
         given: dict[str, Any] = {"step": self._steps + 1}
         values = {}
         for name, value in measured.items():
@@ -305,7 +336,7 @@ class GrowthManager:
             plan = plan_growth(
                 model,
                 operator,
-                context=self.context,
+                context=self._context,
                 seed=self.seed + len(self.history),
                 check_batch=self.check_batch,
             )
@@ -328,7 +359,7 @@ class GrowthManager:
             seed=self.seed + len(self.history),
             moments=self.moments,
             reason=reason,
-            context=self.context,
+            context=self._context,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState, DistributedType
 from transformers import PreTrainedModel, TrainingArguments
 
 from cambia.errors import ConfigError, GrowthError
-from cambia.growth.triggers import Composite, ScheduleTrigger, Trigger
+from cambia.growth.triggers import Composite, Trigger
 from cambia.models.bodies import lora_layers
 
 STEP_SAYS = ("loss", "grad_norm", "learning_rate")
@@ -78,13 +78,9 @@ def refuse_unmeasured(trigger: Trigger, args: TrainingArguments) -> None:
             refuse_unmeasured(inner, args)
         return
     name = type(trigger).__name__
-    if (
-        isinstance(trigger, ScheduleTrigger)
-        and trigger.at_tokens
-        and args.include_num_input_tokens_seen == "no"
-    ):
+    if "tokens" in trigger.reads and args.include_num_input_tokens_seen == "no":
         raise ConfigError(
-            f"{name}(at_tokens=...) waits for tokens, which the Trainer does not count: set "
+            f"{name} reads tokens, which the Trainer does not count: set "
             "TrainingArguments(include_num_input_tokens_seen='non_padding')"
         )
     evaluated = sorted(n for n in trigger.needs if n == "validation_loss" or n.startswith("eval_"))

@@ -248,7 +248,7 @@ def _experiment(
     except ConfigError as error:
         place = str(error).partition(":")[0].removeprefix("--")
         axis = next((axis for axis, keys in _keys(grid).items() if place in keys), None)
-        where = f"axis {axis!r}, {choice[axis]!r}: " if axis else ""
+        where = f"axis {axis!r}, {choice[axis]!r}: " if axis and axis in choice else ""
         raise ConfigError(f"{where}{error}") from None
 
 

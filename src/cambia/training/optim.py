@@ -178,8 +178,8 @@ def load_optimizer_state(
                 )
         parameter = parameters[name]
         group = groups[id(parameter)]
-        # The step count lies on the CPU, except where a kernel on the device reads it.
-        counts_there = bool(group.get("fused") or group.get("capturable"))
+        # The step count lies on the CPU, except where a kernel on the device reads it, as Muon's does.
+        counts_there = isinstance(optimizer, muon.Muon) or group.get("fused") or group.get("capturable")
         optimizer.state[parameter] = {
             key: value.to(parameter.device)
             if isinstance(value, torch.Tensor) and (value.dim() or counts_there)

@@ -15,6 +15,7 @@ from torch import nn
 
 from cambia.continual.methods import Method
 from cambia.continual.methods.method import AnyStream
+from cambia.data.loaders import LoaderStream
 from cambia.errors import ConfigError
 from cambia.growth import GrowthEvent, GrowthManager
 from cambia.records import Allocator, Measured
@@ -105,10 +106,10 @@ class Stateful(ABC):
                     tensor.copy_(kept)
             # What the optimizer had no state of yet, it has none of again.
             self.optimizer.state.clear()
+            stream.load_state_dict(state["stream"])  # which may draw random numbers
             self.load_state_dict(state, self.growth.history if self.growth is not None else ())
-            stream.load_state_dict(state["stream"])
 
-    def earlier_ends(self, stage_steps: Sequence[int]) -> dict[int, int]:
+    def earlier_ends(self, stream: AnyStream, stage_steps: Sequence[int]) -> dict[int, int]:
         """Where the run is scored as if it ended earlier: the step at which that decay begins -> its end.
 
         Raises:
@@ -117,6 +118,11 @@ class Stateful(ABC):
         shares, schedule = self.evaluation.decayed_at, self.config.schedule
         if not shares:
             return {}
+        if isinstance(stream, LoaderStream):
+            raise ConfigError(
+                "--evaluation.decayed_at goes back in the text, which a data loader of one's own cannot: "
+                "leave it out, or train on prepared text (cambia.data.Stream)"
+            )
         plain = isinstance(self.allocator, PlainAllocator) and self.engine is None
         if not isinstance(schedule, WSD) or len(stage_steps) > 1 or not plain:
             raise ConfigError(

@@ -88,7 +88,7 @@ class Stepper:
             self.scaler.step(self.optimizer)
             self.method.stepped()
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.trained.zero_grad(set_to_none=True)  # also what the optimizer does not hold, which was clipped
         if broken:
             raise NonFiniteLossError(f"loss {loss}, gradient norm {norm} on a batch of {batch.source}")
         return Stepped(loss, penalty, norm)
@@ -98,7 +98,7 @@ class Stepper:
         device = self.model.device
         needs_logits = method is not None and method.needs_logits
         extra = {"skip_logits": not needs_logits} if self._skips_logits else {}
-        count = int((batch.targets != IGNORED).sum())
+        count = max(1, int((batch.targets != IGNORED).sum()))
         total = penalties = 0.0
         size = math.ceil(len(batch.input_ids) / self.config.accumulation)
         for first in range(0, len(batch.input_ids), size):

@@ -41,7 +41,7 @@ from cambia.training.display import Display
 from cambia.training.engine import Engine
 from cambia.training.interrupts import Interrupts
 from cambia.training.journal import Journal
-from cambia.training.optim import AdamW, Optimizer, check_covered, set_learning_rate
+from cambia.training.optim import AdamW, Optimizer, check_covered
 from cambia.training.scoring import Scorer
 from cambia.training.settings import CheckpointConfig, EvaluationConfig, Progress, TrainingConfig
 from cambia.training.state import Stateful
@@ -91,8 +91,8 @@ class Trainer(Stateful):
         self.evaluation = evaluation or EvaluationConfig()
         self.checkpoint = checkpoint or CheckpointConfig()
         self.growth = growth
-        if growth is not None and growth.model is None:
-            growth.attach(model, self.optimizer)
+        if growth is not None:
+            growth.join(model, self.optimizer)
         decay = self.config.average_decay
         self.average = WeightAverage(model, decay) if decay else None
         if growth is not None and self.average is not None:
@@ -102,7 +102,7 @@ class Trainer(Stateful):
         self.tracking = list(tracking)
         self.knobs = Knobs()
         self.progress = Progress()
-        self.base_rate = float(self.optimizer.param_groups[0]["lr"])
+        self.base_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.context = self.config.sequence_length
         self.seed = seed
         self._stream: AnyStream | None = None
@@ -172,6 +172,8 @@ class Trainer(Stateful):
             raise ConfigError("this trainer has a stream already: make a new Trainer for another")
         self._stream = stream
         self.context = stream.sequence_length
+        if self.growth is not None and self.growth.context is None:
+            self.growth.context = self.context
         self._shape_changed()
         refuse(
             self.method,
@@ -196,7 +198,7 @@ class Trainer(Stateful):
 
     def _train(self, stream: AnyStream, run: RunWriter, stage_steps: list[int]) -> bool:
         p, config, names = self.progress, self.config, [stage.name for stage in stream.stages]
-        ends = self.earlier_ends(stage_steps)
+        ends = self.earlier_ends(stream, stage_steps)
         with (
             tracked(self.tracking, run.folder) as trackers,
             Interrupts() as interrupts,
@@ -287,8 +289,9 @@ class Trainer(Stateful):
         p = self.progress
         batch = self.method.batch(stream, p.stage, at=p.stage_step / stage_steps[p.stage])
         allocation = self.allocator.allocate(batch, self._signals(None, stage_steps))
-        rate = self._learning_rate(stage_steps, allocation, hidden=not stream.boundaries)
-        set_learning_rate(self.optimizer, rate * self.knobs.learning_rate_factor)
+        factor = self._rate_factor(stage_steps, allocation, hidden=not stream.boundaries)
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * factor * self.knobs.learning_rate_factor
         taught = batch if allocation.rows is None else batch.rows(allocation.rows)
         stepped = self._step(taught, allocation, folder)
         p.step += 1
@@ -338,13 +341,13 @@ class Trainer(Stateful):
         cost = tokens * self.method.cost + self.method.spent()
         self.progress.flops += cost * self.flops_per_token
 
-    def _learning_rate(self, stage_steps: list[int], allocation: Allocation, *, hidden: bool) -> float:
+    def _rate_factor(self, stage_steps: list[int], allocation: Allocation, *, hidden: bool) -> float:
         p, schedule = self.progress, self.config.schedule
         if allocation.rate is not None:
-            return self.base_rate * allocation.rate
+            return allocation.rate
         if schedule.over == "run" or hidden:
-            return self.base_rate * schedule.factor(p.step, sum(stage_steps))
-        return self.base_rate * schedule.factor(p.stage_step, stage_steps[p.stage])
+            return schedule.factor(p.step, sum(stage_steps))
+        return schedule.factor(p.stage_step, stage_steps[p.stage])
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.progress.step % every == 0

@@ -150,6 +150,10 @@ class EfficiencyTrigger(Trigger):
         return frozenset({"loss"})
 
     @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"tokens"})
+
+    @property
     def needs_plan(self) -> bool:
         return True
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from abc import ABC, abstractmethod
-from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -65,6 +65,11 @@ class Trigger(Spelled, ABC):
     @property
     def needs(self) -> frozenset[str]:
         """Names of the measurements without which it can never fire; none unless overridden."""
+        return frozenset()
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Names of the fields of `Signals` that a loop of one's own has to tell; none unless overridden."""
         return frozenset()
 
     @property
@@ -116,6 +121,10 @@ class ScheduleTrigger(Trigger):
         if self.at_fractions and not all(0 < mark < 1 for mark in self.at_fractions):
             raise ConfigError(f"at_fractions={self.at_fractions} must lie between 0 and 1")
 
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"tokens"} if self.at_tokens else {"progress"} if self.at_fractions else ())
+
     def update(self, signals: Signals) -> str | None:
         marks, now, unit = self._marks(signals)
         behind = sum(mark <= now for mark in marks)
@@ -132,10 +141,7 @@ class ScheduleTrigger(Trigger):
         elif self.at_tokens:
             found = [-(-mark // step_tokens) for mark in self.at_tokens]
         else:
-            ends = range(1, total + 1)
-            found = [
-                bisect_left(ends, mark, key=lambda step: step / total) + 1 for mark in self.at_fractions or []
-            ]
+            found = [_first_step(mark, total) for mark in self.at_fractions or []]
         return sorted(step for step in found if step <= total)
 
     def _marks(self, signals: Signals) -> tuple[list[int] | list[float], float, str]:
@@ -144,6 +150,14 @@ class ScheduleTrigger(Trigger):
         if self.at_tokens:
             return self.at_tokens, signals.tokens, "tokens"
         return self.at_fractions or [], signals.progress, "of the run"
+
+
+def _first_step(share: float, total: int) -> int:
+    """The first step after which a run of so many has come so far; rounding up is a step off for some."""
+    step = math.ceil(share * total)
+    while step > 1 and (step - 1) / total >= share:
+        step -= 1
+    return step if step / total >= share else step + 1
 
 
 # ---- several together ----------------------------------------------------------------------------
@@ -172,6 +186,10 @@ class Composite(Trigger):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset().union(*(trigger.needs for trigger in self.triggers))
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset().union(*(trigger.reads for trigger in self.triggers))
 
     @property
     def needs_plan(self) -> bool:

@@ -82,7 +82,7 @@ def test_a_runs_name_will_do(cambia: Call, tmp_path: Path) -> None:
         ("old --op widen_ffn --add 8 extra --out new", "'extra' stands alone"),
         ("old --op widen_ffn --layers [0] --add 8 --out new", "one FFN width for all layers"),
         ("old --op widen_ffn --add 8 --out new --check perhaps", "auto"),
-        ("old --op widen_ffn --add 8 --out new --shard-gigabytes 0", "must be above 0"),
+        ("old --op widen_ffn --add 8 --out new --shard-gigabytes 0", "expected a number above 0"),
         ("old --op widen_ffn --add 8 --out old", "old exists already"),
         ("old --op widen_ffn --add 8 --out old/new", "inside the checkpoint"),
         ("nothing --op widen_ffn --add 8 --out new", "there is no folder nothing"),

@@ -18,6 +18,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module, resources
@@ -211,6 +212,9 @@ def _build_inside(annotation: Any, value: Any, path: list[str | int]) -> Any:
     if isinstance(value, bool) and _mentions(annotation, int, float) and not _mentions(annotation, bool):
         # pydantic takes true for 1, and a flag whose value was forgotten is true.
         raise FieldError(path, f"expected a number, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        # Nor could config.json hold it.
+        raise FieldError(path, f"expected a finite number, got {value!r}; null is no limit where one may be")
     if isinstance(value, Mapping) and get_origin(annotation) is dict:
         _, inner = get_args(annotation)
         return {key: _build_inside(inner, item, [*path, key]) for key, item in value.items()}

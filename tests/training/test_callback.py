@@ -107,6 +107,7 @@ def tiny_again(weights: dict[str, Tensor]) -> Any:
     [
         ({"train_sampling_strategy": "random"}, "train_sampling_strategy"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps"),
+        ({"activation_checkpointing": True}, "activation_checkpointing"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from cambia import __version__
+from cambia.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +27,16 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False)
+
+
+def refuse_unless(fine: bool, flag: str, value: object, expected: str) -> None:
+    """Refuse the value of a flag.
+
+    Raises:
+        ConfigError: it is not what was expected.
+    """
+    if not fine:
+        raise ConfigError(f"{flag} {value}: expected {expected}")
 
 
 def reported(folder: Path) -> int:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cambia.cli.app import Settings, app, console
+from cambia.cli.app import Settings, app, console, refuse_unless
 from cambia.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,8 +47,9 @@ def grow(
     checkpoint, operators = _read(words)
     if out is None and not dry_run:
         raise ConfigError("where to? give --out DIR, or --dry-run to see what would become of it")
-    if not shard_gigabytes > 0:
-        raise ConfigError(f"--shard-gigabytes {shard_gigabytes} must be above 0")
+    is_size = 0 < shard_gigabytes < 1e9
+    refuse_unless(is_size, "--shard-gigabytes", shard_gigabytes, "a number above 0, below 1e9")
+    refuse_unless(0 <= seed < 2**63, "--seed", seed, "a whole number from 0, below 2^63")
 
     from cambia.growth.disk.offline import plan_checkpoint, refuse_out
 

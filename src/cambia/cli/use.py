@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cambia.cli.app import app, console
+from cambia.cli.app import app, console, refuse_unless
 from cambia.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,6 +45,10 @@ def generate(
     from cambia.generation import continue_text, routes_of
     from cambia.models.saved import load_model, load_tokenizer
 
+    refuse_unless(max_new_tokens >= 1, "--max-new-tokens", max_new_tokens, "a whole number from 1")
+    refuse_unless(0 <= seed < 2**63, "--seed", seed, "a whole number from 0, below 2^63")
+    is_drawn = temperature is None or temperature == 0 or 1e-4 <= temperature < 1e4
+    refuse_unless(is_drawn, "--temperature", temperature, "0, or a number from 0.0001, below 10000")
     if decoding and (temperature is not None or top_p is not None):
         raise ConfigError("--decoding says how to draw: leave out --temperature and --top-p")
     folder = model_folder(model)
@@ -99,6 +103,7 @@ def evaluate(
 
     from cambia.experiment.score import score_files, score_run
 
+    refuse_unless(max_bytes >= 1, "--max-bytes", max_bytes, "a whole number from 1")
     texts = [*files, *(data or [])]
     scores = score_files(model, texts, max_bytes) if texts else score_run(model, split, max_bytes)
     table = Table("text", "bytes", "bits per byte", "nats per byte", box=None)

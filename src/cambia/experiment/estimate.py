@@ -71,6 +71,9 @@ def estimate(experiment: Experiment) -> Estimate:
     model = small
     for at_step, rule_index in _growth_steps(experiment, steps, per_step):
         plan = plan_growth(model, experiment.growth.rules[rule_index].then, context=context)
+        parameters, cost = plan.parameters_after, plan.flops_per_token_after
+        if experiment.growth.budget.broken_by(parameters, cost, start.dtype.itemsize):
+            continue
         model = plan.after
         phases.append(_phase(plan, at_step))
     flops = training.neural_steps_per_batch * _total_flops(phases, sum(steps), per_step)
@@ -88,7 +91,7 @@ def estimate(experiment: Experiment) -> Estimate:
 
 def _growth_steps(experiment: Experiment, steps: list[int], per_step: int) -> list[tuple[int | None, int]]:
     """(step, rule) of every growth that is known beforehand, in order; unknown steps last."""
-    if not experiment.growth.enabled:
+    if not experiment.growth.enabled or experiment.growth.dry_run:
         return []
     known: list[tuple[int, int]] = []
     unknown: list[tuple[int | None, int]] = []

@@ -168,7 +168,7 @@ class Experiment:
     """Name of the run directory."""
     description: str = ""
     """What it shows, in a sentence."""
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Of weights, order of the data, replay and growth."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""

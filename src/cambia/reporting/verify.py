@@ -394,7 +394,7 @@ def _promises(reader: RunReader) -> list[dict[str, Any]]:
         lines = reader.promises()
         if all(isinstance(line[key], kind) for line in lines for key, kind in kinds.items()):
             return lines
-    except (ValueError, KeyError, TypeError):
+    except (CheckpointError, KeyError, TypeError):
         pass
     raise CheckpointError(
         f"{reader.folder / rundir.PROMISES} is not what training writes: it was altered, and nothing can be "

@@ -251,6 +251,10 @@ def _refuse(args: TrainingArguments, model: Any) -> None:
         )
     if args.fp16:
         raise ConfigError("ExpertsCallback works in float32 or bfloat16: leave fp16 out, or take bf16=True")
+    if args.activation_checkpointing:
+        raise ConfigError(
+            "ExpertsCallback reads activations that are kept: leave activation_checkpointing out"
+        )
     if args.n_gpu > 1 or args.world_size > 1:
         raise ConfigError("ExpertsCallback teaches on one device: start the training without a launcher")
     if args.train_sampling_strategy == "random":

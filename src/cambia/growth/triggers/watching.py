@@ -147,8 +147,9 @@ class GradientNormTrigger(Trigger):
 
     It watches the global norm before clipping, once per optimizer step, as the median of a window, so
     that single bursts do not count. `below` and `above` are multiples of the norm that the run itself
-    had in its first window (after the start, and again after each growth), or with `relative=False`
-    plain norms. A norm depends on the learning rate, the batch size and the loss: a plain one fits one run.
+    had in its first window (after the start, and again after each growth of its own rule), or with
+    `relative=False` plain norms. A norm depends on the learning rate, the batch size and the loss: a plain
+    one fits one run.
     """
 
     OLD_SPELLINGS: ClassVar[Mapping[str, str]] = {"threshold": "below", "window": "window_steps"}

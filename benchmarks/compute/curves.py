@@ -57,7 +57,9 @@ def ran(folder: Path, seed: int) -> Ran:
         Ended(row["flops"], row["test_bits_per_byte"], row["valid_bits_per_byte"])
         for row in run.rows(rundir.DECAYED)
     ]
-    last = Ended(summary["flops"] + summary["flops_grown"], scores["test"], scores["valid"])
+    # Training, verifying growth, and what triggers had measured.
+    spent = summary["flops"] + summary["flops_grown"] + summary["flops_scored"]
+    last = Ended(spent, scores["test"], scores["valid"])
     grown = [event["step"] / summary["steps"] for event in run.growth() if event["done"]]
     return Ran(seed, (*earlier, last), summary["tokens"], tuple(grown))
 

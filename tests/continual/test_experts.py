@@ -87,6 +87,7 @@ def test_each_kind_of_text_has_one_expert_also_where_it_comes_again(recurring: R
     events = [event for event in recurring.growth() if event["done"]]
     assert [event["operators"][0]["type"] for event in events] == ["add_lora_expert"] * 2
     assert all(event["logit_error"] == 0 for event in events)
+    assert all(event["check_flops"] > 0 for event in events)
 
 
 def test_a_reopened_run_knows_who_learned_what(recurring: RunReader) -> None:

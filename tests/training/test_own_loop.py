@@ -205,3 +205,7 @@ def test_slices_and_probes_are_measured_logged_and_watched(runs: Any) -> None:
     assert metrics[1]["slice_loss/low"] > 0 and metrics[1]["rest_loss/low"] > 0
     (event,) = RunReader(runs / "training").growth()
     assert event["step"] == 4 and "plateau: mood" in event["reason"]
+    # Each of the three readers was given 32 tokens, twice by the model as it was and once as it is.
+    before, after = event["flops_per_token_before"], event["flops_per_token_after"]
+    summary = RunReader(runs / "training").summary()
+    assert summary["flops_scored"] == pytest.approx(3 * 32 * (2 * before + after) / 3)

@@ -102,8 +102,7 @@ def grow(
             "logit_error": error,
             "loss_before": check_loss(before, batch),
             "loss_after": check_loss(after, batch),
-            # Forward only, a third of a training step.
-            "check_flops": batch.numel() * (plan.flops_per_token_before + plan.flops_per_token_after) / 3,
+            "check_flops": plan.check_flops(batch.numel()),
             "seconds": time.perf_counter() - began,
         }
         event = plan.event(reason, measured)

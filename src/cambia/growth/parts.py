@@ -104,6 +104,7 @@ def add_part(
         "logit_error": 0.0,
         "loss_before": check_loss(before, batch),
         "loss_after": check_loss(after, batch),
+        "check_flops": plan.check_flops(batch.numel()),
         "seconds": time.perf_counter() - began,
     }
     return plan.event(reason, measured)

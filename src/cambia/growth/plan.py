@@ -56,6 +56,10 @@ class GrowthPlan:
         """The config afterwards."""
         return self.after.config
 
+    def check_flops(self, tokens: int) -> float:
+        """Operations of asking the model before and after about so many tokens: forward, a third of a step."""
+        return tokens * (self.flops_per_token_before + self.flops_per_token_after) / 3
+
     @property
     def fades_in(self) -> bool:
         """Whether new tensors come up to what others hold while they warm up."""

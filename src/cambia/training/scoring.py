@@ -45,6 +45,8 @@ class Scorer:
         self.model, self.config, self.method = model, config, method
         self.autocast, self.average = autocast, average
         self.tokens, self.seconds = 0, 0.0
+        self.read = 0
+        """Tokens that models were given for validation, slices and probes."""
 
     @property
     def routes(self) -> tuple[Route, ...]:
@@ -77,7 +79,7 @@ class Scorer:
         """
         weights = stream.stages[stage].weights
         now = [j for j, weight in enumerate(weights) if weight > 0 or not stream.boundaries]
-        likelihood = self._likelihood(self._of_tasks(stream, now))
+        likelihood = self._likelihood(self._read(stream, now))
         if likelihood is None:
             return None, {}
         values = {
@@ -92,10 +94,10 @@ class Scorer:
                     for j in range(len(stream.names))
                     if any(s.weights[j] for s in stream.stages[: stage + 1])
                 ]
-                values |= slice_losses(self.asked, self._of_tasks(stream, met), self.config.slices)
+                values |= slice_losses(self.asked, self._read(stream, met), self.config.slices)
             for name, function in self.config.probes.items():
                 probe = resolve_function(function, (), "function")
-                values[name] = float(probe(self.model, self._of_tasks(stream, now)))
+                values[name] = float(probe(self.model, self._read(stream, now)))
         return likelihood, values
 
     def texts(self, stream: AnyStream, task: int, split: str) -> Iterable[Batch]:
@@ -113,8 +115,11 @@ class Scorer:
         """Milliseconds for each token that was scored so far."""
         return 1000 * self.seconds / self.tokens if self.tokens else None
 
-    def _of_tasks(self, stream: AnyStream, tasks: Iterable[int]) -> Iterable[Batch]:
-        return itertools.chain.from_iterable(self.texts(stream, j, "valid") for j in tasks)
+    def _read(self, stream: AnyStream, tasks: Iterable[int]) -> Iterable[Batch]:
+        """The validation texts of some tasks, counted as they are taken."""
+        for batch in itertools.chain.from_iterable(self.texts(stream, j, "valid") for j in tasks):
+            self.read += batch.input_ids.numel()
+            yield batch
 
     def _likelihood(self, texts: Iterable[Batch], *, exact: bool = False) -> Likelihood | None:
         began = time.perf_counter()

@@ -130,7 +130,7 @@ class Progress:
     flops_grown: float = 0.0
     """Of verifying growth."""
     flops_scored: float = 0.0
-    """Of measuring the validation loss while training."""
+    """Of measuring the validation loss, slices and probes while training."""
     skipped: int = 0
     """Steps left out for a loss that was not finite."""
     matrix_rows: int = 0

@@ -379,10 +379,10 @@ class Trainer(Stateful):
     # ---- scores ----------------------------------------------------------------------------------
 
     def _validate(self, stream: AnyStream, journal: Journal) -> None:
-        before = self.scorer.tokens
+        before = self.scorer.read
         likelihood, values = self.scorer.validation(stream, self.progress.stage)
         # Forward only, a third of a training step.
-        self.progress.flops_scored += (self.scorer.tokens - before) * self.flops_per_token / 3
+        self.progress.flops_scored += (self.scorer.read - before) * self.flops_per_token / 3
         self._measured(values)
         if likelihood is not None and len(stream.names) == 1:
             self._keep_best([likelihood], stream, journal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -158,7 +159,7 @@ def test_a_loader_begins_again_and_goes_on_where_it_was() -> None:
     seen = [stream.next_batch(0).input_ids for _ in range(5)]
     assert torch.equal(seen[3], seen[0])
     again = LoaderStream(batches)
-    again.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    again.load_state_dict(stream.state_dict())
     assert torch.equal(again.next_batch(0).input_ids, batches[2][:, :-1])
     with pytest.raises(DataError, match="gives no batch"):
         LoaderStream([])
@@ -166,6 +167,27 @@ def test_a_loader_begins_again_and_goes_on_where_it_was() -> None:
     once.next_batch(0)
     with pytest.raises(DataError, match="a DataLoader or a list instead of a generator"):
         once.next_batch(0)
+
+
+@pytest.mark.parametrize("taken", [1, 3, 4, 5])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_loader_that_shuffles_goes_on_in_the_same_order(own: bool, taken: int) -> None:
+    def stream(seed: int) -> LoaderStream:
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed) if own else None
+        return LoaderStream(DataLoader(rows(9), batch_size=3, shuffle=True, generator=generator))
+
+    first = stream(1)
+    for _ in range(taken):
+        first.next_batch(0)
+    state, drawn = copy.deepcopy(first.state_dict()), torch.get_rng_state()
+    expected = [first.next_batch(0).input_ids for _ in range(5)]
+    again = stream(2)
+    torch.set_rng_state(drawn)  # as a trainer does, which has a random state of its own
+    again.load_state_dict(state)
+    assert torch.equal(torch.get_rng_state(), drawn), "reading over draws nothing of the trainer's"
+    for batch in expected:
+        assert torch.equal(again.next_batch(0).input_ids, batch)
 
 
 def test_with_a_tokenizer_text_is_counted_in_bytes() -> None:

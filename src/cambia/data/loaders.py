@@ -59,7 +59,7 @@ class LoaderStream:
         self.loader, self.validation, self.tokenizer = loader, validation, tokenizer
         self.epoch = 0
         self.index = 0  # batches taken in this epoch
-        self._batches: Iterator[Any] = iter(loader)
+        self._begin()
         first = next(self._batches, None)
         if first is None:
             raise DataError("the data loader gives no batch")
@@ -88,7 +88,7 @@ class LoaderStream:
         batch = next(self._batches, None)
         if batch is None:
             self.epoch, self.index = self.epoch + 1, 0
-            self._batches = iter(self.loader)
+            self._begin()
             batch = next(self._batches, None)
         if batch is None:
             raise DataError(
@@ -106,13 +106,25 @@ class LoaderStream:
             yield from map(self._read, self.validation or ())
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch and batches taken in it."""
-        return {"epoch": self.epoch, "index": self.index}
+        """Epoch, batches taken in it, and the random state from which a loader drew its order."""
+        return {"epoch": self.epoch, "index": self.index, "random": self._random}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on there, by reading over what was taken; a loader that shuffles must do so by a fixed seed."""
-        self.epoch, self.index = state["epoch"], state["index"]
-        self._batches = itertools.islice(iter(self.loader), self.index, None)
+        """Go on there: the epoch is begun as it was, and what was taken is read over."""
+        self.epoch, self.index, self._random = state["epoch"], state["index"], state["random"]
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._random["torch"])
+            for generator, drawn in zip(_generators(self.loader), self._random["own"].values(), strict=True):
+                generator.set_state(drawn)
+            self._batches = iter(self.loader)
+            for _ in range(self.index):
+                next(self._batches, None)
+
+    def _begin(self) -> None:
+        """Begin an epoch."""
+        own = {str(i): generator.get_state() for i, generator in enumerate(_generators(self.loader))}
+        self._random = {"torch": torch.get_rng_state(), "own": own}
+        self._batches: Iterator[Any] = iter(self.loader)
 
     def _read(self, batch: Any) -> Batch:
         given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
@@ -138,3 +150,10 @@ class LoaderStream:
             return 0
         rows = [row[row != IGNORED].tolist() for row in torch.unbind(targets)]
         return sum(len(text.encode("utf-8", "replace")) for text in self.tokenizer.batch_decode(rows))
+
+
+def _generators(loader: Iterable[Any]) -> list[torch.Generator]:
+    """Generators that a DataLoader and its sampler draw from, if they have any of their own."""
+    found = [getattr(place, "generator", None) for place in (loader, getattr(loader, "sampler", None))]
+    own = [one for one in found if isinstance(one, torch.Generator)]
+    return own[:1] if len(own) == 2 and own[0] is own[1] else own

@@ -57,7 +57,7 @@ class GrowthPlan:
         return self.after.config
 
     def check_flops(self, tokens: int) -> float:
-        """Operations of asking the model before and after about so many tokens: forward, a third of a step."""
+        """Operations of asking both models about so many tokens: forward only, a third of a step."""
         return tokens * (self.flops_per_token_before + self.flops_per_token_after) / 3
 
     @property

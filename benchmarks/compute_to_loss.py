@@ -268,14 +268,16 @@ def markdown(result: Mapping[str, Any]) -> str:
         for place, one in enumerate(found[arm][0].ends)
     ]
     tuning = sum(result["tuning"]["flops"].values()) / 1e12
+    tried = [arm for arm in found if arm.startswith("D-")]
+    best_of = f"the best of {', '.join(tried)} by validation, at what B-depth spends"
+    which = best_of if len(tried) > 1 else "the only one here"
     note = (
         "Savings in percent of operations to equal decayed loss: mean over seeds and the 95 % interval of a "
         "bootstrap, which with three seeds goes from the least to the most. A star for each seed whose loss "
         "lies beyond the curve, so that its nearest piece was continued. Rates "
         f"were tuned with {len(result['preset']['rates'])} trials an arm, which took {tuning:.1f} TFLOP in "
         f"all and are not in the ledger. Goals: {GOALS['saving']:.0%} against A with an interval above "
-        f"{GOALS['low']:.0%}, and more than nothing against the best fixed size, which is {fixed} of "
-        f"{', '.join(arm for arm in found if arm.startswith('D-'))} (by validation, at what B-depth spends)."
+        f"{GOALS['low']:.0%}, and more than nothing against the best fixed size, {fixed}, {which}."
     )
     picture = f"![decayed loss over operations, by arm](pictures/compute_to_loss_{result['name']}.png)"
     return "\n\n".join(

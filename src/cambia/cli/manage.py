@@ -69,9 +69,14 @@ def list_runs() -> None:
         out.print(table)
     for folder in sweeps:
         sweep = sweepdir.SweepReader(folder)
-        states = Counter(result.status for result in sweep.results().values())
+        try:
+            cells, results = sweep.cells(), sweep.results().values()
+        except (CambiaError, ValueError) as error:
+            out.print(f"sweep {sweep.name}: unreadable: {error}", markup=False)
+            continue
+        states = Counter(result.status for result in results)
         done = f"{states['finished']:,} finished, {states['failed']:,} failed"
-        out.print(f"sweep {sweep.name}: {len(sweep.cells()):,} cells, {done}")
+        out.print(f"sweep {sweep.name}: {len(cells):,} cells, {done}")
 
 
 @runs_app.command(name="show")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -157,6 +158,10 @@ def test_default_names_are_numbered(cambia, tmp_path):
         (["run", "tiny.yaml", "--name", "../up"], "cannot name a run"),
         (["run", "tiny.yaml", "--model.max_position_embeddings", "8"], "max_position_embeddings"),
         (["run", "tiny.yaml", "extra"], "stands alone"),
+        (["run", "tiny.yaml", "--model.hidden_size", "1048576", "--dry-run"], "lower --model.hidden_size"),
+        (["run", "tiny.yaml", "--data.cache_dir", "~nosuchuser/x"], "~nosuchuser/x: there is no user"),
+        (["learn", "~nosuchuser/x", "tiny.yaml"], "~nosuchuser/x: there is no user"),
+        (["learn", "tiny.yaml", "~nosuchuser/x"], "~nosuchuser/x: there is no user"),
         (["run", "--resume", "nothing"], "no run 'nothing'"),
         (["rnu"], 'Did you mean "run"'),
         (["generate", "nothing", "--prompt", "x"], "no run 'nothing'"),
@@ -379,6 +384,15 @@ def test_sweeps_are_listed_and_deleted(cambia, tmp_path):
     shutil.rmtree(sweep.folder / ".claims")  # a copy without hidden files, for example
     assert cambia("runs", "delete", "study", "--yes")[0] == 0
     assert not sweep.folder.exists()
+
+
+def test_no_answer_deletes_nothing(cambia, tmp_path, monkeypatch):
+    sweep = SweepWriter(tmp_path / "runs" / "study")
+    sweep.write_grid("", [])
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    code, out, _ = cambia("runs", "delete", "study")
+    assert code == 0 and "kept" in out and sweep.folder.exists()
 
 
 @pytest.mark.parametrize("content", ["[{", "[1]", "3", '[{"nmae": 1}]'])

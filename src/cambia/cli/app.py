@@ -66,7 +66,9 @@ def refuse_resuming(run: str, command: str) -> None:
     fitting = {"learn": kinds == ["experts"], "tune-decoding": tree.get("decoding") is not None}
     if not fitting[command]:
         right = next((other for other, fits in fitting.items() if fits), "run")
-        raise ConfigError(f"--resume {run}: `cambia {command}` did not make it: cambia {right} --resume {run}")
+        raise ConfigError(
+            f"--resume {run}: `cambia {command}` did not make it: cambia {right} --resume {run}"
+        )
 
 
 def recipe_and_flags(words: tuple[str, ...], parse: Any) -> tuple[str | None, dict[str, Any]]:

@@ -111,7 +111,11 @@ def delete_run(run: str, *, yes: bool = False) -> None:
     if not yes:
         if not sys.stdin.isatty():
             raise ConfigError(f"deleting {reader.folder} needs an answer from a person, or --yes")
-        if input(f"Delete {reader.folder} for good? [y/N] ").strip().lower() not in ("y", "yes"):
+        try:
+            answer = input(f"Delete {reader.folder} for good? [y/N] ")
+        except EOFError:  # Ctrl-D
+            answer = "no"
+        if answer.strip().lower() not in ("y", "yes"):
             console().print("kept")
             return
     shutil.rmtree(reader.folder)

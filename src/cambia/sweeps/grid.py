@@ -297,7 +297,12 @@ def _slug(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """A value as results and tables hold it: what has parts becomes a line of text."""
-    return value if isinstance(value, str | int | float | None) else json.dumps(value, sort_keys=True)
+    if isinstance(value, str | int | float | None):
+        return value
+    try:
+        return json.dumps(value, sort_keys=True)
+    except TypeError:  # YAML knows dates
+        return str(value)
 
 
 # ---- choices -------------------------------------------------------------------------------------

@@ -265,5 +265,5 @@ def test_a_cluster_that_is_not_there_is_told_with_its_flag(
         raise ConnectionError("nobody answers")
 
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init, is_initialized=lambda: False))
-    with pytest.raises(ConfigError, match="--ray-address '10.0.0.1:1': there is no Ray cluster"):
+    with pytest.raises(ConfigError, match=r"--ray-address '10\.0\.0\.1:1': there is no Ray cluster"):
         RayWorkers(tmp_path, 1, threads=1, address="10.0.0.1:1")

@@ -38,7 +38,7 @@ class Schedule(ABC):
         if step < warmup:
             return (step + 1) / (warmup + 1)
         left = max(1, length - warmup)
-        return self.after_warmup(min(step - warmup, left), left)
+        return self.after_warmup(step - warmup if step < length else left, left)
 
     def falls(self, step: int, length: int) -> bool:
         """Whether the rate is below its highest after it was there."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cambia.rundir import RunWriter
 from cambia.sweepdir import CellRecord, Result, SweepWriter
 from tests.conftest import checkpoint
 
@@ -155,6 +158,10 @@ def test_default_names_are_numbered(cambia, tmp_path):
         (["run", "tiny.yaml", "--name", "../up"], "cannot name a run"),
         (["run", "tiny.yaml", "--model.max_position_embeddings", "8"], "max_position_embeddings"),
         (["run", "tiny.yaml", "extra"], "stands alone"),
+        (["run", "tiny.yaml", "--model.hidden_size", "1048576", "--dry-run"], "lower --model.hidden_size"),
+        (["run", "tiny.yaml", "--data.cache_dir", "~nosuchuser/x"], "~nosuchuser/x: there is no user"),
+        (["learn", "~nosuchuser/x", "tiny.yaml"], "~nosuchuser/x: there is no user"),
+        (["learn", "tiny.yaml", "~nosuchuser/x"], "~nosuchuser/x: there is no user"),
         (["run", "--resume", "nothing"], "no run 'nothing'"),
         (["rnu"], 'Did you mean "run"'),
         (["generate", "nothing", "--prompt", "x"], "no run 'nothing'"),
@@ -246,6 +253,28 @@ def test_resume_refuses_what_would_make_it_another_run(cambia):
     code, _, err = cambia("run", "--resume", "tiny", "--training.batch_size", "8")
     assert code == 2 and "cannot change" in err
     assert cambia("run", "--resume", "tiny", "--optimizer.learning_rate", "0.001")[0] == 0
+
+
+def other_run(folder, tree):
+    """A run that has begun, of which only the settings are there."""
+    run = RunWriter(folder / "runs/other")
+    run.write_config(tree, "")
+    run.close()
+
+
+@pytest.mark.parametrize(
+    ("command", "tree", "right"),
+    [
+        ("learn", {"methods": [{"type": "full_per_task"}]}, "run"),
+        ("learn", {"methods": [], "decoding": {"rewards": []}}, "tune-decoding"),
+        ("tune-decoding", {"methods": [{"type": "experts"}]}, "learn"),
+        ("tune-decoding", {"decoding": None}, "run"),
+    ],
+)
+def test_a_run_goes_on_with_the_command_that_made_it(cambia, tmp_path, command, tree, right):
+    other_run(tmp_path, tree)
+    code, _, err = cambia(command, "--resume", "other")
+    assert code == 2 and f"cambia {right} --resume other" in err and len(err.splitlines()) == 1, err
 
 
 def test_nonfinite_loss_stops_with_the_checkpoint_kept_or_is_skipped(cambia, tmp_path):
@@ -352,5 +381,32 @@ def test_sweeps_are_listed_and_deleted(cambia, tmp_path):
     code, _, err = cambia("runs", "delete", "study", "--yes")
     assert code == 2 and "still going" in err
     claim.release()
+    shutil.rmtree(sweep.folder / ".claims")  # a copy without hidden files, for example
     assert cambia("runs", "delete", "study", "--yes")[0] == 0
     assert not sweep.folder.exists()
+
+
+def test_no_answer_deletes_nothing(cambia, tmp_path, monkeypatch):
+    sweep = SweepWriter(tmp_path / "runs" / "study")
+    sweep.write_grid("", [])
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    code, out, _ = cambia("runs", "delete", "study")
+    assert code == 0 and "kept" in out and sweep.folder.exists()
+
+
+@pytest.mark.parametrize("content", ["[{", "[1]", "3", '[{"nmae": 1}]'])
+def test_a_broken_sweep_is_listed_beside_the_others(cambia, tmp_path, content):
+    for name in ("broken", "whole"):
+        SweepWriter(tmp_path / "runs" / name).write_grid("", [])
+    (tmp_path / "runs/broken/grid_cells.json").write_text(content)
+    code, out, _ = cambia("runs", "list")
+    assert code == 0 and "sweep broken: unreadable: " in out and "sweep whole: 0 cells" in out
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json"])
+def test_a_run_whose_records_are_no_records_is_told_in_one_line(cambia, tmp_path, name):
+    other_run(tmp_path, {})
+    (tmp_path / "runs/other" / name).write_text("[1]")
+    code, _, err = cambia("report", "other")
+    assert code == 2 and f"{name} was altered" in err and len(err.splitlines()) == 1, err

@@ -53,7 +53,10 @@ def test_no_flag_is_a_traceback(tokens: list[str]) -> None:
         assert "settings are given as --any.field value" in str(error)
 
 
-@pytest.mark.parametrize("text", ["2024-99-99", "0b_", "!!binary x", "{a: b", "=", "1:99:99", "\x00", "&a"])
+@pytest.mark.parametrize(
+    "text",
+    ["2024-99-99", "0b_", "!!binary x", "{a: b", "=", "1:99:99", "\x00", "&a", "&a [*a]", "{a: 1, a: 2}"],
+)
 def test_what_is_no_yaml_is_text(text: str) -> None:
     (value,) = parse_flags([f"--name={text}"]).values()
     assert value == text or not isinstance(value, str)
@@ -77,6 +80,11 @@ def test_a_flag_changes_its_place_alone(flags: dict[str, Any], expected: dict[st
     before = copy.deepcopy(TREE)
     assert apply_overrides(TREE, flags) == {**TREE, **expected}
     assert before == TREE
+
+
+def test_a_name_of_ones_own_may_have_a_hyphen() -> None:
+    tree = {"probes": {"my-own": "a:f"}}
+    assert apply_overrides(tree, parse_flags(["--probes.my-own", "b:f"])) == {"probes": {"my-own": "b:f"}}
 
 
 def test_a_number_in_a_path_is_an_index() -> None:

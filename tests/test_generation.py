@@ -92,6 +92,12 @@ def test_settings_out_of_range_are_refused(model, tokenizer, settings, problem) 
         continue_text(model, tokenizer, ["a"], **settings)
 
 
+def test_a_prompt_that_is_not_utf_8_is_refused(model, tokenizer) -> None:
+    prompt = b"caf\xe9".decode("utf-8", "surrogateescape")  # as a command line hands it over
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        continue_text(model, tokenizer, [prompt])
+
+
 def test_an_empty_prompt_is_refused(model, tokenizer) -> None:
     with pytest.raises(ConfigError, match="at least one character"):
         continue_text(model, tokenizer, ["a", ""])

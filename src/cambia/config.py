@@ -288,12 +288,32 @@ def dump(value: Any) -> dict[str, Any]:
 
 
 class _Yaml(yaml.SafeLoader):
-    """Safe YAML that takes 1e6 and 3e-4 for numbers, which YAML 1.1 without a dot and a sign does not."""
+    """Safe YAML that takes 1e6 and 3e-4 for numbers, which YAML 1.1 without a dot and a sign does not.
+
+    A key that stands twice is refused, where PyYAML would drop the first.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value!r} stands twice in one mapping, keep one",
+                    problem_mark=key.start_mark,
+                )
+            seen.add(name)
+        return node
 
 
 _Yaml.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
 )
+
+
+def _parsed(text: str) -> Any:
+    return _copy(yaml.load(text, _Yaml))  # no end to an alias inside itself is found here
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -308,9 +328,11 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from None
     try:
-        tree = yaml.load(text, _Yaml)
+        tree = _parsed(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-99-99 looks like a date and is none
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} never ends: an alias (*name) stands inside what it names") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -341,8 +363,8 @@ def parse_flags(tokens: Sequence[str]) -> dict[str, Any]:
         if not has_value:
             text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         try:
-            flags[name.replace("-", "_")] = yaml.load(text, _Yaml)
-        except (yaml.YAMLError, ValueError):
+            flags[name.replace("-", "_")] = _parsed(text)
+        except (yaml.YAMLError, ValueError, RecursionError):
             flags[name.replace("-", "_")] = text
     return flags
 
@@ -387,7 +409,9 @@ def _set(node: Any, parts: list[str], value: Any, name: str) -> None:
         if isinstance(node, list):
             key: Any = _index(part, node, name, dotted(parts[:depth]))
         elif isinstance(node, dict):
-            key = part
+            # Flags are read with _ for -, which stands in names of one's own (probes).
+            near = [own for own in node if str(own).replace("-", "_") == part and part not in node]
+            key = near[0] if near else part
         else:
             raise ConfigError(f"--{name}: {dotted(parts[:depth])} is a single value, it has no {part!r}")
         if last:

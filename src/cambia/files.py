@@ -25,10 +25,24 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from cambia.errors import CheckpointError, StorageFullError
+from cambia.errors import CheckpointError, ConfigError, StorageFullError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with the home folder that a leading ~ or ~user stands for.
+
+    Raises:
+        ConfigError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{path}: there is no user of that name; write the folder out instead of ~"
+        ) from None
 
 
 def sha256_file(path: Path) -> str:

@@ -111,6 +111,10 @@ def routes_of(experts: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequenc
 
 
 def _token_rows(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[list[int]]:
+    for prompt in prompts:
+        # Bytes of a command line that are not UTF-8 arrive as lone surrogates.
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ConfigError(f"the prompt {prompt!r} is not UTF-8 text; convert it (iconv -t UTF-8)")
     rows = tokenizer(list(prompts))["input_ids"]
     for prompt, row in zip(prompts, rows, strict=True):
         if not row:

@@ -260,11 +260,11 @@ class RunReader:
         self.name = self.folder.resolve().name
 
     def config(self) -> dict[str, Any]:
-        return files.read_json(self.folder / CONFIG_JSON)
+        return _mapping(self.folder / CONFIG_JSON)
 
     def summary(self) -> dict[str, Any] | None:
         path = self.folder / SUMMARY
-        return files.read_json(path) if path.exists() else None
+        return _mapping(path) if path.exists() else None
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """A CSV log's rows; numbers as numbers, empty cells as None. A row cut short is left out."""
@@ -312,6 +312,13 @@ class RunReader:
             except BlockingIOError:
                 return True
         return False
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    found = files.read_json(path)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} was altered: expected names with values, got {found!r:.40}")
+    return found
 
 
 def _numbered(folder: Path, before: str, after: str = "") -> list[Path]:

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cambia import files, rundir
-from cambia.errors import RunError
+from cambia.errors import CheckpointError, RunError
 
 GRID, CELLS = "grid.yaml", rundir.CELLS
 RESULTS, TABLE, PROGRESS = "grid_results.jsonl", "grid_results.csv", "grid_progress.json"
@@ -148,7 +148,7 @@ class SweepReader:
 
     def is_going(self) -> bool:
         """Whether a process works on one of its cells right now."""
-        claims = [Claim.taken(path) for path in (self.folder / _CLAIMS).iterdir()]
+        claims = [Claim.taken(path) for path in (self.folder / _CLAIMS).glob("*")]
         for claim in claims:
             if claim is not None:
                 claim.release()
@@ -289,7 +289,10 @@ class Claim:
 
 
 def _read_cells(folder: Path) -> list[CellRecord]:
-    return [CellRecord(**cell) for cell in files.read_json(folder / CELLS)]
+    try:
+        return [CellRecord(**cell) for cell in files.read_json(folder / CELLS)]
+    except TypeError as error:
+        raise CheckpointError(f"{folder / CELLS} was altered: it holds no cells ({error})") from None
 
 
 def _parsed(content: bytes) -> Iterator[Result]:

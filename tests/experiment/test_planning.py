@@ -84,6 +84,8 @@ def test_the_command_writes_a_run_that_works_and_reads_its_curve(cambia: Call, t
     code, out, err = cambia("plan", "smoke", *words, *sizes, *kept, *one, "--layers", "4", "--methods", "[]")
     assert code == 0, err
     assert "saves at most t (1 - x)" in out and "wrote plan.yaml" in out
+    code, _, err = cambia("plan", "smoke", "--tokens", "6400", "--out", "plan.yaml")
+    assert code == 2 and "--out plan.yaml exists already" in err
     code, _, err = cambia("run", "plan.yaml", "--name", "planned")
     assert code == 0, err
     run = RunReader(tmp_path / "runs/planned")

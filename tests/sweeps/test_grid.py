@@ -14,6 +14,7 @@ from cambia.errors import ConfigError
 from cambia.rundir import run_folder
 from cambia.sweeps import Cell, cells_of, read_grid
 from cambia.sweeps.grid import chosen, plain_grid
+from cambia.sweeps.search import Range
 from tests.sweeps.grids import BASE, METHODS, grid, written
 
 
@@ -111,9 +112,15 @@ def test_only_some() -> None:
         ("methd=x", "did you mean 'method'"),
         ("seed", "axis=value"),
         ("seed=7", "no such cell"),
+        ("seed=2024-01-01", "no such cell"),
+        ("seed={1: 2, b: 3}", "no such cell"),
     ):
         with pytest.raises(ConfigError, match=said):
             chosen(every, [only], read)
+
+
+def searched(room: Any, key: str = "training.steps") -> dict[str, Any]:
+    return {"space": {key: room}}
 
 
 @pytest.mark.parametrize(
@@ -137,12 +144,27 @@ def test_only_some() -> None:
         (grid(base="first_groth"), "did you mean 'first_growth'"),
         (grid(search={"space": {"training.steps": {"low": 1, "hi": 2}}}), "did you mean 'high'"),
         (grid(search={"space": {"training.steps": {"low": 2, "high": 1}}}), "low < high"),
+        (grid(seeds=10**12), "2,000,000,000,000 cells.*--yes"),
         (grid(search={"space": {}}), "is empty"),
+        (grid(search=searched([])), "search.space.training.steps: is empty"),
+        (grid(search=searched([[1, 2], [3]])), "training.steps: expected numbers, words.*an axis"),
+        (grid(search=searched([{"low": 1}])), "training.steps: expected numbers, words.*an axis"),
+        (grid(search=searched([1.0, float("inf")])), "expected finite numbers, got inf"),
+        (grid(search=searched({"low": 1, "high": float("inf")})), "high: expected a finite number"),
+        (grid(search=searched({"low": 0.5, "high": 3, "integer": True, "log": True})), "low: expected a"),
+        (grid(search=searched({"low": 1, "high": 3.5, "integer": True})), "high: expected a whole number"),
+        (grid(search={**searched([2]), "seed": -1}), "search.seed: .*greater than or equal to 0"),
+        (grid(search=searched([2], "training.stps")), "search.space: .*training.stps: .*mean 'steps'"),
     ],
 )  # fmt: skip
 def test_what_is_no_grid_is_refused(tree: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         cells(tree)
+
+
+def test_bounds_from_python_are_checked_too() -> None:
+    with pytest.raises(ConfigError, match="high: expected a finite number"):
+        Range(low=0.0, high=float("inf"))
 
 
 def test_a_flag_does_not_fight_with_an_axis() -> None:

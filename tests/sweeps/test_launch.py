@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from cambia.errors import ConfigError, SweepError
 from cambia.experiment.build import train_in
 from cambia.sweepdir import ERRORS, RESULTS, TABLE, SweepReader, SweepWriter
 from cambia.sweeps import Limits, cells_of, read_grid, run_grid
+from cambia.sweeps.on_ray import RayWorkers
 from tests.sweeps.grids import BASE, METHODS, cache, grid, written
 
 __all__ = ["cache"]  # a fixture
@@ -254,3 +256,14 @@ def test_two_hundred_cells_and_ten_kills(place: Path) -> None:
                 os.kill(worker, signal.SIGKILL)
     assert process.wait(900) == 0
     assert_whole(folder, 200)
+
+
+def test_a_cluster_that_is_not_there_is_told_with_its_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**settings: Any) -> None:
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init, is_initialized=lambda: False))
+    with pytest.raises(ConfigError, match=r"--ray-address '10\.0\.0\.1:1': there is no Ray cluster"):
+        RayWorkers(tmp_path, 1, threads=1, address="10.0.0.1:1")

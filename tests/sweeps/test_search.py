@@ -13,6 +13,7 @@ from cambia.errors import ConfigError
 from cambia.sweepdir import Result, SweepReader, SweepWriter
 from cambia.sweeps import cells_of, read_grid, run_grid
 from cambia.sweeps.grid import Cell
+from cambia.sweeps.launch import open_sweep
 from cambia.sweeps.supply import Searched
 from tests.sweeps.grids import cache, grid
 
@@ -83,6 +84,37 @@ def test_what_is_judged_by_must_be_a_result(sweep: SweepWriter) -> None:
     source = supply(sweep, metric="validation_bits_per_bite")
     with pytest.raises(ConfigError, match="no result; did you mean 'validation_bits_per_byte'"):
         list(work(source, sweep))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"space": {**SPACE, "training.steps": [2, 4]}}, "search.space.training.steps: .*--name"),
+        ({"space": {**SPACE, "training.steps": {"low": 2, "high": 3}}}, "search.space.training.steps"),
+        ({"maximize": True}, "search.maximize true: .*--name"),
+    ],
+)
+def test_a_search_that_was_changed_under_way_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setenv("CAMBIA_RUNS", str(tmp_path))
+    search = {"space": SPACE, "trials": 2}
+    read = read_grid(grid(search=search))
+    sweep = open_sweep(read, cells_of(read), "study")
+    list(work(Searched(read, cells_of(read), sweep, retry=False), sweep))
+    before = (sweep.folder / "grid.yaml").read_text()
+    with pytest.raises(ConfigError, match=said):
+        run_grid(grid(search={**search, **change}), name="study", console=QUIET)
+    assert (sweep.folder / "grid.yaml").read_text() == before
+    wider = read_grid(
+        grid(
+            search={
+                "space": {**SPACE, "optimizer.learning_rate": {"low": 1e-5, "high": 1.0, "log": True}},
+                "trials": 3,
+            }
+        )
+    )
+    open_sweep(wider, cells_of(wider), "study")
 
 
 def test_values_that_are_no_experiment_are_not_run(sweep: SweepWriter) -> None:

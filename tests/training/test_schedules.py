@@ -35,6 +35,11 @@ def test_a_factor_is_a_share_and_rises_before_it_falls(schedule: Schedule, lengt
     assert all(a >= b for a, b in itertools.pairwise(factors[top:]))
 
 
+@given(schedule=schedules(), length=st.integers(1, 200), more=st.integers(0, 300))
+def test_beyond_its_end_it_stays_there(schedule: Schedule, length: int, more: int) -> None:
+    assert 0 <= schedule.factor(length + more, length) == schedule.factor(length, length) <= 1
+
+
 @given(schedule=schedules(), length=st.integers(1, 200))
 def test_no_step_is_wasted_at_a_rate_of_zero(schedule: Schedule, length: int) -> None:
     """It would learn nothing; a schedule that ends at zero gets there after its last step."""

@@ -53,6 +53,24 @@ def reported(folder: Path) -> int:
     return 0 if run.status == "finished" else 130
 
 
+def refuse_resuming(run: str, command: str) -> None:
+    """Refuse to go on with a run that another command began, where `learn` or `tune-decoding` shall.
+
+    Raises:
+        CambiaError: there is no such run, or not one for this command; the message names the one that is.
+    """
+    from cambia.rundir import RunReader
+
+    tree = RunReader(run).config()
+    kinds = [method.get("type") for method in tree.get("methods") or []]
+    fitting = {"learn": kinds == ["experts"], "tune-decoding": tree.get("decoding") is not None}
+    if not fitting[command]:
+        right = next((other for other, fits in fitting.items() if fits), "run")
+        raise ConfigError(
+            f"--resume {run}: `cambia {command}` did not make it: cambia {right} --resume {run}"
+        )
+
+
 def recipe_and_flags(words: tuple[str, ...], parse: Any) -> tuple[str | None, dict[str, Any]]:
     """`RECIPE --any.field value` taken apart."""
     if words and not words[0].startswith("-"):

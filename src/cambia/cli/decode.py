@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cambia.cli.app import Settings, app, console, reported
+from cambia.cli.app import Settings, app, console, refuse_resuming, reported
 from cambia.errors import ConfigError
 
 _EXAMPLE = "cambia tune-decoding MODEL --data FILE"
@@ -55,6 +55,7 @@ def tune_decoding(
     if resume is not None:
         if model or data or reward or by or tokens or expert or name:
             raise ConfigError("--resume goes on with a run as it is: leave out model, --data and the others")
+        refuse_resuming(resume, "tune-decoding")
         folder = train(RECIPE, name=resume, resume=True, overrides=flags)
     elif model is None or not data:
         raise ConfigError(f"name a model, and text as it should be written: {_EXAMPLE}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cambia.cli.app import Settings, app, console, reported
+from cambia.cli.app import Settings, app, console, refuse_resuming, reported
 from cambia.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def learn(
     if resume is not None:
         if model or name or steps or boundaries:
             raise ConfigError("--resume goes on with a run as it is: leave out model, texts and --name")
+        refuse_resuming(resume, "learn")
         folder = train(RECIPE, name=resume, resume=True, overrides=flags)
     elif model is None:
         raise ConfigError(f"name a model and what it shall learn from: {_EXAMPLE}")

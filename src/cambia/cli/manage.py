@@ -69,9 +69,14 @@ def list_runs() -> None:
         out.print(table)
     for folder in sweeps:
         sweep = sweepdir.SweepReader(folder)
-        states = Counter(result.status for result in sweep.results().values())
+        try:
+            cells, results = sweep.cells(), sweep.results().values()
+        except (CambiaError, ValueError) as error:
+            out.print(f"sweep {sweep.name}: unreadable: {error}", markup=False)
+            continue
+        states = Counter(result.status for result in results)
         done = f"{states['finished']:,} finished, {states['failed']:,} failed"
-        out.print(f"sweep {sweep.name}: {len(sweep.cells()):,} cells, {done}")
+        out.print(f"sweep {sweep.name}: {len(cells):,} cells, {done}")
 
 
 @runs_app.command(name="show")
@@ -106,7 +111,11 @@ def delete_run(run: str, *, yes: bool = False) -> None:
     if not yes:
         if not sys.stdin.isatty():
             raise ConfigError(f"deleting {reader.folder} needs an answer from a person, or --yes")
-        if input(f"Delete {reader.folder} for good? [y/N] ").strip().lower() not in ("y", "yes"):
+        try:
+            answer = input(f"Delete {reader.folder} for good? [y/N] ")
+        except EOFError:  # Ctrl-D
+            answer = "no"
+        if answer.strip().lower() not in ("y", "yes"):
             console().print("kept")
             return
     shutil.rmtree(reader.folder)

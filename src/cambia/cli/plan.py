@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cambia.cli.app import Settings, app, console, recipe_and_flags
+from cambia.errors import ConfigError
 
 if TYPE_CHECKING:
     from cambia.experiment.planning import RunPlan
@@ -45,6 +46,8 @@ def plan(
     from cambia.files import write_text
     from cambia.rundir import RunReader
 
+    if out is not None and out.exists():
+        raise ConfigError(f"--out {out} exists already; name a file that does not")
     recipe, flags = recipe_and_flags(words, parse_flags)
     found = plan_run(
         read_experiment(recipe or "fixed_size", flags),
@@ -93,7 +96,6 @@ def _show(found: RunPlan) -> None:
 def _measured() -> str:
     """What our own results say."""
     from cambia import bench
-    from cambia.errors import ConfigError
 
     try:
         benchmark = bench.find("compute_to_loss")

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 from cambia.data.rows import RowSource
 from cambia.data.sources import TEST, TRAIN, VALID, Document, Source, key_of
 from cambia.errors import ConfigError, DataError, MissingExtraError
-from cambia.files import sha256_file
+from cambia.files import expanded, sha256_file
 
 TEXT_SUFFIXES = (
     *(".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".tokens", ".html", ".xml", ".csv", ".sql"),
@@ -115,8 +115,8 @@ def find_path(path: str) -> Path:
         DataError: there is none.
     """
     root = os.environ.get("CAMBIA_DATA")
-    given = Path(path).expanduser()
-    for base in (given, Path(root).expanduser() / path) if root else (given,):
+    given = expanded(path)
+    for base in (given, expanded(root) / path) if root else (given,):
         for candidate in (base, base.with_name(base.name + ".gz")):
             if candidate.exists():
                 return candidate

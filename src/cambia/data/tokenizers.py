@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cambia.errors import ConfigError, DataError
+from cambia.files import expanded
 
 if TYPE_CHECKING:
     import tokenizers as rust
@@ -191,7 +192,7 @@ class HfTokenizer(TokenizerConfig):
     def build(self, texts: TextSource | None) -> Tokenizer:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        path = Path(self.path).expanduser()
+        path = expanded(self.path)
         if not path.exists():
             raise DataError(f"there is no tokenizer {self.path!r}: expected a folder or a tokenizer.json")
         named: dict[str, Any] = {} if self.eos_token is None else {"eos_token": self.eos_token}

@@ -132,7 +132,7 @@ class Assembly:
 
 def _train_into(run: RunWriter, experiment: Experiment) -> None:
     try:
-        with _one_line_when_out_of_memory(experiment):
+        with one_line_when_out_of_memory(experiment):
             _train(experiment, run)
     finally:
         run.close()
@@ -343,7 +343,8 @@ def _resumed(name: str | None, flags: Mapping[str, Any]) -> tuple[Path, Experime
 
 
 @contextmanager
-def _one_line_when_out_of_memory(experiment: Experiment) -> Generator[None]:
+def one_line_when_out_of_memory(experiment: Experiment) -> Generator[None]:
+    """Turn what PyTorch says where memory is full into `OutOfMemoryError`, with the settings that help."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from cambia.errors import ConfigError
-from cambia.experiment.build import open_stream, stage_steps
-from cambia.experiment.machine import find_device
+from cambia.data.tokenizers import Tokenizer
+from cambia.errors import ConfigError, OutOfMemoryError
+from cambia.experiment.build import one_line_when_out_of_memory, open_stream, stage_steps
+from cambia.experiment.machine import find_device, memory_bytes
+from cambia.experiment.starts import NativeModel
 from cambia.experiment.tree import Experiment
 from cambia.growth import GrowthPlan, ScheduleTrigger, plan_growth
 from cambia.growth.plan import describe
@@ -65,7 +67,9 @@ def estimate(experiment: Experiment) -> Estimate:
     steps = stage_steps(experiment, stream)
     training = experiment.training
     context, per_step = training.sequence_length, training.batch_size * training.sequence_length
-    start = experiment.model.build(tokenizer, sequence_length=context)
+    _refuse_huge(experiment, tokenizer)
+    with one_line_when_out_of_memory(experiment):
+        start = experiment.model.build(tokenizer, sequence_length=context).to(device)
     small = on_meta(type(start), start.config)
     phases = [Phase((), 0, count_parameters(small), flops_per_token(small, context))]
     model = small
@@ -85,8 +89,23 @@ def estimate(experiment: Experiment) -> Estimate:
         flops=flops,
         # Weights, gradients and two moments; about 16 values per unit of width and layer.
         memory_bytes=4 * start.dtype.itemsize * largest + _activation_bytes(experiment, model.config),
-        seconds=_seconds(experiment, start.to(device), phases, sum(steps)),
+        seconds=_seconds(experiment, start, phases, sum(steps)),
     )
+
+
+def _refuse_huge(experiment: Experiment, tokenizer: Tokenizer) -> None:
+    """Refuse a model from scratch that cannot be here, before the system ends the process for it."""
+    if not isinstance(experiment.model, NativeModel):
+        return
+    with torch.device("meta"):
+        model = experiment.model.build(tokenizer, sequence_length=experiment.training.sequence_length)
+    count = count_parameters(model)
+    needed, there = 2 * model.dtype.itemsize * count, memory_bytes()
+    if needed > there:
+        raise OutOfMemoryError(
+            f"the model has {count:,} parameters, with gradients {needed / 2**30:,.0f} GiB, and this machine "
+            f"{there / 2**30:,.0f} GiB: lower --model.hidden_size or --model.num_hidden_layers"
+        )
 
 
 def _growth_steps(experiment: Experiment, steps: list[int], per_step: int) -> list[tuple[int | None, int]]:

@@ -77,7 +77,7 @@ def learning(
 
 def _checkpoint(model: str) -> str:
     """The model to start from; of a folder of experts it is the checkpoint in which they lie."""
-    folder = Path(model).expanduser()
+    folder = files.expanded(model)
     if not (folder / EXPERTS).is_file():
         return model
     files.verified(folder)
@@ -92,7 +92,7 @@ def _checkpoint(model: str) -> str:
 
 def _earlier(place: str) -> dict[str, Any] | None:
     """The settings of the run behind a checkpoint, where it learned with experts."""
-    for folder in (Path(place).expanduser(), rundir.runs_root() / place):
+    for folder in (files.expanded(place), rundir.runs_root() / place):
         for run in (folder, folder.parent):
             if not (run / rundir.CONFIG_JSON).is_file() or not (run / rundir.CONFIG_YAML).is_file():
                 continue

@@ -38,6 +38,11 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def memory_bytes() -> int:
+    """The memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def provenance(experiment: Experiment) -> dict[str, Any]:
     """With which software and on which machine a run is made."""
     return {

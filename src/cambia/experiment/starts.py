@@ -310,7 +310,7 @@ class PretrainedModel(StartModel):
 
     def _place(self) -> Path | None:
         """The model's folder, whether or not a model is in it; None where there is none."""
-        for folder in (Path(self.path).expanduser(), rundir.runs_root() / self.path):
+        for folder in (files.expanded(self.path), rundir.runs_root() / self.path):
             if (folder / rundir.CONFIG_YAML).is_file():
                 try:
                     return model_folder(folder)

@@ -42,6 +42,7 @@ from cambia.data.tokenizers import TokenizerConfig
 from cambia.decoding.settings import DecodingConfig
 from cambia.errors import ConfigError, DataError
 from cambia.experiment.starts import MODELS, NativeModel, PretrainedModel
+from cambia.files import expanded
 from cambia.growth.carry import Moments
 from cambia.growth.operators import PartOperator
 from cambia.growth.rules import Budget, GrowthRule
@@ -126,7 +127,7 @@ class DataConfig:
     @property
     def cache(self) -> Path:
         default = os.environ.get("CAMBIA_CACHE", "~/.cache/cambia")
-        return Path(self.cache_dir or default).expanduser()
+        return expanded(self.cache_dir or default)
 
 
 @dataclass

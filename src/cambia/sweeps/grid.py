@@ -80,7 +80,7 @@ class Grid:
                 raise FieldError(["axes", axis], "is empty; give it at least one value, or leave it out")
             if axis == "seed":
                 raise FieldError(["axes", "seed"], "is always an axis: give the seeds as seeds: [0, 1, 2]")
-        if not self.seed_list:
+        if self.seeds == []:
             raise FieldError(["seeds"], "is empty; give at least one")
         names = [*self.axes, "seed"]
         for place in ("exclude", "first"):
@@ -96,7 +96,8 @@ class Grid:
     @property
     def size(self) -> int:
         """Cells before any is excluded, without those that a search will think of."""
-        return math.prod(len(values) for values in self.axes.values()) * len(self.seed_list)
+        seeds = self.seeds if isinstance(self.seeds, int) else len(self.seeds)
+        return math.prod(len(values) for values in self.axes.values()) * seeds
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,7 @@ def cells_of(grid: Grid, *, yes: bool = False) -> list[Cell]:
                 f"{_said(other.record.choice)} and {_said(cell.record.choice)} are one configuration: "
                 "exclude one of them, or give it another value"
             )
+    _refuse_unknown(grid, cells)
     seeds = {seed: i for i, seed in enumerate(grid.seed_list)}
 
     def priority(cell: Cell) -> tuple[int, int]:
@@ -218,6 +220,20 @@ def cells_of(grid: Grid, *, yes: bool = False) -> list[Cell]:
         return place, seeds[choice["seed"]]
 
     return sorted(cells, key=priority)
+
+
+def _refuse_unknown(grid: Grid, cells: Sequence[Cell]) -> None:
+    """Refuse a search for what is no setting; values that don't fit together are the search's to learn."""
+    if grid.search is None:
+        return
+    seed = grid.seed_list[0]
+    arms = [cell.choice for cell in cells if cell.choice["seed"] == seed] or [cells[0].choice]
+    for choice, (key, room) in itertools.product(arms, grid.search.space.items()):
+        try:
+            make_cell(grid, choice, {key: room[0] if isinstance(room, list) else room.low})
+        except ConfigError as error:
+            if "not a setting" in str(error):
+                raise ConfigError(f"search.space: {error}") from None
 
 
 def make_cell(grid: Grid, choice: Mapping[str, Any], searched: Mapping[str, Any] | None = None) -> Cell:
@@ -281,7 +297,12 @@ def _slug(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """A value as results and tables hold it: what has parts becomes a line of text."""
-    return value if isinstance(value, str | int | float | None) else json.dumps(value, sort_keys=True)
+    if isinstance(value, str | int | float | None):
+        return value
+    try:
+        return json.dumps(value, sort_keys=True)
+    except TypeError:  # YAML knows dates
+        return str(value)
 
 
 # ---- choices -------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from cambia.sweepdir import ERRORS, LOGS, SweepWriter, is_settled
 from cambia.sweeps.display import Display
 from cambia.sweeps.grid import Cell, Grid, cells_of, chosen, plain_grid, read_grid
 from cambia.sweeps.pool import Pool, Workers
+from cambia.sweeps.search import refuse_changed
 from cambia.sweeps.supply import Listed, Searched, Supply
 from cambia.sweeps.worker import Outcome, Task, failed
 from cambia.training.interrupts import Interrupts
@@ -103,6 +104,8 @@ def open_sweep(grid: Grid, cells: Sequence[Cell], name: str | None = None) -> Sw
     """The sweep's folder, with what it consists of written down."""
     grid.name = name or grid.name or "sweep"  # so that grid.yaml goes on here
     folder = sweepdir.sweep_folder(grid.name)
+    if grid.search is not None:
+        refuse_changed(grid.search, folder)
     try:
         sweep = SweepWriter(folder)
         sweep.write_grid(to_yaml(plain_grid(grid)), None if grid.search else [cell.record for cell in cells])

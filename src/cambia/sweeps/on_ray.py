@@ -100,7 +100,7 @@ def _connect(ray: ModuleType, count: int | None, threads: int, address: str | No
             ray.init(address=address, **quiet)
         except (ConnectionError, ValueError) as error:
             raise ConfigError(
-                f"--ray {address!r}: there is no Ray cluster ({error}); `ray status` says where"
+                f"--ray-address {address!r}: there is no Ray cluster ({error}); `ray status` says where"
             ) from None
         return
     cores = (count or 0) * threads or os.cpu_count()

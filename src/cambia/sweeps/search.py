@@ -13,6 +13,7 @@ number of trials. The studies are Optuna's; they live in the sweep's folder and 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,14 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from annotated_types import Gt
+from annotated_types import Ge, Gt
 
 from cambia.config import FieldError
-from cambia.errors import MissingExtraError
+from cambia.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
+    from optuna.distributions import BaseDistribution
     from optuna.samplers import BaseSampler
+    from optuna.storages import JournalStorage
 
 STORAGE = "search.log"
 
@@ -46,6 +49,11 @@ class Range:
     """Whole numbers only."""
 
     def __post_init__(self) -> None:
+        for bound, value in (("low", self.low), ("high", self.high)):
+            if not math.isfinite(value):
+                raise FieldError([bound], f"expected a finite number, got {value!r}")
+            if self.integer and not float(value).is_integer():
+                raise FieldError([bound], f"expected a whole number with integer: true, got {value!r}")
         if not self.low < self.high or (self.log and self.low <= 0):
             raise FieldError(
                 ["low"], f"expected low < high, above 0 with log, got {self.low} and {self.high}"
@@ -66,12 +74,29 @@ class Search:
     """Whether more of it is better."""
     sampler: Literal["tpe", "cmaes", "random"] = "tpe"
     """How the next values are thought of: tree-structured Parzen estimator, CMA-ES, or at random."""
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
     """Of the sampler."""
 
     def __post_init__(self) -> None:
         if not self.space:
             raise FieldError(["space"], "is empty; name at least one setting and its range")
+        for key, room in self.space.items():
+            if isinstance(room, list):
+                _check_choices(key, room)
+
+
+def _check_choices(key: str, room: list[Any]) -> None:
+    """Refuse what Optuna's storage cannot hold, which it says late or never."""
+    if not room:
+        raise FieldError(["space", key], "is empty; give it at least one value, or leave it out")
+    for value in room:
+        if not isinstance(value, str | int | float | None):  # true and false are whole numbers
+            raise FieldError(
+                ["space", key],
+                f"expected numbers, words, true, false or null, got {value!r}: make such values an axis",
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise FieldError(["space", key], f"expected finite numbers, got {value!r}")
 
 
 @dataclass
@@ -92,16 +117,10 @@ class Studies:
     """
 
     def __init__(self, search: Search, folder: Path, combinations: Sequence[str]):
-        try:
-            import optuna
-        except ImportError:
-            raise MissingExtraError.of("optuna", "sweep") from None
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
+        storage = _storage(folder)
+        import optuna
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.search = search
-        storage = JournalStorage(JournalFileBackend(str(folder / STORAGE)))
         self.studies: dict[str, Study] = {
             name: optuna.create_study(
                 storage=storage,
@@ -148,6 +167,61 @@ class Studies:
                 study.tell(trial.number, sum(values) / len(values), skip_if_finished=True)
             else:
                 study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+
+def refuse_changed(search: Search, folder: Path) -> None:
+    """Refuse a search that is not the one that a sweep's folder began with, as far as its studies know.
+
+    Optuna takes back neither a list's values nor what is better, and says the former in mid-run, the latter
+    never. Bounds may change.
+
+    Raises:
+        ConfigError: it was changed.
+        MissingExtraError: Optuna is not installed.
+    """
+    if not (folder / STORAGE).exists():
+        return
+    storage = _storage(folder)
+    from optuna import load_study
+    from optuna.distributions import check_distribution_compatibility
+    from optuna.study import StudyDirection, get_all_study_names
+
+    other = f"the sweep in {folder} began otherwise: change it back, or choose another --name"
+    wanted = StudyDirection.MAXIMIZE if search.maximize else StudyDirection.MINIMIZE
+    for name in get_all_study_names(storage):
+        study = load_study(study_name=name, storage=storage)
+        if study.direction != wanted:
+            raise ConfigError(f"search.maximize {str(search.maximize).lower()}: {other}")
+        for trial in study.get_trials(deepcopy=False):
+            for key in trial.distributions.keys() & search.space.keys():
+                try:
+                    check_distribution_compatibility(
+                        trial.distributions[key], _distribution(search.space[key])
+                    )
+                except ValueError:
+                    raise ConfigError(f"search.space.{key}: {other}") from None
+
+
+def _storage(folder: Path) -> JournalStorage:
+    try:
+        import optuna
+    except ImportError:
+        raise MissingExtraError.of("optuna", "sweep") from None
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return JournalStorage(JournalFileBackend(str(folder / STORAGE)))
+
+
+def _distribution(room: Range | Sequence[Any]) -> BaseDistribution:
+    from optuna import distributions
+
+    if not isinstance(room, Range):
+        return distributions.CategoricalDistribution(list(room))
+    if room.integer:
+        return distributions.IntDistribution(int(room.low), int(room.high), log=room.log)
+    return distributions.FloatDistribution(room.low, room.high, log=room.log)
 
 
 def _suggested(trial: Trial, key: str, room: Range | Sequence[Any]) -> Any:

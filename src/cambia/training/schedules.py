@@ -33,11 +33,12 @@ class Schedule(ABC):
     see where tasks end."""
 
     def factor(self, step: int, length: int) -> float:
-        """The factor at the 0-based `step` of a stretch of `length` steps."""
+        """The factor at the 0-based `step` of a stretch of `length` steps; beyond it, that of its end."""
         warmup = round(self.warmup_fraction * length)
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        return self.after_warmup(step - warmup, max(1, length - warmup))
+        left = max(1, length - warmup)
+        return self.after_warmup(step - warmup if step < length else left, left)
 
     def falls(self, step: int, length: int) -> bool:
         """Whether the rate is below its highest after it was there."""

@@ -3,9 +3,10 @@
     cambia bench compute_to_loss --preset headline
 
 One text, the same batches in the same order for every arm of a seed; warm-up, constant rate, one decay; the
-learning rate is tuned for A, B and D with as many trials each, on a shorter run of another seed. Operations
-are summed from each run's own ledger by the shape of each step, verifying a growth included. A is also scored
-as if it had ended earlier, with its rate decayed, so that it is a curve of decayed losses, and so is D.
+learning rate is tuned for A, D and B in each dimension with as many trials, on a shorter run of another seed.
+Operations are summed from each run's own ledger by the shape of each step, verifying a growth and measuring
+what triggers read included. A is also scored as if it had ended earlier, with its rate decayed, so that it is
+a curve of decayed losses, and so is D.
 
     saving           1 - F_B / F_A(loss of B), F_A read off that curve, seed by seed; the interval is a
                      bootstrap over seeds
@@ -65,6 +66,8 @@ CHOICES = (
     "G-0.1-0.7", "G-0.2-0.6", "G-0.2-0.8", "G-plateau", "G-efficiency", "H-zero", "H-reset",
 )  # fmt: skip
 EVERY = ("A", "B-depth", *CHOICES, "C", "E")
+TUNED = ("A", "B-depth", "B-width", "B-both")
+"""Arms with a rate of their own, beside each D; all others vary one of them."""
 PRESETS = {
     "quick": Preset(
         QUICK, arms=("A", "B-depth"), fixed=(3, 4), seeds=3, rates=(0.004, 0.008), tuning_share=0.25
@@ -129,10 +132,10 @@ def swept(
 
 
 def tuned(name: str, preset: Preset, data: Path) -> dict[str, Any]:
-    """The best rate of A, of B-depth and of each D by validation, and what finding them cost."""
+    """The best rate of A, of B and of each D by validation, and what finding them cost."""
     sizes = replace(preset.sizes, tokens=round(preset.tuning_share * preset.sizes.tokens))
     every = arms(sizes, preset.fixed)
-    chosen = ["A", *(arm for arm in every if arm.startswith("D-")), "B-depth"]
+    chosen = [arm for arm in every if (arm in preset.arms and arm in TUNED) or arm.startswith("D-")]
     groups = {
         arm: {"training.steps": sizes.steps, **every[arm], "evaluation.decayed_at": []} for arm in chosen
     }

@@ -63,11 +63,13 @@ def test_a_short_run_grows_as_often_as_the_long_one():
     steps = {arm: tree["training.steps"] for arm, tree in every.items()}
     assert (steps["A"], steps["B-both"], steps["B-depth"], steps["G-efficiency"]) == (
         STEPS,
-        2 * STEPS,
+        3 * STEPS,
         3 * STEPS,
         3 * STEPS,
     )
     assert {rule["when"]["at_fractions"][0] for rule in every["B-width"]["growth.rules"]} == {0.5}
+    *wide, deep = (rule["when"]["at_fractions"] for rule in every["B-both"]["growth.rules"])
+    assert wide == [[1 / 3]] * 3 and deep == [2 / 3], "first wider, then deeper"
 
 
 def test_a_run_that_is_worse_than_what_it_cost_has_saved_less_than_nothing():
@@ -141,7 +143,7 @@ def test_all_arms_run_and_are_told(tmp_path, monkeypatch):
     assert {arm: len(runs) for arm, runs in found.items() if len(runs) > 1}.keys() >= {"A", "B-depth"}
     every = benchmark.arms(sizes, preset.fixed)
     pace = benchmark.paces(benchmark.base(preset, tmp_path), {arm: every[arm] for arm in benchmark.EVERY})
-    assert len(pace["B-depth"].steps) == 3 and len(pace["B-both"].growths) == 1 and not pace["A"].growths
+    assert len(pace["B-depth"].steps) == 3 and len(pace["B-both"].growths) == 2 and not pace["A"].growths
     told = benchmark.markdown(
         {
             "name": "smoke",

@@ -3,7 +3,8 @@
 A        the final size from the start, also scored as if it had ended earlier
 B-depth  a quarter of the layers, doubled twice after the shares of the run that `cambia plan` chooses
 B-once   half of the layers, doubled once where B-depth grows for the last time
-B-width  half of every width, and all of it from there on; B-both B-width of half of the layers
+B-width  half of every width, and all of it where B-depth, as large until then, grows for the first time
+B-both   half of every width and of the layers, widened where B-depth grows first, and doubled where it grows last
 C        A, where the layers that B-once would add forget their moments and warm up again when B grows
 D-k      a fixed size of k layers that spends what B-depth spends, and more, to have a curve of its own
 E        B-once from a source that nobody trained: grown at the first step, as long as B is large
@@ -145,7 +146,7 @@ def arms(sizes: Sizes, fixed: Sequence[int], *, longer: float = 1.25) -> dict[st
         {"type": "widen_ffn", "to": sizes.ffn},
         {"type": "add_kv_heads", "to": sizes.kv_heads},
     ]
-    last = sizes.doublings[-1]
+    first, last = sizes.doublings[0], sizes.doublings[-1]
     # By the training loss, which costs nothing to read.
     tenth, patience = sizes.steps // 10, max(1, sizes.steps // 40)
     flat = {
@@ -159,12 +160,15 @@ def arms(sizes: Sizes, fixed: Sequence[int], *, longer: float = 1.25) -> dict[st
     def at(*shares: float) -> dict[str, Any]:
         return {"type": "schedule", "at_fractions": list(shares)}
 
-    def grows(*operators: Mapping[str, Any], when: Mapping[str, Any]) -> dict[str, Any]:
-        rules = [{"when": dict(when), "then": dict(one)} for one in operators]
-        for rule in rules:
+    def rules(*operators: Mapping[str, Any], when: Mapping[str, Any]) -> list[dict[str, Any]]:
+        found = [{"when": dict(when), "then": dict(one)} for one in operators]
+        for rule in found:
             if "factor" in rule["then"]:  # what says `to` acts once by itself
                 rule["max_events"] = len(sizes.doublings)
-        return {"growth.rules": rules}
+        return found
+
+    def grows(*operators: Mapping[str, Any], when: Mapping[str, Any]) -> dict[str, Any]:
+        return {"growth.rules": rules(*operators, when=when)}
 
     def doubles(when: Mapping[str, Any] = at(*sizes.doublings), **changed: Any) -> dict[str, Any]:
         return few | grows(twice | changed, when=when)
@@ -173,8 +177,10 @@ def arms(sizes: Sizes, fixed: Sequence[int], *, longer: float = 1.25) -> dict[st
         "A": {"evaluation.decayed_at": list(sizes.ends)},
         "B-depth": doubles(),
         "B-once": half | grows(twice, when=at(last)),
-        "B-width": narrow | grows(*wide, when=at(last)),
-        "B-both": narrow | half | grows(*wide, twice, when=at(last)),
+        "B-width": narrow | grows(*wide, when=at(first)),
+        "B-both": narrow
+        | half
+        | {"growth.rules": [*rules(*wide, when=at(first)), *rules(twice, when=at(last))]},
         "C": grows({"type": "compute.arms:Reborn", "above": sizes.layers // 2}, when=at(last)),
         "E": half
         | grows(twice, when={"type": "schedule", "at_steps": [1]})

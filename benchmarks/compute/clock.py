@@ -55,12 +55,12 @@ class Pace:
 def short(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of an arm, over as many steps at each of its sizes, scored on next to nothing."""
     rules = [dict(rule) for rule in tree.get("growth.rules", ())]
-    times = 0
-    for rule in rules:
-        when = rule["when"]
-        planned = when.get("at_fractions") or when.get("at_steps")
-        times = len(planned) if planned else rule["max_events"]
-        shares = [(i + 1) / (times + 1) for i in range(times)]
+    planned = [rule["when"].get("at_fractions") or rule["when"].get("at_steps") or () for rule in rules]
+    every = sorted(set().union(*planned))  # rules of one share grow together
+    times = len(every) or max((rule["max_events"] for rule in rules), default=0)
+    for rule, own in zip(rules, planned, strict=True):
+        places = [every.index(each) for each in own] or range(times)
+        shares = [(place + 1) / (times + 1) for place in places]
         rule["when"] = {"type": "schedule", "at_fractions": shares}
     return {
         **tree,

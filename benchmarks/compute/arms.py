@@ -4,7 +4,7 @@ A        the final size from the start, also scored as if it had ended earlier
 B-depth  a quarter of the layers, doubled twice after the shares of the run that `cambia plan` chooses
 B-once   half of the layers, doubled once where B-depth grows for the last time
 B-width  half of every width, and all of it where B-depth, as large until then, grows for the first time
-B-both   half of every width and of the layers, widened where B-depth grows first, and doubled where it grows last
+B-both   half of every width and of the layers; widened where B-depth grows first, doubled where it grows last
 C        A, where the layers that B-once would add forget their moments and warm up again when B grows
 D-k      a fixed size of k layers that spends what B-depth spends, and more, to have a curve of its own
 E        B-once from a source that nobody trained: grown at the first step, as long as B is large

@@ -77,10 +77,14 @@ PRESETS = {
         replace(QUICK, tokens=6_000_000), arms=("A", "B-depth", "G-0.1-0.4", "G-efficiency"),
         fixed=(4, 6), seeds=3, rates=(0.004, 0.008),
     ),
-    # 7 tokens a parameter; other dimensions than depth, and controls.
+    # 7 tokens a parameter; other dimensions than depth, operators, moments and controls.
     "choices": Preset(
-        QUICK, arms=("A", "B-depth", "B-width", "B-both", "B-once", "C", "E"), fixed=(4,), seeds=3,
-        rates=(0.004, 0.008),
+        QUICK,
+        arms=(
+            "A", "B-depth", "B-width", "B-both", "B-once", "F-jump", "F-silent", "F-interpose", "F-random",
+            "H-zero", "H-reset", "C", "E",
+        ),
+        fixed=(4,), seeds=3, rates=(0.004, 0.008),
     ),
     "headline": Preset(HEADLINE, tuning_share=0.25),
     "full": Preset(replace(HEADLINE, tokens=18_000_000), arms=EVERY),

@@ -292,7 +292,9 @@ def _read_cells(folder: Path) -> list[CellRecord]:
     try:
         return [CellRecord(**cell) for cell in files.read_json(folder / CELLS)]
     except TypeError as error:
-        raise CheckpointError(f"{folder / CELLS} was altered: it holds no cells ({error})") from None
+        raise CheckpointError(
+            f"{folder / CELLS} does not list cells; it was altered or is of another version ({error})"
+        ) from None
 
 
 def _parsed(content: bytes) -> Iterator[Result]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from cambia import rundir
 from cambia.config import did_you_mean
-from cambia.errors import CheckpointError, ConfigError, RunError
+from cambia.errors import ConfigError, RunError
 from cambia.reporting.run import Run, handle_of, load_run
 from cambia.reporting.sweeps.cells import (
     Cell,
@@ -36,7 +36,7 @@ from cambia.reporting.sweeps.cells import (
     paired_rows,
     values,
 )
-from cambia.sweepdir import CELLS, GRID, Result, SweepReader, is_sweep, nearest_sweep
+from cambia.sweepdir import GRID, Result, SweepReader, is_sweep, nearest_sweep
 
 SEED = "seed"
 """The axis whose values are repetitions of the same."""
@@ -250,14 +250,7 @@ def load_sweep(name: str | Path) -> Sweep:
     """
     reader = SweepReader(name)
     results = reader.results()
-    try:
-        cells = tuple(
-            Cell(cell.name, cell.hash, cell.choice, results.get(cell.hash)) for cell in reader.cells()
-        )
-    except TypeError:  # JSON, but not that of cells
-        raise CheckpointError(
-            f"{reader.folder / CELLS} does not list cells; it was altered or is of another version"
-        ) from None
+    cells = tuple(Cell(cell.name, cell.hash, cell.choice, results.get(cell.hash)) for cell in reader.cells())
     return Sweep.of(
         reader.name,
         cells,

@@ -293,18 +293,21 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def headlines(result: Mapping[str, Any]) -> dict[str, str]:
-    found = read(result)
+    found, sizes = read(result), Sizes(**result["preset"]["sizes"])
     grown = {"by the plan's schedule": "B-depth", "when the efficiency rule says": "G-efficiency"}
-    fixed, layers = best_fixed(found), result["preset"]["sizes"]["layers"]
+    fixed, count = best_fixed(found), sizes.parameters
     told = {}
     for what, arm in grown.items():
         if arm not in found:
             continue
         measured = (
-            f"growth in depth {what}: operations saved to equal decayed loss, against {layers} layers from "
-            f"the start; against {fixed[2:]}, the best fixed size that was tried"
+            f"growth in depth {what}, {count / 1e6:.2g}M parameters, {sizes.tokens / count:.0f} tokens for "
+            "each: operations saved to equal decayed loss"
         )
-        value = f"{saved(found[arm], found['A']).told}; {saved(found[arm], found[fixed]).told}"
+        value = (
+            f"{saved(found[arm], found['A']).told} against {sizes.layers} layers from the start, "
+            f"{saved(found[arm], found[fixed]).told} against {fixed[2:]}, the best fixed size that was tried"
+        )
         told[measured] = value + " (*: a seed beyond the curve)" * ("*" in value)
     return told
 

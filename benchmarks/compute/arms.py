@@ -29,7 +29,7 @@ from cambia.experiment.planning import GrowingSizes
 from cambia.experiment.starts import NativeModel
 from cambia.growth import AddLayers, plan_growth
 from cambia.growth.operators import Contract, Operator, Shape, Step
-from cambia.models.bodies import flops_per_token, on_meta
+from cambia.models.bodies import count_parameters, flops_per_token, on_meta
 from cambia.models.causal_lm import CambiaForCausalLM
 from cambia.nn.param_map import MEAN, AxisMap, ParamMap, TensorMap
 
@@ -67,6 +67,11 @@ class Sizes:
             "num_attention_heads": self.heads // parts,
             "num_key_value_heads": max(1, self.kv_heads // parts),
         }
+
+    @property
+    def parameters(self) -> int:
+        """Of the final size."""
+        return count_parameters(self._on_meta(self.layers))
 
     def cost(self, layers: int | None = None) -> float:
         """Operations of a training step per token, with so many layers."""

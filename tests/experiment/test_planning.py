@@ -83,7 +83,10 @@ def test_the_command_writes_a_run_that_works_and_reads_its_curve(cambia: Call, t
     ]
     code, out, err = cambia("plan", "smoke", *words, *sizes, *kept, *one, "--layers", "4", "--methods", "[]")
     assert code == 0, err
-    assert "saves at most t (1 - x)" in out and "wrote plan.yaml" in out
+    told = " ".join(out.split())
+    assert "saves at most t (1 - x)" in told and "wrote plan.yaml" in told and "for each parameter" in told
+    assert "Measured: - growth in depth by the plan's schedule, 0.28M parameters, 21 tokens for each" in told
+    assert "0.28M parameters, 7 tokens for each" in told, "the length of a run decides what growth is worth"
     code, _, err = cambia("plan", "smoke", "--tokens", "6400", "--out", "plan.yaml")
     assert code == 2 and "--out plan.yaml exists already" in err
     code, _, err = cambia("run", "plan.yaml", "--name", "planned")

@@ -81,28 +81,32 @@ def _show(found: RunPlan) -> None:
         table.add_row(f"{stage.step:,}", str(stage.layers), *sizes)
     answer = console()
     answer.print(table)
-    large = found.stages[-1].flops_per_token
+    target = found.stages[-1]
+    large = target.flops_per_token
     terms = [
         f"{(following.step - stage.step) / found.steps:.2f} x {1 - stage.flops_per_token / large:.2f}"
         for stage, following in pairwise(found.stages)
     ]
     answer.print(
-        f"{found.steps:,} steps, {found.tokens:,} tokens, {found.flops:.3g} FLOPs; the target from the start "
-        f"would take {found.flops_large:.3g}. It saves at most t (1 - x) = {' + '.join(terms)} = "
-        f"{found.bound:.0%}, and that where it ends as good. {_measured()}"
+        f"{found.steps:,} steps, {found.tokens:,} tokens, {found.tokens / target.parameters:.2g} for each "
+        f"parameter, {found.flops:.3g} FLOPs; the target from the start would take "
+        f"{found.flops_large:.3g}. It saves at most t (1 - x) = {' + '.join(terms)} = {found.bound:.0%}, and "
+        "that where it ends as good."
     )
+    for line in _measured():
+        answer.print(line)
 
 
-def _measured() -> str:
+def _measured() -> list[str]:
     """What our own results say."""
     from cambia import bench
 
     try:
         benchmark = bench.find("compute_to_loss")
     except ConfigError:  # an installed package has no benchmarks beside it
-        return "What was measured stands in docs/results.md of the repository."
-    result = benchmark.shown
-    if result is None:
-        return "Our own measurement of that is not there yet (cambia bench compute_to_loss)."
-    told = "; ".join(f"{what}: {value}" for what, value in benchmark.headlines(result).items())
-    return f"Measured: {told}."
+        return ["What was measured stands in docs/results.md of the repository."]
+    results = [result for preset in benchmark.kept if (result := benchmark.result(preset))]
+    if not results:
+        return ["Our own measurement of that is not there yet (cambia bench compute_to_loss)."]
+    told = [line for result in results for line in benchmark.headlines(result).items()]
+    return ["Measured:", *(f"- {what}: {value}" for what, value in told)]

@@ -342,6 +342,10 @@ def test_an_error_inside_ones_own_module_is_ones_own_to_see(
         ("a: !!python/object:os.system x", "is not YAML: .*line 1"),
         ("a: 2024-99-99", "is not YAML: "),
         ("a: {b: 1,\n c: 2, b: 3}", "is not YAML: 'b' stands twice in one mapping, keep one.*line 2"),
+        (
+            "a: &a {b: 1}\nc: {<<: *a, <<: *a}",
+            "'<<' stands twice in one mapping, write .<<: .\\*one, \\*other.",
+        ),
         ("a: &x [*x]", r"never ends: an alias \(\*name\)"),
         ("a: &x {b: *x}", r"never ends: an alias \(\*name\)"),
         ("- a\n- b\n", "holds a list; expected settings"),

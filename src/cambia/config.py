@@ -299,8 +299,9 @@ class _Yaml(yaml.SafeLoader):
         for key, _ in node.value:
             name = (key.tag, str(key.value))
             if name in seen:
+                repair = "write `<<: [*one, *other]`" if key.value == "<<" else "keep one"
                 raise yaml.MarkedYAMLError(
-                    problem=f"{key.value!r} stands twice in one mapping, keep one",
+                    problem=f"{key.value!r} stands twice in one mapping, {repair}",
                     problem_mark=key.start_mark,
                 )
             seen.add(name)

@@ -119,6 +119,10 @@ def test_only_some() -> None:
             chosen(every, [only], read)
 
 
+TYPES = {"optimizer.type": ["adamw", "muon"]}
+"""A search for an optimizer."""
+
+
 def searched(room: Any, key: str = "training.steps") -> dict[str, Any]:
     return {"space": {key: room}}
 
@@ -155,11 +159,18 @@ def searched(room: Any, key: str = "training.steps") -> dict[str, Any]:
         (grid(search=searched({"low": 1, "high": 3.5, "integer": True})), "high: expected a whole number"),
         (grid(search={**searched([2]), "seed": -1}), "search.seed: .*greater than or equal to 0"),
         (grid(search=searched([2], "training.stps")), "search.space: .*training.stps: .*mean 'steps'"),
+        (grid(search={"space": {**TYPES, "optimizer.momentm": [0.9]}}), "search.space: .*mean 'momentum'"),
     ],
 )  # fmt: skip
 def test_what_is_no_grid_is_refused(tree: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         cells(tree)
+
+
+def test_a_search_may_choose_a_type_and_what_only_that_type_has() -> None:
+    assert len(cells(grid(search={"space": {**TYPES, "optimizer.momentum": [0.9, 0.95]}}))) == len(
+        cells(grid())
+    )
 
 
 def test_bounds_from_python_are_checked_too() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 from transformers import PreTrainedTokenizerFast
 
 from cambia.data.loaders import LoaderStream
 from cambia.data.tokenizers import BytesTokenizer, build_tokenizer
-from cambia.errors import ConfigError, DataError
+from cambia.errors import CheckpointError, ConfigError, DataError
 from cambia.growth import AddLayers, GrowthManager, GrowthRule, PlateauTrigger, ScheduleTrigger, WidenFFN
 from cambia.probes import TokenSlice
 from cambia.rundir import RunReader
@@ -169,13 +169,24 @@ def test_a_loader_begins_again_and_goes_on_where_it_was() -> None:
         once.next_batch(0)
 
 
-@pytest.mark.parametrize("taken", [1, 3, 4, 5])
-@pytest.mark.parametrize("own", [False, True])
-def test_a_loader_that_shuffles_goes_on_in_the_same_order(own: bool, taken: int) -> None:
+SHUFFLED = {
+    "global": lambda data, own: DataLoader(data, batch_size=3, shuffle=True),
+    "own": lambda data, own: DataLoader(data, batch_size=3, shuffle=True, generator=own),
+    "sampler": lambda data, own: DataLoader(
+        data, batch_sampler=BatchSampler(RandomSampler(data, generator=own), 3, drop_last=False)
+    ),
+    "workers": lambda data, own: DataLoader(
+        data, batch_size=3, shuffle=True, num_workers=1, persistent_workers=True
+    ),
+}
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3, 4, 5])
+@pytest.mark.parametrize("kind", SHUFFLED)
+def test_a_loader_that_shuffles_goes_on_in_the_same_order(kind: str, taken: int) -> None:
     def stream(seed: int) -> LoaderStream:
         torch.manual_seed(seed)
-        generator = torch.Generator().manual_seed(seed) if own else None
-        return LoaderStream(DataLoader(rows(9), batch_size=3, shuffle=True, generator=generator))
+        return LoaderStream(SHUFFLED[kind](rows(9), torch.Generator().manual_seed(seed)))
 
     first = stream(1)
     for _ in range(taken):
@@ -188,6 +199,12 @@ def test_a_loader_that_shuffles_goes_on_in_the_same_order(own: bool, taken: int)
     assert torch.equal(torch.get_rng_state(), drawn), "reading over draws nothing of the trainer's"
     for batch in expected:
         assert torch.equal(again.next_batch(0).input_ids, batch)
+
+
+def test_the_state_of_another_kind_of_loader_is_refused() -> None:
+    shuffled = LoaderStream(SHUFFLED["own"](rows(9), torch.Generator()))
+    with pytest.raises(CheckpointError, match=r"has 0 random generators of its own.* had 1: give the same"):
+        LoaderStream(DataLoader(rows(9), batch_size=3)).load_state_dict(shuffled.state_dict())
 
 
 def test_with_a_tokenizer_text_is_counted_in_bytes() -> None:

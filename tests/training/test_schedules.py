@@ -53,6 +53,11 @@ def test_a_wsd_schedule_by_hand() -> None:
     assert factors[7:] == [pytest.approx(0.1 + 0.9 * (1 - (k / 4) ** 0.5)) for k in (1, 2, 3)]
 
 
+@given(length=st.integers(1, 99), more=st.integers(0, 9))
+def test_without_a_decay_the_rate_stays(length: int, more: int) -> None:
+    assert WSD(warmup_fraction=0, decay_fraction=0).factor(length + more, length) == 1
+
+
 def test_a_cosine_by_hand() -> None:
     factors = curve(Cosine(warmup_fraction=0.0, final=0.2), 4)
     assert factors == [

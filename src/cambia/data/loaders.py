@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from cambia.data.batches import IGNORED, Batch
 from cambia.data.streams import Stage
-from cambia.errors import DataError
+from cambia.errors import CheckpointError, DataError
 
 
 class LoaderStream:
@@ -110,15 +111,30 @@ class LoaderStream:
         return {"epoch": self.epoch, "index": self.index, "random": self._random}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on there: the epoch is begun as it was, and what was taken is read over."""
-        self.epoch, self.index, self._random = state["epoch"], state["index"], state["random"]
+        """Go on there: the epoch is begun as it was, and what was taken is read over.
+
+        Raises:
+            CheckpointError: it is the state of another kind of loader.
+        """
+        self.epoch, self.index = state["epoch"], state["index"]
+        self._random = state.get("random", self._random)
+        generators, drawn = _generators(self.loader), self._random["own"].values()
+        if len(generators) != len(drawn):
+            raise CheckpointError(
+                f"the data loader has {len(generators)} random generators of its own, and the one that the "
+                f"checkpoint was written with had {len(drawn)}: give the same loader"
+            )
+        if self.epoch == 0 and isinstance(self.loader, DataLoader):
+            self.loader._iterator = None  # persistent workers begin their first epoch in a way of its own
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self._random["torch"])
-            for generator, drawn in zip(_generators(self.loader), self._random["own"].values(), strict=True):
-                generator.set_state(drawn)
+            for generator, one in zip(generators, drawn, strict=True):
+                generator.set_state(one)
             self._batches = iter(self.loader)
-            for _ in range(self.index):
-                next(self._batches, None)
+            # The very first batch was taken when the stream was made, and an order is drawn with it.
+            taken = list(itertools.islice(self._batches, self.index or 1))
+        if self.index == 0:
+            self._batches = itertools.chain(taken, self._batches)
 
     def _begin(self) -> None:
         """Begin an epoch."""
@@ -153,7 +169,8 @@ class LoaderStream:
 
 
 def _generators(loader: Iterable[Any]) -> list[torch.Generator]:
-    """Generators that a DataLoader and its sampler draw from, if they have any of their own."""
-    found = [getattr(place, "generator", None) for place in (loader, getattr(loader, "sampler", None))]
-    own = [one for one in found if isinstance(one, torch.Generator)]
-    return own[:1] if len(own) == 2 and own[0] is own[1] else own
+    """Generators that a DataLoader and its samplers draw from, if they have any of their own."""
+    batches = getattr(loader, "batch_sampler", None)
+    places = [loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)]
+    found = (getattr(place, "generator", None) for place in places)
+    return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())

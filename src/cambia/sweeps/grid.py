@@ -226,14 +226,25 @@ def _refuse_unknown(grid: Grid, cells: Sequence[Cell]) -> None:
     """Refuse a search for what is no setting; values that don't fit together are the search's to learn."""
     if grid.search is None:
         return
-    seed = grid.seed_list[0]
+    space, seed = grid.search.space, grid.seed_list[0]
     arms = [cell.choice for cell in cells if cell.choice["seed"] == seed] or [cells[0].choice]
-    for choice, (key, room) in itertools.product(arms, grid.search.space.items()):
-        try:
-            make_cell(grid, choice, {key: room[0] if isinstance(room, list) else room.low})
-        except ConfigError as error:
-            if "not a setting" in str(error):
-                raise ConfigError(f"search.space: {error}") from None
+    # What is a setting of one type may be none of another, and the search may choose the type.
+    types = {key: room for key, room in space.items() if key.endswith(".type") and isinstance(room, list)}
+    chosen = [{}, *(dict(zip(types, values, strict=True)) for values in itertools.product(*types.values()))]
+    for choice, (key, room) in itertools.product(arms, space.items()):
+        value = room[0] if isinstance(room, list) else room.low
+        unknown = [_unknown(grid, choice, {**one, key: value}) for one in chosen]
+        if all(unknown):
+            raise ConfigError(f"search.space: {max(unknown, key=lambda said: 'did you mean' in said)}")
+
+
+def _unknown(grid: Grid, choice: Mapping[str, Any], searched: Mapping[str, Any]) -> str:
+    """What is said of a setting that is none; nothing where all are settings, whatever their values."""
+    try:
+        make_cell(grid, choice, searched)
+    except ConfigError as error:
+        return str(error) if "not a setting" in str(error) else ""
+    return ""
 
 
 def make_cell(grid: Grid, choice: Mapping[str, Any], searched: Mapping[str, Any] | None = None) -> Cell:

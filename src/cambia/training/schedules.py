@@ -68,7 +68,7 @@ class WSD(Schedule):
 
     def after_warmup(self, step: int, length: int) -> float:
         begin = self._stable(length)
-        if step < begin:
+        if step < begin or begin == length:
             return 1.0
         return self.final + (1 - self.final) * (1 - math.sqrt((step - begin + 1) / (length - begin + 1)))
 

@@ -72,9 +72,14 @@ PRESETS = {
     "quick": Preset(
         QUICK, arms=("A", "B-depth"), fixed=(3, 4), seeds=3, rates=(0.004, 0.008), tuning_share=0.25
     ),
-    # 20 tokens a parameter: as long as the final size is worth having.
+    # 21 tokens a parameter: as long as the final size is worth having.
     "long": Preset(
         replace(QUICK, tokens=6_000_000), arms=("A", "B-depth", "G-0.1-0.4", "G-efficiency"),
+        fixed=(4, 6), seeds=3, rates=(0.004, 0.008),
+    ),
+    # 14 tokens a parameter: halfway.
+    "middle": Preset(
+        replace(QUICK, tokens=4_000_000), arms=("A", "B-depth", "G-efficiency"),
         fixed=(4, 6), seeds=3, rates=(0.004, 0.008),
     ),
     # 7 tokens a parameter; other dimensions than depth, operators, moments and controls.

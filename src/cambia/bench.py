@@ -42,6 +42,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 PRESETS = {
     "quick": "does it run? A minute or a few; nothing is kept",
     "long": "the figures of small models that train long, on a CPU; takes hours",
+    "middle": "the same with two thirds of the text, on a CPU; takes an hour or two",
     "choices": "what else was tried, on a CPU; takes hours and goes on where it was stopped",
     "headline": "the figures, on a CPU; takes hours and goes on where it was stopped",
     "full": "the figures, on a CPU; may take an hour, or a day where there is a headline preset",

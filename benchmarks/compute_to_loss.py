@@ -164,7 +164,8 @@ def tuned(name: str, preset: Preset, data: Path) -> dict[str, Any]:
 
 def rate_of(arm: str, rates: Mapping[str, float]) -> float:
     """An arm's own, or that of the one that it varies."""
-    return rates.get(arm, rates["A" if arm == "C" else "B-depth"])
+    varied = "A" if arm == "C" else "B-width" if arm.startswith("H-") else "B-depth"
+    return rates.get(arm, rates[varied])
 
 
 def trained(name: str, preset: Preset, data: Path, rates: Mapping[str, float]) -> dict[str, list[Ran]]:

@@ -11,7 +11,8 @@ E        B-once from a source that nobody trained: grown at the first step, as l
 F-...    B-depth with layers that are heard at once, so that the loss jumps; that stay silent until they have
          learned; that stand beside their originals; that are random
 G-...    B-depth, grown after other shares of the run, or when a trigger says so
-H-...    B-depth with other policies for the optimizer's moments
+H-...    B-width with other policies for the optimizer's moments; in depth all of them are the same, since old
+         tensors keep what they have and new layers begin with nothing
 """
 
 # T tokens of a row
@@ -178,11 +179,12 @@ def arms(sizes: Sizes, fixed: Sequence[int], *, longer: float = 1.25) -> dict[st
     def doubles(when: Mapping[str, Any] = at(*sizes.doublings), **changed: Any) -> dict[str, Any]:
         return few | grows(twice | changed, when=when)
 
+    widens = narrow | grows(*wide, when=at(first))
     found: dict[str, dict[str, Any]] = {
         "A": {"evaluation.decayed_at": list(sizes.ends)},
         "B-depth": doubles(),
         "B-once": half | grows(twice, when=at(last)),
-        "B-width": narrow | grows(*wide, when=at(first)),
+        "B-width": widens,
         "B-both": narrow
         | half
         | {"growth.rules": [*rules(*wide, when=at(first)), *rules(twice, when=at(last))]},
@@ -203,8 +205,8 @@ def arms(sizes: Sizes, fixed: Sequence[int], *, longer: float = 1.25) -> dict[st
         },
         "G-plateau": doubles(flat),
         "G-efficiency": doubles({"type": "efficiency"}),
-        "H-zero": doubles() | {"growth.moments": "zero"},
-        "H-reset": doubles() | {"growth.moments": "reset"},
+        "H-zero": widens | {"growth.moments": "zero"},
+        "H-reset": widens | {"growth.moments": "reset"},
     }
     spends = sizes.tokens * sizes.cost() * sizes.grown_share
     for layers in fixed:

@@ -159,6 +159,7 @@ def searched(room: Any, key: str = "training.steps") -> dict[str, Any]:
         (grid(search=searched({"low": 1, "high": 3.5, "integer": True})), "high: expected a whole number"),
         (grid(search={**searched([2]), "seed": -1}), "search.seed: .*greater than or equal to 0"),
         (grid(search=searched([2], "training.stps")), "search.space: .*training.stps: .*mean 'steps'"),
+        (grid(search=searched([2], "data.tasks.9.name")), "search.space: .*its entries are 0 to 0, got .9."),
         (grid(search={"space": {**TYPES, "optimizer.momentm": [0.9]}}), "search.space: .*mean 'momentum'"),
     ],
 )  # fmt: skip

@@ -29,7 +29,16 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt
 
-from cambia.config import FieldError, build, did_you_mean, dump, explain, load_yaml, parse_flags
+from cambia.config import (
+    FieldError,
+    apply_overrides,
+    build,
+    did_you_mean,
+    dump,
+    explain,
+    load_yaml,
+    parse_flags,
+)
 from cambia.errors import ConfigError
 from cambia.experiment.tree import Experiment, experiment_from, plain_tree, read_tree
 from cambia.sweepdir import CellRecord
@@ -240,22 +249,21 @@ def _refuse_unknown(grid: Grid, cells: Sequence[Cell]) -> None:
 
 def _unknown(grid: Grid, choice: Mapping[str, Any], searched: Mapping[str, Any]) -> str:
     """What is said of a setting that is none; nothing where all are settings, whatever their values."""
+    assert isinstance(grid.base, Mapping)
+    is_place = False
     try:
+        apply_overrides(grid.base, _settings(grid, choice, searched))
+        is_place = True
         make_cell(grid, choice, searched)
     except ConfigError as error:
-        return str(error) if "not a setting" in str(error) else ""
+        return "" if is_place and "not a setting" not in str(error) else str(error)
     return ""
 
 
 def make_cell(grid: Grid, choice: Mapping[str, Any], searched: Mapping[str, Any] | None = None) -> Cell:
     """The cell of a choice on every axis, and of the values that a search has thought of."""
     assert isinstance(grid.base, Mapping)
-    settings: dict[str, Any] = {**grid.settings, **(searched or {}), "seed": choice["seed"]}
-    for axis, values in grid.axes.items():
-        group = values[choice[axis]] or {} if isinstance(values, Mapping) else {axis: choice[axis]}
-        settings |= group
-    if "threads" not in settings and grid.base.get("threads") is None:
-        settings["threads"] = grid.threads
+    settings = _settings(grid, choice, searched or {})
     tree = plain_tree(_experiment(grid.base, settings, grid, choice))
     digest = configuration_hash(tree)
     plain = {axis: _plain(value) for axis, value in {**choice, **(searched or {})}.items()}
@@ -265,6 +273,17 @@ def make_cell(grid: Grid, choice: Mapping[str, Any], searched: Mapping[str, Any]
         {**tree, "name": name},
         {**choice, **(searched or {})},
     )
+
+
+def _settings(grid: Grid, choice: Mapping[str, Any], searched: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cell lays over the base, by dotted places."""
+    assert isinstance(grid.base, Mapping)
+    settings: dict[str, Any] = {**grid.settings, **searched, "seed": choice["seed"]}
+    for axis, values in grid.axes.items():
+        settings |= values[choice[axis]] or {} if isinstance(values, Mapping) else {axis: choice[axis]}
+    if "threads" not in settings and grid.base.get("threads") is None:
+        settings["threads"] = grid.threads
+    return settings
 
 
 def _experiment(

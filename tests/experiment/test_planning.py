@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from cambia.experiment.estimate import estimate
@@ -84,7 +86,11 @@ def test_the_command_writes_a_run_that_works_and_reads_its_curve(cambia: Call, t
     code, out, err = cambia("plan", "smoke", *words, *sizes, *kept, *one, "--layers", "4", "--methods", "[]")
     assert code == 0, err
     told = " ".join(out.split())
-    assert "saves at most t (1 - x)" in told and "wrote plan.yaml" in told and "for each parameter" in told
+    assert (
+        "What is not computed, t (1 - x) =" in told
+        and "wrote plan.yaml" in told
+        and "for each parameter" in told
+    )
     assert "Measured: - growth in depth by the plan's schedule, 0.28M parameters, 21 tokens for each" in told
     assert "0.28M parameters, 7 tokens for each" in told, "the length of a run decides what growth is worth"
     code, _, err = cambia("plan", "smoke", "--tokens", "6400", "--out", "plan.yaml")
@@ -96,7 +102,7 @@ def test_the_command_writes_a_run_that_works_and_reads_its_curve(cambia: Call, t
     assert run.rows(METRICS)[-1]["tokens"] == 6400
     again = ["plan", "plan.yaml", "--layers", "8", "--start-layers", "2", "--tokens", "9e3", "--curve"]
     code, out, err = cambia(*again, "planned")
-    assert code == 0 and "the efficiency rule grows it after" in " ".join(out.split()), err
+    assert code == 0 and "the efficiency rule would" in " ".join(out.split()), err
     code, _, err = cambia(*[word.replace("2", "1") for word in again], "planned")
     assert code == 2 and "name a run of the small model" in err
     code, _, err = cambia("run", "plan.yaml", "--name", "short", "--training.steps", "6")
@@ -108,7 +114,22 @@ def test_the_command_writes_a_run_that_works_and_reads_its_curve(cambia: Call, t
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--layers", "1", "--tokens", "1e6"], "the target has 1 layers and the start 1"),
+        (["--layers", "1", "--tokens", "1e6"], "--layers 1: expected 2 to 1,000"),
+        (["--layers", "2.5", "--tokens", "1e6"], "--layers: expected a whole number, got 2.5"),
+        (["--layers", "inf", "--tokens", "1e6"], "--layers: expected a whole number, got inf"),
+        (["--layers", "200000", "--tokens", "1e6"], "--layers 200000: expected 2 to 1,000"),
+        (["--layers", "4", "--model.num_hidden_layers", "4", "--tokens", "1e6"], "both name the target"),
+        (["--tokens", "1e6", "--training.steps", "9"], "--training.steps: the plan decides that"),
+        (["--tokens", "1e6", "--growth.rules", "[]"], "--growth.rules: the plan decides that"),
+        (
+            ["--tokens", "1e7", "--growth.budget.parameters", "600000"],
+            "beyond --growth.budget: 1,017,984 par",
+        ),
+        (["--tokens", "1e6", "--training.schedule.warmup_fraction", "0.6"], "its learning rate rises until"),
+        (["--flops", "5e-324"], "below one step of each task"),
+        (["--flops", "1e29"], "tokens or 4.73e+18 steps: give a smaller one"),
+        (["--tokens", "1e4"], "falls already: give a larger budget"),
+        (["--tokens", "1e6", "--out", "a_file/plan.yaml"], "no folder can be made there"),
         (["--layers", "3", "--start-layers", "3", "--tokens", "1e6"], "growth only adds"),
         (["--tokens", "10"], "below one step of each task, which takes 3,072 tokens"),
         (["--flops", "10"], "below one step of each task, which takes"),
@@ -117,7 +138,7 @@ def test_the_command_writes_a_run_that_works_and_reads_its_curve(cambia: Call, t
         (["--flops", "-1"], "--flops -1: expected a number above 0"),
         (["--tokens", "nan"], "--tokens nan: expected"),
         (["--flops", "inf"], "--flops inf: expected"),
-        (["--layers", "0", "--tokens", "1e6"], "the target has 0 layers"),
+        (["--layers", "0", "--tokens", "1e6"], "--layers 0: expected 2"),
         (["--start-layers", "-1", "--tokens", "1e6"], "--start-layers -1: expected 1 at least"),
         (["--tokens", "1e6", "--data.tasks.0.steps", "900"], "the tasks say themselves how long"),
         (["--tokens", "1e6", "--training.schedule.decay_fraction", "1"], "fall from the first step on"),
@@ -126,12 +147,13 @@ def test_the_command_writes_a_run_that_works_and_reads_its_curve(cambia: Call, t
             "where its learning rate falls already",
         ),
         (["--tokens", "1e6", "--flops", "1e9"], "takes one budget"),
-        ([], "takes one budget"),
+        ([], "needs a budget: --tokens 8e6"),
         (["--tokens", "1e6", "--grow-at", "0.95"], "before its rate falls"),
         (["--tokens", "1e6", "--curve", "nothing"], "there is no run 'nothing'"),
     ],
 )
 def test_bad_input_is_one_line(cambia: Call, words, said):
+    Path("a_file").touch()
     code, _, err = cambia("plan", *words)
     assert code == 2 and said in err and len(err.strip().splitlines()) == 1
 
@@ -158,6 +180,8 @@ def test_a_checkpoint_is_where_it_starts(cambia: Call):
     code, _, err = cambia(*words)
     assert code == 2 and "needs the depth to come to" in err
     code, _, err = cambia(*words, "--layers", "1")
-    assert code == 2 and "the target has 1 layers" in err
+    assert code == 2 and "--layers 1: expected 2" in err
+    code, _, err = cambia(*words, "--layers", "2")
+    assert code == 2 and "the target has 2 layers and the start 2" in err
     code, _, err = cambia(*words, "--layers", "6", "--start-layers", "1")
     assert code == 2 and "leave out --start-layers" in err

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import App, Parameter, Token
 
 from cambia import __version__
 from cambia.errors import ConfigError
@@ -19,6 +20,18 @@ data_app = App(name="data", help="List, prepare and fetch text.")
 app.command(runs_app)
 app.command(data_app)
 
+
+def _whole(_: Any, tokens: Sequence[Token]) -> int:
+    text = tokens[0].value
+    if text.lstrip("+-").isdecimal():
+        return int(text)
+    if not float(text).is_integer():  # it would be rounded without a word
+        raise ValueError(f"expected a whole number, got {text}")
+    return int(float(text))
+
+
+Whole = Annotated[int, Parameter(converter=_whole)]
+"""A flag's whole number; 1e6 is one."""
 Settings = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cambia.cli.app import Settings, app, console, refuse_resuming, reported
+from cambia.cli.app import Settings, Whole, app, console, refuse_resuming, reported
 from cambia.errors import ConfigError
 
 _EXAMPLE = "cambia tune-decoding MODEL --data FILE"
@@ -15,11 +15,11 @@ def tune_decoding(
     data: list[str] | None = None,
     reward: list[str] | None = None,
     by: str | None = None,
-    tokens: int | None = None,
+    tokens: Whole | None = None,
     expert: str | None = None,
     name: str | None = None,
     resume: str | None = None,
-    grid_points: int = 3,
+    grid_points: Whole = 3,
     optuna: bool = True,
 ) -> int:
     """Learn how to decode from a model, which stays as it is, and compare with what people use.

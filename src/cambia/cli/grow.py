@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cambia.cli.app import Settings, app, console, refuse_unless
+from cambia.cli.app import Settings, Whole, app, console, refuse_unless
 from cambia.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def grow(
     out: Path | None = None,
     dry_run: bool = False,
     check: Literal["auto", "yes", "no"] = "auto",
-    seed: int = 0,
+    seed: Whole = 0,
     shard_gigabytes: float = 5.0,
 ) -> None:
     """Grow a checkpoint on the disk: `cambia grow CHECKPOINT --op widen_ffn --factor 1.5 --out DIR`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cambia.cli.app import Settings, app, console, refuse_resuming, reported
+from cambia.cli.app import Settings, Whole, app, console, refuse_resuming, reported
 from cambia.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ _EXAMPLE = "cambia learn MODEL DATA..."
 @app.command
 def learn(
     *words: Settings,
-    steps: int | None = None,
+    steps: Whole | None = None,
     boundaries: bool = False,
     name: str | None = None,
     resume: str | None = None,

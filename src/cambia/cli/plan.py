@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cambia.cli.app import Settings, app, console, recipe_and_flags
+from cambia.cli.app import Settings, Whole, app, console, recipe_and_flags
 from cambia.errors import ConfigError
 
 if TYPE_CHECKING:
     from cambia.experiment.planning import RunPlan
+    from cambia.rundir import RunReader
 
 
 @app.command
 def plan(
     *words: Settings,
-    layers: int | None = None,
-    start_layers: int | None = None,
+    layers: Whole | None = None,
+    start_layers: Whole | None = None,
     tokens: float | None = None,
     flops: float | None = None,
     grow_at: float | None = None,
     curve: str | None = None,
     out: Path | None = None,
 ) -> int:
-    """Plan a run that grows: `cambia plan [RECIPE|FILE.yaml] --layers 8 --tokens 8e6`.
+    """Plan a run that grows: `cambia plan [RECIPE|FILE.yaml] --layers 8 --tokens 4e7`.
 
-    Shows the growth that we would make on the way to a target size, what it can save at most, and what our
+    Shows the growth that we would make on the way to a target size, what it does not compute, and what our
     own measurements say to expect.
 
     Args:
@@ -42,15 +45,18 @@ def plan(
     """
     from cambia.config import parse_flags, to_yaml
     from cambia.experiment import read_experiment
-    from cambia.experiment.planning import due_by_curve, plan_run
+    from cambia.experiment.planning import plan_run
     from cambia.files import write_text
     from cambia.rundir import RunReader
 
-    if out is not None and out.exists():
-        raise ConfigError(f"--out {out} exists already; name a file that does not")
+    if out is not None:
+        _refuse_place(out)
     recipe, flags = recipe_and_flags(words, parse_flags)
+    _refuse_decided(flags, layers)
+    small = RunReader(curve) if curve is not None else None
+    named = {"name": "planned", "description": "Grows as `cambia plan` has it."}
     found = plan_run(
-        read_experiment(recipe or "fixed_size", flags),
+        read_experiment(recipe or "fixed_size", named | flags),
         layers=layers,
         start_layers=start_layers,
         tokens=tokens,
@@ -59,21 +65,47 @@ def plan(
     )
     _show(found)
     answer = console()
-    if curve is not None:
-        fitted, due = due_by_curve(RunReader(curve), found)
-        answer.print(
-            f"By the curve of {curve} (loss {fitted.floor:.3f} + {fitted.scale:.3g} "
-            f"n^-{fitted.exponent:.2f}) the efficiency rule grows it after {due:,.0f} tokens."
-        )
+    if small is not None:
+        answer.print(_by_curve(small, found))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, to_yaml(found.tree))
         answer.print(f"wrote {out}: cambia run {out}")
     return 0
 
 
+_DECIDED = (
+    "training.steps", "training.tokens", "training.epochs", "training.schedule.over", "growth.enabled",
+    "growth.dry_run", "growth.rules",
+)  # fmt: skip
+
+
+def _refuse_decided(flags: Mapping[str, Any], layers: int | None) -> None:
+    """Refuse settings that a plan makes itself."""
+    for flag in flags:
+        if any(f"{flag}.".startswith(f"{decided}.") for decided in _DECIDED):
+            raise ConfigError(
+                f"--{flag}: the plan decides that, from --layers and --tokens or --flops: leave it out"
+            )
+    if layers is not None and "model.num_hidden_layers" in flags:
+        raise ConfigError("--layers and --model.num_hidden_layers both name the target: leave one out")
+
+
+def _refuse_place(out: Path) -> None:
+    """Refuse a file that cannot be written, before anything is planned."""
+    if out.exists():
+        raise ConfigError(f"--out {out} exists already; name a file that does not")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: no folder can be made there: {error.strerror}") from None
+    if not os.access(out.parent, os.W_OK):
+        raise ConfigError(f"--out {out}: nothing can be written into {out.parent}")
+
+
 def _show(found: RunPlan) -> None:
     from rich.table import Table
+
+    from cambia.experiment.planning import PER_PARAMETER
 
     table = Table("from step", "layers", "parameters", "FLOPs per token", box=None)
     for stage in found.stages:
@@ -89,12 +121,34 @@ def _show(found: RunPlan) -> None:
     ]
     answer.print(
         f"{found.steps:,} steps, {found.tokens:,} tokens, {found.tokens / target.parameters:.2g} for each "
-        f"parameter, {found.flops:.3g} FLOPs; the target from the start would take "
-        f"{found.flops_large:.3g}. It saves at most t (1 - x) = {' + '.join(terms)} = {found.bound:.0%}, and "
-        "that where it ends as good."
+        f"parameter of the target, {found.flops:.3g} FLOPs; the target from the start would take "
+        f"{found.flops_large:.3g}. What is not computed, t (1 - x) = {' + '.join(terms)} = "
+        f"{found.bound:.0%}, is saved if it ends as good."
     )
+    if found.is_short:
+        answer.print(
+            f"The run is too short to grow after {PER_PARAMETER:g} tokens for each parameter of the layers, "
+            "so it grows for the last time shortly before its rate falls."
+        )
     for line in _measured():
         answer.print(line)
+    if found.is_checkpoint:
+        answer.print("None of this was measured on a model that has learned before.")
+
+
+def _by_curve(small: RunReader, found: RunPlan) -> str:
+    from cambia.experiment.planning import due_by_curve
+
+    curve, due = due_by_curve(small, found)
+    when = (
+        "would wait until 0.7 of the run is over"
+        if due is None
+        else f"would first grow at step {due / found.step_tokens:,.0f}"
+    )
+    return (
+        f"By the curve of {small.folder.name} (loss {curve.floor:.3f} + {curve.scale:.3g} "
+        f"n^-{curve.exponent:.2f}) the efficiency rule {when}; the plan does at {found.stages[1].step:,}."
+    )
 
 
 def _measured() -> list[str]:

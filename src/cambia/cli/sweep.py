@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from cambia.cli.app import Settings, app, console, recipe_and_flags
+from cambia.cli.app import Settings, Whole, app, console, recipe_and_flags
 from cambia.errors import ConfigError
 
 
@@ -15,9 +15,9 @@ from cambia.errors import ConfigError
 def sweep(
     *words: Settings,
     name: str | None = None,
-    workers: int | None = None,
+    workers: Whole | None = None,
     only: Annotated[list[str] | None, Parameter(negative="")] = None,
-    limit: int | None = None,
+    limit: Whole | None = None,
     retry: bool = False,
     ray: bool = False,
     ray_address: str | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cambia.cli.app import app, console, refuse_unless
+from cambia.cli.app import Whole, app, console, refuse_unless
 from cambia.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,11 +19,11 @@ def generate(
     model: str,
     *,
     prompt: list[str],
-    max_new_tokens: int = 256,
+    max_new_tokens: Whole = 256,
     temperature: float | None = None,
     top_p: float | None = None,
     decoding: list[str] | None = None,
-    seed: int = 0,
+    seed: Whole = 0,
 ) -> None:
     """Continue text with the model of a run, a checkpoint, or a Hugging Face folder.
 
@@ -88,7 +88,7 @@ def evaluate(
     *files: Path,
     data: list[Path] | None = None,
     split: str = "test",
-    max_bytes: int = 262_144,
+    max_bytes: Whole = 262_144,
 ) -> None:
     """Score a model in bits per byte: on the tasks of its run, or on text files.
 

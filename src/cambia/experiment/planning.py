@@ -4,11 +4,12 @@
     >>> [(stage.step, stage.layers) for stage in found.stages]
     [(0, 2), (2393, 4), (4786, 8)]
 
-The model begins with a quarter of its layers and doubles them twice, each time by copies of all layers on
-top of them that fade in. It grows when it has seen so many tokens for each parameter of its layers, about
-when the efficiency rule would have it grow, and at the latest late in the part of the run where the learning
-rate is high (where Bu 2025, arXiv:2511.04981, grows). What that can save at most is the sum over its growths
-of t (1 - x), with t the share of the run by which a growth is later than the one before, and x the cost of a
+The model begins with a quarter of its layers, or as a checkpoint with those it has, and doubles them until
+it is there, each time by copies of all layers on top of them that fade in. It grows when it has seen so many
+tokens for each parameter of its layers, about when the efficiency rule would have it grow. In a run that is
+too short for that it grows for the last time late in the part where the learning rate is high (where Bu 2025,
+arXiv:2511.04981, grows), and before in proportion. What it does not compute is the sum over its growths of
+t (1 - x), with t the share of the run by which a growth is later than the one before, and x the cost of a
 step until then as a share of a step of the target. It saves that where the grown model ends as good as one
 that was large from the start.
 """
@@ -41,11 +42,14 @@ from cambia.growth import (
 from cambia.growth.triggers import Planned
 from cambia.models.bodies import on_meta
 from cambia.rundir import RunReader
+from cambia.training.schedules import WSD
 
 PER_PARAMETER = 13.0
 """Tokens that a model sees for each parameter of its layers before it grows (docs/log.md, 2026-11-23)."""
 MOST = 1e30
 """Tokens or operations of a plan."""
+MOST_STEPS = 10**15
+MOST_LAYERS = 1000
 LATEST = 0.875
 """Share of what comes before the rate falls, after which it has its final size in any run."""
 
@@ -75,6 +79,10 @@ class RunPlan:
     step_tokens: int
     updates: int = 1
     """Optimizer steps of each batch."""
+    is_short: bool = False
+    """Whether it grows before its layers have seen `PER_PARAMETER` tokens a parameter."""
+    is_checkpoint: bool = False
+    """Whether it starts from a model that has learned already."""
 
     @property
     def tokens(self) -> int:
@@ -96,7 +104,7 @@ class RunPlan:
 
     @property
     def bound(self) -> float:
-        """The share of operations saved, if it ends as good as a model that was always large."""
+        """The share of operations that it does not compute: what it saves, if it ends as good."""
         return 1 - self.flops / self.flops_large
 
 
@@ -120,9 +128,9 @@ def plan_run(
             earlier as the model is smaller.
 
     Raises:
-        ConfigError: the target is not larger than the start; the budget is no number above 0, below a step,
-            or too short to grow in; tasks say themselves how long they are trained; or growth would lie where
-            the learning rate falls already.
+        ConfigError: the target is not larger than the start, or beyond the budget of growth; the budget is no
+            number above 0, below a step, or too short to grow in; tasks say themselves how long they are
+            trained; or growth would lie where the learning rate rises, or falls already.
     """
     depths = _depths(experiment, layers, start_layers)
     decay = _decay(experiment, grow_at)
@@ -135,21 +143,25 @@ def plan_run(
     context = training.sequence_length
     start = small.model.build(tokenizer, sequence_length=context)
     growths = [_grown(start, depth, context) for depth in depths[1:]]
+    _check_size(experiment, growths[-1], start.dtype.itemsize)
     sizes, updates = GrowingSizes.of(growths), max(1, training.neural_steps_per_batch)
     step_tokens, parts = training.batch_size * context, len(stream.stages)
     wanted = sizes.tokens(flops / updates, grow_at, decay) if flops is not None else tokens or 0.0
-    shares = sizes.shares(grow_at or sizes.last(wanted, decay))
     part_steps = int(wanted / step_tokens / parts)
     if part_steps < 1:
         least = parts * step_tokens
-        told = f"{least:,} tokens" if tokens else f"{least * updates * sizes.mean_cost(shares):.3g} FLOPs"
+        told = f"{least:,} tokens" if tokens else f"{least * updates * sizes.costs[0]:.3g} FLOPs"
         raise ConfigError(
             f"the budget is below one step{' of each task' if parts > 1 else ''}, which takes {told} "
             "(--training.batch_size times --training.sequence_length)"
         )
+    if part_steps > MOST_STEPS:
+        raise ConfigError(f"the budget is {wanted:.3g} tokens or {part_steps:.3g} steps: give a smaller one")
+    shares = sizes.shares(grow_at or sizes.last(wanted, decay))
     flags = {
         **settings,
         "growth.enabled": True,
+        "growth.dry_run": False,
         "growth.rules": [_rule(share, depth) for share, depth in zip(shares, depths[1:], strict=True)],
         "training.epochs": None,
         "training.tokens": None,
@@ -160,7 +172,10 @@ def plan_run(
     begins, steps = _begins(planned, stream, part_steps)
     counts = [growths[0].parameters_before, *(each.parameters_after for each in growths)]
     stages = tuple(Stage(*each) for each in zip(begins, depths, counts, sizes.costs, strict=True))
-    return RunPlan(plain_tree(planned), stages, growths[0].planned, steps, step_tokens, updates)
+    is_short = grow_at is None and sizes.due > sizes.last(wanted, decay) * wanted
+    return RunPlan(
+        plain_tree(planned), stages, growths[0].planned, steps, step_tokens, updates, is_short, is_checkpoint
+    )
 
 
 def _depths(experiment: Experiment, layers: int | None, start_layers: int | None) -> list[int]:
@@ -174,7 +189,11 @@ def _depths(experiment: Experiment, layers: int | None, start_layers: int | None
         raise ConfigError("a checkpoint begins with the layers that it has: leave out --start-layers")
     if start_layers is not None and start_layers < 1:
         raise ConfigError(f"--start-layers {start_layers}: expected 1 at least")
+    if not 2 <= target <= MOST_LAYERS:
+        raise ConfigError(f"--layers {target}: expected 2 to {MOST_LAYERS:,}")
     begin = model.config().num_hidden_layers if is_checkpoint else start_layers or max(1, -(-target // 4))
+    if begin < 1:
+        raise ConfigError("--model.path: that model has no layers to copy")
     if target <= begin:
         raise ConfigError(
             f"the target has {target} layers and the start {begin}; growth only adds: give more --layers"
@@ -203,11 +222,21 @@ def _decay(experiment: Experiment, grow_at: float | None) -> float:
 
 
 def _check_budget(tokens: float | None, flops: float | None) -> None:
-    if (tokens is None) == (flops is None):
-        raise ConfigError("a plan takes one budget: --tokens 8e6, or --flops 5e13")
+    if tokens is None and flops is None:
+        raise ConfigError("a plan needs a budget: --tokens 8e6, or --flops 5e13")
+    if tokens is not None and flops is not None:
+        raise ConfigError("a plan takes one budget: leave out --tokens or --flops")
     for flag, budget in (("--tokens", tokens), ("--flops", flops)):
         if budget is not None and not 0 < budget < MOST:
             raise ConfigError(f"{flag} {budget:g}: expected a number above 0 and below {MOST:g}")
+
+
+def _check_size(experiment: Experiment, last: GrowthPlan, bytes_per_value: int) -> None:
+    over = experiment.growth.budget.broken_by(
+        last.parameters_after, last.flops_per_token_after, bytes_per_value
+    )
+    if over:
+        raise ConfigError(f"the target is beyond --growth.budget: {over}")
 
 
 def _begins(planned: Experiment, stream: Stream, part_steps: int) -> tuple[list[int], int]:
@@ -217,7 +246,7 @@ def _begins(planned: Experiment, stream: Stream, part_steps: int) -> tuple[list[
         part_steps: that each stage should have.
 
     Raises:
-        ConfigError: the run is too long or too short, or would grow where its rate falls.
+        ConfigError: the run is too long or too short, or would grow where its rate rises or falls.
     """
     lengths, schedule, begins = stage_steps(planned, stream), planned.training.schedule, [0]
     steps, expected = sum(lengths), part_steps * len(lengths)
@@ -231,13 +260,25 @@ def _begins(planned: Experiment, stream: Stream, part_steps: int) -> tuple[list[
         begins += rule.when.steps(steps, stream.tokens_per_batch)
     if sorted({*begins, steps}) != [*begins, steps]:
         raise ConfigError(
-            f"a run of {steps:,} steps is too short to grow {len(begins) - 1} times: give a larger budget"
+            f"a run of {steps:,} steps is too short to grow {len(begins) - 1} times: give a larger budget, "
+            "or a later --grow-at"
+        )
+    rises = round(schedule.warmup_fraction * steps)
+    if begins[1] < rises:
+        raise ConfigError(
+            f"the run would grow after step {begins[1]:,} of {steps:,}, and its learning rate rises until "
+            f"step {rises:,}: give a smaller --training.schedule.warmup_fraction, or a later --grow-at"
         )
     falling = [step for step in begins[1:] if schedule.falls(step, steps)]
     if falling:
+        repair = (
+            "give a larger budget, or an earlier --grow-at"
+            if isinstance(schedule, WSD)
+            else "choose a rate that falls at the end, --training.schedule.type wsd"
+        )
         raise ConfigError(
             f"the run would grow after step {falling[0]:,} of {steps:,}, where its learning rate falls "
-            "already: choose a rate that falls at the end, --training.schedule.type wsd"
+            f"already: {repair}"
         )
     return begins, steps
 
@@ -304,14 +345,15 @@ def _grown(model: PreTrainedModel, layers: int, context: int) -> GrowthPlan:
         raise ConfigError(str(error)) from None
 
 
-def due_by_curve(run: RunReader, planned: RunPlan) -> tuple[LossCurve, float]:
+def due_by_curve(run: RunReader, planned: RunPlan) -> tuple[LossCurve, float | None]:
     """When the efficiency rule would grow the model of a planned run, by the curve of a run of it.
 
     Args:
         run: of the small model, up to a first growth.
 
     Returns:
-        The fitted curve, and the tokens after which growth is due.
+        The fitted curve, and the tokens after which growth is due; None where the rule would still wait at
+        its `latest`, and grow then.
 
     Raises:
         ConfigError: the run is of another model, or its curve is too short or does not fall.
@@ -331,4 +373,4 @@ def due_by_curve(run: RunReader, planned: RunPlan) -> tuple[LossCurve, float]:
     curve = trigger.fitted()
     marks = [float(rows[-1]["tokens"]) * 1.02**step for step in range(-400, 800)]
     due = next((n for n in marks if curve.advantage(n, planned.growth) >= 1), math.inf)
-    return curve, min(due, trigger.latest * planned.tokens)
+    return curve, due if due < trigger.latest * planned.tokens else None

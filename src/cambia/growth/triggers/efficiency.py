@@ -19,6 +19,10 @@ on as a large one would that has come to that loss, after fewer tokens n' < n. S
 
 with f and f' operations a token: loss per operation, small against large (the rule of Shen et al. 2022,
 Staged Training, arXiv:2203.06211, with a curve that is the run's own).
+
+Of the run's curve E and b cancel here, and what is left is a. For exponents of 0.2 and more a doubling of
+layers is due after 11 to 16 tokens for each parameter of the layers, later where a is small. So alpha, the 20
+and the sizes say more about when to grow than the curve does (docs/log.md, 2026-11-23).
 """
 
 # P points of a curve
@@ -80,7 +84,10 @@ class LossCurve:
             error = (w * (sides @ [floor, scale] - y) ** 2).sum()
             if scale > 0 and (best is None or error < best[0]):
                 best = error, cls(float(floor), float(scale * n[-1] ** exponent), exponent)
-        if best is None:
+        level = (w * y).sum() / w.sum()
+        flat = (w * (y - level) ** 2).sum()
+        least = w.sum() * (_LEAST_FALL * level) ** 2
+        if best is None or flat - best[0] < max(least, _LEAST_F * best[0] / (len(n) - 2)):
             raise ConfigError("the loss of this curve does not fall, so nothing can be expected from it")
         return best[1]
 
@@ -106,6 +113,11 @@ class LossCurve:
 
 
 _EXPONENTS = tuple(np.linspace(0.05, 1.2, 47).tolist())
+_LEAST_F = 16.0
+"""The F statistic from which a curve counts as one that falls and not as noise; 13.7 is met once in a hundred
+times by 8 points without a fall."""
+_LEAST_FALL = 1e-3
+"""Standard deviation of the fitted losses from which it does, as a share of the loss."""
 _SPACING = 1.1
 """Tokens of a point of the curve, as a multiple of those of the one before."""
 _HIGHEST = 0.999
@@ -121,7 +133,10 @@ class EfficiencyTrigger(Trigger):
     length growth is due at the latest while enough is left for the grown model to learn.
 
     A second growth is decided by the curve of the first: the grown model is one that is younger (n' above),
-    whichever rule has grown it.
+    whichever rule has grown it. One that would be due after `latest` does not come.
+
+    Raises:
+        ConfigError: `advantage` is no number above 0, or `latest` no share of a run.
     """
 
     advantage: Annotated[float, Gt(0)] = 1.0
@@ -144,6 +159,12 @@ class EfficiencyTrigger(Trigger):
     """By how many tokens that is less than were seen."""
     asked: bool = field(default=False, init=False)
     """Whether it has fired for the model as it is."""
+
+    def __post_init__(self) -> None:
+        if not self.advantage > 0:
+            raise ConfigError(f"advantage={self.advantage} must be above 0")
+        if not 0 < self.latest <= 1:
+            raise ConfigError(f"latest={self.latest} is a share of the run, above 0 and at most 1")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -171,7 +192,7 @@ class EfficiencyTrigger(Trigger):
     def update(self, signals: Signals) -> str | None:
         if signals.loss is None or not math.isfinite(signals.loss):
             return None
-        if not signals.tokens:
+        if signals.tokens is None or signals.tokens <= 0:
             raise ConfigError(
                 "an efficiency trigger reads losses over tokens: manager.step(loss=..., tokens=...) with all "
                 "that were trained on so far"
@@ -202,9 +223,8 @@ class EfficiencyTrigger(Trigger):
         if found < self.advantage:
             return None
         return (
-            f"efficiency: {curve.learnable(self.age):.3f} of the loss can still be learned and falls with "
-            f"the power {curve.exponent:.2f} of tokens; per operation a grown model is expected to lose "
-            f"{found:.2f} times as much"
+            f"efficiency: what can still be learned falls with the power {curve.exponent:.2f} of tokens; per "
+            f"operation a grown model is expected to lose {found:.2f} times as much"
         )
 
     def fitted(self) -> LossCurve:

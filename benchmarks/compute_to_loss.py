@@ -281,16 +281,18 @@ def markdown(result: Mapping[str, Any]) -> str:
         for place, one in enumerate(found[arm][0].ends)
     ]
     tuning = sum(result["tuning"]["flops"].values()) / 1e12
-    tried = [arm for arm in found if arm.startswith("D-")]
-    best_of = f"the best of {', '.join(tried)} by validation, at what B-depth spends"
-    which = best_of if len(tried) > 1 else "the only one here"
+    best_of = f"the best of {', '.join(tried_sizes(found))} by validation, at what B-depth spends"
+    which = best_of if len(tried_sizes(found)) > 1 else "the only one tried"
+    has = "has" if reaches_goals(found, fixed) else "has not"
     note = (
         "Savings in percent of operations to equal decayed loss: mean over seeds and the 95 % interval of a "
         "bootstrap, which with three seeds goes from the least to the most. A star for each seed whose loss "
         "lies beyond the curve, so that its nearest piece was continued. Rates "
-        f"were tuned with {len(result['preset']['rates'])} trials an arm, which took {tuning:.1f} TFLOP in "
-        f"all and are not in the ledger. Goals: {GOALS['saving']:.0%} against A with an interval above "
-        f"{GOALS['low']:.0%}, and more than nothing against the best fixed size, {fixed}, {which}."
+        f"were tuned for {', '.join(rates)} with {len(result['preset']['rates'])} trials each, one run of "
+        f"another seed a trial, which took {tuning:.1f} TFLOP in all and are not in the ledger; all others "
+        f"vary one of these and take its rate. Goals: {GOALS['saving']:.0%} against A with an interval above "
+        f"{GOALS['low']:.0%}, and more than nothing against the best fixed size, {fixed}, {which}. B-depth "
+        f"{has} reached them."
     )
     picture = f"![decayed loss over operations, by arm](pictures/compute_to_loss_{result['name']}.png)"
     return "\n\n".join(
@@ -298,21 +300,34 @@ def markdown(result: Mapping[str, Any]) -> str:
     )
 
 
+def tried_sizes(found: Mapping[str, Sequence[Ran]]) -> list[str]:
+    """The fixed sizes among the arms."""
+    return [arm for arm in found if arm.startswith("D-")]
+
+
+def reaches_goals(found: Mapping[str, Sequence[Ran]], fixed: str) -> bool:
+    """Whether B-depth saves what it should, against A and against the best fixed size."""
+    large, best = (saved(found["B-depth"], found[arm]).values for arm in ("A", fixed))
+    is_sure = len(large) > 1 and bootstrap_interval(large).low > GOALS["low"]
+    return is_sure and statistics.fmean(large) >= GOALS["saving"] and statistics.fmean(best) > 0
+
+
 def headlines(result: Mapping[str, Any]) -> dict[str, str]:
     found, sizes = read(result), Sizes(**result["preset"]["sizes"])
     grown = {"by the plan's schedule": "B-depth", "when the efficiency rule says": "G-efficiency"}
     fixed, count = best_fixed(found), sizes.parameters
+    which = f"the {'best' if len(tried_sizes(found)) > 1 else 'only'} fixed size tried"
     told = {}
     for what, arm in grown.items():
         if arm not in found:
             continue
         measured = (
             f"growth in depth {what}, {count / 1e6:.2g}M parameters, {sizes.tokens / count:.0f} tokens for "
-            "each: operations saved to equal decayed loss"
+            f"each, {len(found[arm])} seeds: operations saved to equal decayed loss"
         )
         value = (
             f"{saved(found[arm], found['A']).told} against {sizes.layers} layers from the start, "
-            f"{saved(found[arm], found[fixed]).told} against {fixed[2:]}, the best fixed size that was tried"
+            f"{saved(found[arm], found[fixed]).told} against {fixed[2:]}, {which}"
         )
         told[measured] = value + " (*: a seed beyond the curve)" * ("*" in value)
     return told

@@ -40,7 +40,7 @@ from cambia.sweepdir import Result, SweepReader
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 """Where it is in a checkout; an installed package has none."""
 PRESETS = {
-    "quick": "does it run? A minute or a few; nothing is kept",
+    "quick": "does it run? A minute, or up to half an hour; nothing is kept",
     "long": "the figures of small models that train long, on a CPU; takes hours",
     "middle": "the same with two thirds of the text, on a CPU; takes an hour or two",
     "choices": "what else was tried, on a CPU; takes hours and goes on where it was stopped",

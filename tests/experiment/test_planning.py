@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import LlamaForCausalLM
 
 from cambia.experiment.estimate import estimate
 from cambia.experiment.planning import plan_run
@@ -91,7 +92,10 @@ def test_the_command_writes_a_run_that_works_and_reads_its_curve(cambia: Call, t
         and "wrote plan.yaml" in told
         and "for each parameter" in told
     )
-    assert "Measured: - growth in depth by the plan's schedule, 0.28M parameters, 21 tokens for each" in told
+    assert (
+        "Measured: - growth in depth by the plan's schedule, 0.28M parameters, 21 tokens for each, 3 seeds"
+        in told
+    )
     assert "0.28M parameters, 7 tokens for each" in told, "the length of a run decides what growth is worth"
     code, _, err = cambia("plan", "smoke", "--tokens", "6400", "--out", "plan.yaml")
     assert code == 2 and "--out plan.yaml exists already" in err
@@ -185,3 +189,8 @@ def test_a_checkpoint_is_where_it_starts(cambia: Call):
     assert code == 2 and "the target has 2 layers and the start 2" in err
     code, _, err = cambia(*words, "--layers", "6", "--start-layers", "1")
     assert code == 2 and "leave out --start-layers" in err
+    config = tiny("llama").config
+    config.num_hidden_layers = 0
+    LlamaForCausalLM(config).save_pretrained("none")
+    code, _, err = cambia(*[word.replace("old", "none") for word in words], "--layers", "4")
+    assert code == 2 and "that model has no layers to copy" in err

@@ -101,8 +101,8 @@ class Trigger(Spelled, ABC):
 class ScheduleTrigger(Trigger):
     """Fires once at each of the given marks, so that every machine grows at the same place.
 
-    Exactly one kind of mark is given. For pretraining, one mark inside the stable phase of a
-    warm-up-stable-decay schedule is the best known choice (Bu 2025, arXiv:2511.04981).
+    Exactly one kind of mark is given. For pretraining, marks inside the stable phase of a
+    warm-up-stable-decay schedule are the best known choice (Bu 2025, arXiv:2511.04981; `cambia plan`).
     """
 
     at_steps: list[int] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -123,6 +124,16 @@ def test_the_control_forgets_and_warms_up_again_and_says_the_same():
         again = ".layers.1." in name or ".layers.2." in name
         assert (id(parameter) in born) == again
         assert bool((optimizer.state[parameter]["exp_avg"] == 0).all()) == again
+
+
+def test_the_readme_says_what_was_measured():
+    from compute_to_loss import best_fixed, read, saved
+
+    readme = (bench.FOLDER.parent / "README.md").read_text()
+    for preset, length in (("choices", 7), ("middle", 14), ("long", 21)):
+        found = read(json.loads((bench.FOLDER / f"compute_to_loss_{preset}.json").read_text()))
+        large, best = (saved(found["B-depth"], found[arm]).told for arm in ("A", best_fixed(found)))
+        assert f"| {length} | {large} | {best} |" in readme
 
 
 @pytest.mark.slow

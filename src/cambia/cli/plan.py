@@ -105,7 +105,7 @@ def _refuse_place(out: Path) -> None:
 def _show(found: RunPlan) -> None:
     from rich.table import Table
 
-    from cambia.experiment.planning import PER_PARAMETER
+    from cambia.experiment.planning import ENOUGH, PER_PARAMETER
 
     table = Table("from step", "layers", "parameters", "FLOPs per token", box=None)
     for stage in found.stages:
@@ -132,6 +132,11 @@ def _show(found: RunPlan) -> None:
         )
     for line in _measured():
         answer.print(line)
+    if not found.is_checkpoint and found.tokens < ENOUGH * target.parameters:
+        answer.print(
+            f"With fewer than some {ENOUGH:g} tokens for each parameter a smaller model that never grows is "
+            "the better plan: give fewer --layers."
+        )
     if found.is_checkpoint:
         answer.print("None of this was measured on a model that has learned before.")
 

@@ -46,6 +46,9 @@ from cambia.training.schedules import WSD
 
 PER_PARAMETER = 13.0
 """Tokens that a model sees for each parameter of its layers before it grows (docs/log.md, 2026-11-23)."""
+ENOUGH = 10.0
+"""Tokens for each parameter of the target from which growth was better than a smaller model that never grows:
+between 7 and 9, where it was not, and 14, where it was (docs/results.md, docs/log.md)."""
 MOST = 1e30
 """Tokens or operations of a plan."""
 MOST_STEPS = 10**15

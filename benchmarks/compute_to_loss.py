@@ -192,7 +192,7 @@ def trained(name: str, preset: Preset, data: Path, rates: Mapping[str, float]) -
 
 def best_fixed(found: Mapping[str, Sequence[Ran]]) -> str:
     """The fixed size of the lowest mean validation where it has spent what B-depth spends."""
-    fixed = {arm: runs for arm, runs in found.items() if arm.startswith("D-")}
+    fixed = {arm: found[arm] for arm in tried_sizes(found)}
     shared = set.intersection(*({one.seed for one in runs} for runs in fixed.values()))
 
     def mean(arm: str) -> float:
@@ -281,8 +281,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         for place, one in enumerate(found[arm][0].ends)
     ]
     tuning = sum(result["tuning"]["flops"].values()) / 1e12
-    best_of = f"the best of {', '.join(tried_sizes(found))} by validation, at what B-depth spends"
-    which = best_of if len(tried_sizes(found)) > 1 else "the only one tried"
+    tried = tried_sizes(found)
+    best_of = f"the best of {', '.join(tried)} by validation, at what B-depth spends"
+    which = best_of if len(tried) > 1 else "the only one tried"
     has = "has" if reaches_goals(found, fixed) else "has not"
     note = (
         "Savings in percent of operations to equal decayed loss: mean over seeds and the 95 % interval of a "

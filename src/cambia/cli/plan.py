@@ -73,16 +73,13 @@ def plan(
     return 0
 
 
-_DECIDED = (
-    "training.steps", "training.tokens", "training.epochs", "training.schedule.over", "growth.enabled",
-    "growth.dry_run", "growth.rules",
-)  # fmt: skip
-
-
 def _refuse_decided(flags: Mapping[str, Any], layers: int | None) -> None:
     """Refuse settings that a plan makes itself."""
+    from cambia.experiment.planning import decided
+
+    own = decided(0, ())
     for flag in flags:
-        if any(f"{flag}.".startswith(f"{decided}.") for decided in _DECIDED):
+        if any(f"{flag}.".startswith(f"{setting}.") for setting in own):
             raise ConfigError(
                 f"--{flag}: the plan decides that, from --layers and --tokens or --flops: leave it out"
             )
@@ -143,10 +140,11 @@ def _show(found: RunPlan) -> None:
 
 def _by_curve(small: RunReader, found: RunPlan) -> str:
     from cambia.experiment.planning import due_by_curve
+    from cambia.growth import EfficiencyTrigger
 
     curve, due = due_by_curve(small, found)
     when = (
-        "would wait until 0.7 of the run is over"
+        f"would wait until {EfficiencyTrigger.latest:g} of the run is over"
         if due is None
         else f"would first grow at step {due / found.step_tokens:,.0f}"
     )

@@ -161,17 +161,8 @@ def plan_run(
     if part_steps > MOST_STEPS:
         raise ConfigError(f"the budget is {wanted:.3g} tokens or {part_steps:.3g} steps: give a smaller one")
     shares = sizes.shares(grow_at or sizes.last(wanted, decay))
-    flags = {
-        **settings,
-        "growth.enabled": True,
-        "growth.dry_run": False,
-        "growth.rules": [_rule(share, depth) for share, depth in zip(shares, depths[1:], strict=True)],
-        "training.epochs": None,
-        "training.tokens": None,
-        "training.steps": part_steps,
-        "training.schedule.over": "run",  # growth takes place before the one fall of the rate
-    }
-    planned = experiment_from(tree, source="the plan", flags=flags)
+    rules = [_rule(share, depth) for share, depth in zip(shares, depths[1:], strict=True)]
+    planned = experiment_from(tree, source="the plan", flags=settings | decided(part_steps, rules))
     begins, steps = _begins(planned, stream, part_steps)
     counts = [growths[0].parameters_before, *(each.parameters_after for each in growths)]
     stages = tuple(Stage(*each) for each in zip(begins, depths, counts, sizes.costs, strict=True))
@@ -179,6 +170,24 @@ def plan_run(
     return RunPlan(
         plain_tree(planned), stages, growths[0].planned, steps, step_tokens, updates, is_short, is_checkpoint
     )
+
+
+def decided(steps: int, rules: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings that a plan makes itself, beside the depth.
+
+    Args:
+        steps: of each stage.
+        rules: by which the model grows.
+    """
+    return {
+        "growth.enabled": True,
+        "growth.dry_run": False,
+        "growth.rules": list(rules),
+        "training.epochs": None,
+        "training.tokens": None,
+        "training.steps": steps,
+        "training.schedule.over": "run",  # growth takes place before the one fall of the rate
+    }
 
 
 def _depths(experiment: Experiment, layers: int | None, start_layers: int | None) -> list[int]:
@@ -266,7 +275,7 @@ def _begins(planned: Experiment, stream: Stream, part_steps: int) -> tuple[list[
             f"a run of {steps:,} steps is too short to grow {len(begins) - 1} times: give a larger budget, "
             "or a later --grow-at"
         )
-    rises = round(schedule.warmup_fraction * steps)
+    rises = schedule.warmup_steps(steps)
     if begins[1] < rises:
         raise ConfigError(
             f"the run would grow after step {begins[1]:,} of {steps:,}, and its learning rate rises until "

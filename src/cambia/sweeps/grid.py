@@ -242,21 +242,27 @@ def _refuse_unknown(grid: Grid, cells: Sequence[Cell]) -> None:
     chosen = [{}, *(dict(zip(types, values, strict=True)) for values in itertools.product(*types.values()))]
     for choice, (key, room) in itertools.product(arms, space.items()):
         value = room[0] if isinstance(room, list) else room.low
-        unknown = [_unknown(grid, choice, {**one, key: value}) for one in chosen]
-        if all(unknown):
+        unknown = []
+        for one in chosen:
+            if not (said := _unknown(grid, choice, {**one, key: value})):
+                break
+            unknown.append(said)
+        else:
             raise ConfigError(f"search.space: {max(unknown, key=lambda said: 'did you mean' in said)}")
 
 
 def _unknown(grid: Grid, choice: Mapping[str, Any], searched: Mapping[str, Any]) -> str:
     """What is said of a setting that is none; nothing where all are settings, whatever their values."""
     assert isinstance(grid.base, Mapping)
-    is_place = False
+    settings = _settings(grid, choice, searched)
     try:
-        apply_overrides(grid.base, _settings(grid, choice, searched))
-        is_place = True
-        make_cell(grid, choice, searched)
+        apply_overrides(grid.base, settings)
+    except ConfigError as error:  # no such place in a list
+        return str(error)
+    try:
+        _experiment(grid.base, settings, grid, choice)
     except ConfigError as error:
-        return "" if is_place and "not a setting" not in str(error) else str(error)
+        return str(error) if "not a setting" in str(error) else ""
     return ""
 
 

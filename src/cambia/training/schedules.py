@@ -32,9 +32,13 @@ class Schedule(ABC):
     of the task matrix compare), or the whole run. Left out: every task, or the run where the learner may not
     see where tasks end."""
 
+    def warmup_steps(self, length: int) -> int:
+        """Steps in which the rate rises, of a stretch of `length` steps."""
+        return round(self.warmup_fraction * length)
+
     def factor(self, step: int, length: int) -> float:
         """The factor at the 0-based `step` of a stretch of `length` steps; beyond it, that of its end."""
-        warmup = round(self.warmup_fraction * length)
+        warmup = self.warmup_steps(length)
         if step < warmup:
             return (step + 1) / (warmup + 1)
         left = max(1, length - warmup)
@@ -42,7 +46,7 @@ class Schedule(ABC):
 
     def falls(self, step: int, length: int) -> bool:
         """Whether the rate is below its highest after it was there."""
-        return step >= round(self.warmup_fraction * length) and self.factor(step, length) < 1
+        return step >= self.warmup_steps(length) and self.factor(step, length) < 1
 
     @abstractmethod
     def after_warmup(self, step: int, length: int) -> float:
@@ -63,7 +67,7 @@ class WSD(Schedule):
 
     def decay_begins(self, length: int) -> int:
         """The first step at which the rate falls, of a stretch of `length` steps."""
-        warmup = round(self.warmup_fraction * length)
+        warmup = self.warmup_steps(length)
         return warmup + self._stable(max(1, length - warmup))
 
     def after_warmup(self, step: int, length: int) -> float:
